@@ -1,0 +1,26 @@
+# `make train` and `make test` do all their own set-up; they need python3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/demo
+BIN := $(VENV)/bin
+
+.PHONY: train test lint setup
+
+train: setup
+	$(BIN)/python -m experiments.train --stage=full --workdir=$(WORKDIR)
+
+test: setup
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/python -m ruff check .
+	$(BIN)/lint-imports
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed, found " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@

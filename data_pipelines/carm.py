@@ -1,0 +1,108 @@
+"""The C-arm and its random poses: cameras by angles, the paper's geometry, articulations and start poses. numpy, float64."""
+
+import dataclasses
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from radgs_jax import rigid
+
+
+@dataclasses.dataclass(frozen=True)
+class CArm:
+    """Geometry of a C-arm whose isocentre is the world's origin; lengths in mm."""
+
+    source_detector_mm: float = 1124.0
+    source_isocentre_mm: float = 700.0
+    detector_px: int = 976
+    pixel_mm: float = 0.3
+
+
+VIEWS = {"AP": 0.0, "LAT": 90.0}
+"""Primary angle of the nominal views, degrees."""
+
+
+def extrinsics(primary_deg, secondary_deg, source_isocentre_mm):
+    """camera_from_world (4, 4) of a C-arm turned by its primary angle about +z and tilted by its secondary angle.
+
+    At 0, 0 the source is anterior: the beam runs to -y (posterior), u to -x (patient's left), v to -z (feet). At primary 90
+    the source is on the patient's left.
+    """
+    a, b = np.radians(primary_deg), np.radians(secondary_deg)
+    z = np.array([np.sin(a) * np.cos(b), -np.cos(a) * np.cos(b), -np.sin(b)])
+    x = np.array([-np.cos(a), -np.sin(a), 0.0])
+    camera_from_world = np.eye(4)
+    camera_from_world[:3, :3] = np.stack([x, np.cross(z, x), z])
+    camera_from_world[2, 3] = source_isocentre_mm
+    return camera_from_world
+
+
+def intrinsics(carm, binning=1):
+    """fx, fy, cx, cy of the detector, exactly binned."""
+    focal = carm.source_detector_mm / carm.pixel_mm / binning
+    centre = (0.5 * (carm.detector_px - 1) - 0.5 * (binning - 1)) / binning
+    return np.array([focal, focal, centre, centre])
+
+
+def sample_views(rng, carm, spread_deg=15.0):
+    """Extrinsics (2, 4, 4) of an AP and a lateral view, each angle off by up to `spread_deg`."""
+    return np.stack(
+        [
+            extrinsics(
+                nominal + rng.uniform(-spread_deg, spread_deg),
+                rng.uniform(-spread_deg, spread_deg),
+                carm.source_isocentre_mm,
+            )
+            for nominal in VIEWS.values()
+        ]
+    )
+
+
+def matrix(rotation_vector, translation):
+    """4x4 rigid matrix of a rotation vector in radians and a translation in mm."""
+    T = np.eye(4)
+    T[:3, :3] = Rotation.from_rotvec(rotation_vector).as_matrix()
+    T[:3, 3] = translation
+    return T
+
+
+def motion_about(centre, twist):
+    """The motion of `radgs_jax.rigid.motion_about`, in float64 numpy."""
+    T = matrix(twist[:3], 0.0)
+    T[:3, 3] = np.asarray(centre) + twist[3:] - T[:3, :3] @ centre
+    return T
+
+
+def sample_world_from_ct(rng, centre_ct, rotation_deg=10.0, offset_mm=15.0):
+    """A patient on the table: CT axes turned by up to `rotation_deg` an axis, the vertebra up to `offset_mm` off the isocentre."""
+    T = matrix(np.radians(rng.uniform(-rotation_deg, rotation_deg, 3)), 0.0)
+    T[:3, 3] = rng.uniform(-offset_mm, offset_mm, 3) - T[:3, :3] @ centre_ct
+    return T
+
+
+def sample_articulation(rng, strength=1.0):
+    """Twist of the rest of the body against the vertebra: up to 6 degrees and 3 mm an axis at strength 1."""
+    return strength * np.concatenate([np.radians(rng.uniform(-6, 6, 3)), rng.uniform(-3, 3, 3)])
+
+
+def sample_start_twist(rng, size_mm):
+    """Twist of a start pose whose size is about `size_mm` (mm of translation and of rotation at the lever), split at random."""
+    share = np.sqrt(rng.uniform(0.0, 1.0))
+    direction = rng.normal(size=6)
+    w, t = direction[:3] / np.linalg.norm(direction[:3]), direction[3:] / np.linalg.norm(direction[3:])
+    angle = min(size_mm * np.sqrt(1 - share**2) / rigid.LEVER_MM, np.radians(25.0))
+    return np.concatenate([w * angle, t * size_mm * share])
+
+
+def start_of_mtre(rng, world_from_ct, centre_ct, points_ct, target_mm):
+    """A start pose (4, 4) whose mTRE over `points_ct` (P, 3) is `target_mm` within 0.01 mm."""
+    centre = world_from_ct[:3, :3] @ centre_ct + world_from_ct[:3, 3]
+    points = points_ct @ world_from_ct[:3, :3].T + world_from_ct[:3, 3]
+    twist = sample_start_twist(rng, max(target_mm, 1e-6))
+    for _ in range(20):
+        motion = motion_about(centre, twist)
+        size = np.linalg.norm(points @ motion[:3, :3].T + motion[:3, 3] - points, axis=1).mean()
+        if abs(size - target_mm) < 0.01:
+            break
+        twist *= target_mm / max(size, 1e-9)
+    return motion_about(centre, twist) @ world_from_ct

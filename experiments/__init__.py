@@ -1,0 +1,1 @@
+"""Programs: training, preparing a patient, registering, and what they write."""

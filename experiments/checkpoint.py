@@ -1,0 +1,127 @@
+"""Checkpoints: training states within a stage and finished models between stages, by Orbax, with a JSON manifest."""
+
+import dataclasses
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from data_pipelines import files
+from data_pipelines import pairs
+from radgs_jax.models import radgs_reg
+from radgs_jax.models.config import ModelConfig
+
+MODEL_FORMAT = "radgs-model/1"
+
+
+def save_state(folder, step, state):
+    """Saves a training state as `folder`/step_N; Orbax makes it appear whole or not at all. Older steps are removed."""
+    folder = pathlib.Path(folder).resolve()
+    ocp.save_pytree(folder / f"step_{step}", state, overwrite=True)
+    for old in _steps(folder):
+        if old < step:
+            shutil.rmtree(folder / f"step_{old}")
+
+
+def _steps(folder):
+    names = [p.name for p in pathlib.Path(folder).glob("step_*") if p.name[5:].isdigit()]
+    return sorted(int(name[5:]) for name in names)
+
+
+def latest(folder):
+    """Step of the latest state in `folder`, or None."""
+    return max(_steps(folder), default=None)
+
+
+def load_state(folder, like):
+    """The latest (step, state) in `folder`, restored into the shapes and shardings of `like`, or None."""
+    folder = pathlib.Path(folder).resolve()
+    step = latest(folder)
+    if step is None:
+        return None
+    return step, ocp.load_pytree(folder / f"step_{step}", jax.tree.map(_abstract, like))
+
+
+def _abstract(x):
+    # A sharding in the abstract tree keeps Orbax from trusting the one in the file, which may be another machine's.
+    sharding = x.sharding if isinstance(x, jax.Array) else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A finished model: parameters, their configuration, and mean shapes by label (0: all) for the baseline."""
+
+    params: dict
+    config: ModelConfig
+    mean_shapes: dict
+
+
+def save_model(folder, model, note):
+    """Writes a model to `folder`, whole or not at all; `note` says what it is."""
+    folder = pathlib.Path(folder).resolve()
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    ocp.save_pytree(temporary / "params", model.params)
+    files.write_npz(
+        temporary / "mean_shapes.npz",
+        labels=np.array(sorted(model.mean_shapes)),
+        shapes=np.stack([model.mean_shapes[k] for k in sorted(model.mean_shapes)]),
+    )
+    files.write_json(
+        temporary / "manifest.json",
+        {
+            "format": MODEL_FORMAT,
+            "note": note,
+            "model": dataclasses.asdict(model.config),
+            "model_hash": pairs.config_hash(model.config),
+        },
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def load_model(folder):
+    """Reads a model.
+
+    Raises:
+      InputError: a folder that is not a model, or one of another format.
+    """
+    folder = pathlib.Path(folder).resolve()
+    manifest = files.read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("format") != MODEL_FORMAT:
+        files.fail(
+            folder / "manifest.json",
+            "format",
+            repr(manifest.get("format") if isinstance(manifest, dict) else None),
+            repr(MODEL_FORMAT),
+        )
+    config = _config(manifest["model"])
+    if pairs.config_hash(config) != manifest["model_hash"]:
+        files.fail(
+            folder / "manifest.json", "model", "fields that do not match their hash", "an unchanged model configuration"
+        )
+    shapes = files.read_npz(folder / "mean_shapes.npz", "labels", "shapes")
+    like = jax.eval_shape(lambda: radgs_reg.init(config, jax.random.key(0)))
+    try:
+        params = ocp.load_pytree(folder / "params", jax.tree.map(_abstract, like))
+    except (ValueError, OSError, KeyError) as error:
+        files.fail(folder / "params", "content", str(error).splitlines()[0][:120], "parameters of the manifest's model")
+    return Model(params, config, {int(k): v for k, v in zip(shapes["labels"], shapes["shapes"])})
+
+
+def _config(value):
+    def frozen(item):
+        return tuple(frozen(i) for i in item) if isinstance(item, list) else item
+
+    return ModelConfig(**{k: frozen(v) for k, v in value.items()})
+
+
+def model_hash(folder):
+    """Digest of a model's content, for the reuse check of prepared patients."""
+    folder = pathlib.Path(folder).resolve()
+    parts = [files.sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()]
+    return pairs.config_hash("model", parts)

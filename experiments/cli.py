@@ -1,0 +1,35 @@
+"""What every program's `main` shares: flags, the compilation cache, and bad input as one line with exit status 2."""
+
+import os
+import pathlib
+import sys
+
+import jax
+from absl import app
+from absl import flags
+
+from data_pipelines import files
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+
+def run(main):
+    """Parses flags and calls `main()`; bad flags or input end the program with one line on standard error and status 2."""
+    app.define_help_flags()
+    try:
+        rest = flags.FLAGS(sys.argv)[1:]
+        if rest:
+            raise flags.Error(f"found the argument {rest[0]!r}, wanted flags only")
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "radgs_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        main()
+    except flags.Error as error:
+        _stop("flags: " + " ".join(str(error).split()))
+    except files.InputError as error:
+        _stop(str(error))
+
+
+def _stop(line):
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,83 @@
+"""Frozen configurations of a training run, with presets."""
+
+import dataclasses
+
+from data_pipelines.pairs import PairConfig
+from data_pipelines.phantom import PhantomConfig
+from data_pipelines.xray import Detector
+from radgs_jax.models.config import ModelConfig
+from radgs_jax.training import LossConfig
+
+DATA_STAGES = ("p1", "p2", "p3")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One data stage: pairs per vertebra, and steps of each module stage (RecM, RegM, joint)."""
+
+    pairs: int
+    steps: tuple
+    learning_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on besides its inputs.
+
+    p1_patients, p2_patients: phantoms of the public and of the 'real' stage; labels: VerSe numbers trained on; p2_folds,
+    p2_fold: folds by patient and the one held out; patient_labels: the patient's vertebrae prepared in P3.
+    """
+
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    pairs: PairConfig = PairConfig()
+    losses: LossConfig = LossConfig()
+    phantom: PhantomConfig = PhantomConfig()
+    detector: Detector = Detector()
+    labels: tuple = (17, 18, 19, 20, 21, 22, 23, 24)
+    p1_patients: int = 8
+    p2_patients: int = 5
+    p2_folds: int = 5
+    p2_fold: int = 0
+    patient_labels: tuple = (20, 21, 22, 23, 24)
+    p1: StageConfig = StageConfig(pairs=16, steps=(150, 100, 100), learning_rate=1e-3)
+    p2: StageConfig = StageConfig(pairs=3, steps=(20, 20, 40), learning_rate=5e-4)
+    p3: StageConfig = StageConfig(pairs=64, steps=(60, 40, 160), learning_rate=8e-4)
+    batch: int = 16
+    checkpoint_seconds: float = 60.0
+    passes: int = 6
+    eval_scenes: int = 2
+
+    def stage(self, name):
+        """The `StageConfig` of 'p1', 'p2' or 'p3'."""
+        return {"p1": self.p1, "p2": self.p2, "p3": self.p3}[name]
+
+
+DEMO = Config()
+PAPER = Config(
+    model=ModelConfig(
+        backbone_2d=("resnet50", ()),
+        backbone_3d=("resnet50", ()),
+        head="anchored",
+        gaussians=10000,
+        attention_maps=32,
+        counterfactual_draws=4,
+        hidden=256,
+        context=512,
+        crop_px=128,
+        pixel_mm=0.75,
+        grid=64,
+        voxel_mm=1.7,
+        grid_blur_mm=0.6,
+    ),
+    pairs=PairConfig(window=224, binning=4, poses=1, rest_spacing_mm=1.0, step_mm=1.0, vertebra_step_mm=0.5),
+    p1_patients=253,
+    p2_patients=10,
+    labels=(20, 21, 22, 23, 24),
+    p1=StageConfig(pairs=25, steps=(120000, 48000, 120000), learning_rate=1e-4),
+    p2=StageConfig(pairs=3, steps=(900, 900, 900), learning_rate=1e-4),
+    p3=StageConfig(pairs=300, steps=(6750, 2250, 6750), learning_rate=1e-4),
+    batch=8,
+    checkpoint_seconds=600.0,
+)
+PRESETS = {"demo": DEMO, "paper": PAPER}

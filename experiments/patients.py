@@ -1,0 +1,198 @@
+"""Prepared patients: data stage P3 on one scan, and the folder that `prepare` writes and `register` reads.
+
+A workdir W holds `manifest.json` with the hashes of everything its contents were made from, and per patient (one scan) the
+model and, per vertebra, what registering needs of the CT.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+
+from data_pipelines import build
+from data_pipelines import files
+from data_pipelines import pairs
+from data_pipelines import scan as scans
+from experiments import checkpoint
+from experiments import progress
+from experiments import stages
+from radgs_jax import gaussians
+from radgs_jax import training
+
+FORMAT = "radgs-workdir/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One vertebra to prepare: the scan, its labels, the VerSe number, a patient's identifier."""
+
+    patient: str
+    ct: pathlib.Path
+    mask: pathlib.Path
+    label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A vertebra as `register` needs it: the patient's model and the vertebra."""
+
+    model: checkpoint.Model
+    vertebra: scans.Vertebra
+    patient: str
+
+
+class Identity:
+    """Content digests of targets, each file read once."""
+
+    def __init__(self):
+        self._digests = {}
+
+    def scan(self, target):
+        """Digest of a target's CT and mask."""
+        paths = (pathlib.Path(target.ct).resolve(), pathlib.Path(target.mask).resolve())
+        for path in paths:
+            if path not in self._digests:
+                self._digests[path] = files.sha256(path)
+        return pairs.config_hash("scan", [self._digests[p] for p in paths])
+
+
+def prepare(config, workdir, targets, base, minutes=None, modules=training.MODULES):
+    """Prepares every target: one network per scan for all its vertebrae, from the model in folder `base`.
+
+    Args:
+      config: `configs.Config`; its p3 stage says what is done. minutes: wall time per scan instead of the config's steps.
+      modules: module stages to run; the model is written after the last one, 'joint'.
+    Raises:
+      InputError: unreadable input, an absent or cut vertebra, or a workdir made from other inputs.
+    """
+    workdir = pathlib.Path(workdir)
+    identity = Identity()
+    groups = {}
+    for target in targets:
+        groups.setdefault(identity.scan(target), {})[target.label] = target
+    model = checkpoint.load_model(base)
+    document = {
+        "format": FORMAT,
+        "base": checkpoint.model_hash(base),
+        "config": pairs.config_hash(
+            config.seed, config.p3, config.pairs, config.losses, model.config, config.batch, minutes
+        ),
+        "scans": {digest: sorted(group) for digest, group in groups.items()},
+    }
+    _claim(workdir, document)
+    for digest, group in groups.items():
+        folder = workdir / digest
+        if not (folder / "model" / "manifest.json").exists():
+            _prepare_scan(config, folder, list(group.values()), model, minutes, modules)
+
+
+def _claim(workdir, document):
+    """Takes a fresh workdir, or checks that what it holds was made from the same inputs."""
+    path = workdir / "manifest.json"
+    if path.exists():
+        found = files.read_json(path)
+        for field in ("format", "base", "config", "scans"):
+            if found.get(field) != document[field]:
+                files.fail(
+                    path,
+                    field,
+                    found.get(field),
+                    f"{document[field]} (a workdir is reused only for the same inputs; name another one or delete it)",
+                )
+    elif workdir.exists() and any(workdir.iterdir()):
+        files.fail(workdir, "folder", "files but no manifest.json", "an empty folder or a prepared workdir")
+    else:
+        files.write_json(path, document)
+
+
+def _prepare_scan(config, folder, targets, model, minutes, modules):
+    first = targets[0]
+    scan = scans.read_scan(first.ct, first.mask, first.patient)
+    for target in targets:
+        save_vertebra(
+            folder / f"vertebra_{target.label}.npz",
+            scans.extract(scan, target.label, model.config.gaussians, target.mask),
+            first.patient,
+        )
+    labels = [target.label for target in targets]
+    with progress.bar(len(labels), "p3 pairs") as bar:
+        shards = build.simulated_pairs(
+            folder / "pairs",
+            [("scan", first.ct, first.mask)],
+            labels,
+            config.p3.pairs,
+            config.seed + 7,
+            config.pairs,
+            model.config.gaussians,
+            bar.update,
+        )
+    stage = dataclasses.replace(config, model=model.config)
+    params = stages.run(
+        stage,
+        folder,
+        "p3",
+        pairs.gather(shards),
+        model.params,
+        config.p3.steps,
+        config.p3.learning_rate,
+        modules,
+        None if minutes is None else 60.0 * minutes,
+    )
+    if modules[-1] == "joint":
+        checkpoint.save_model(
+            folder / "model", dataclasses.replace(model, params=jax.device_get(params)), f"P3, labels {labels}"
+        )
+
+
+def save_vertebra(path, vertebra, patient):
+    """Writes what registering needs of a vertebra."""
+    files.write_npz(
+        path,
+        label=np.int32(vertebra.label),
+        density=vertebra.density,
+        mask=vertebra.mask,
+        patient=np.asarray(patient),
+        ct_from_index=vertebra.ct_from_index,
+        ct_from_box=vertebra.ct_from_box,
+        points=vertebra.points,
+        **{f"cloud_{k}": v for k, v in gaussians.to_arrays(vertebra.cloud).items()},
+    )
+
+
+def load(workdir, target, identity):
+    """The `Prepared` vertebra of a target.
+
+    Raises:
+      InputError: a workdir that does not hold it.
+    """
+    workdir = pathlib.Path(workdir)
+    manifest = files.read_json(workdir / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        files.fail(workdir / "manifest.json", "format", repr(manifest.get("format")), repr(FORMAT))
+    digest = identity.scan(target)
+    folder = workdir / digest
+    if target.label not in manifest["scans"].get(digest, []):
+        files.fail(
+            workdir,
+            f"label {target.label} of {target.ct}",
+            "not prepared",
+            "a vertebra that `experiments.prepare` was run for",
+        )
+    if not (folder / "model" / "manifest.json").exists():
+        files.fail(
+            workdir, "model", "an unfinished preparation", "a finished one: run `experiments.prepare` again to go on"
+        )
+    names = ("density", "mask", "ct_from_index", "ct_from_box", "points", "patient")
+    cloud = ("format", "density", "mean", "scale", "quaternion")
+    a = files.read_npz(folder / f"vertebra_{target.label}.npz", *names, *(f"cloud_{k}" for k in cloud))
+    vertebra = scans.Vertebra(
+        target.label,
+        a["density"],
+        a["mask"],
+        a["ct_from_index"],
+        a["ct_from_box"],
+        gaussians.from_arrays({k: a[f"cloud_{k}"] for k in cloud}),
+        a["points"],
+    )
+    return Prepared(checkpoint.load_model(folder / "model"), vertebra, str(a["patient"]))

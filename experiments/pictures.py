@@ -1,0 +1,120 @@
+"""The pictures that runs leave: registrations, score tables as plots."""
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from data_pipelines import files
+from data_pipelines import xray
+
+COLOURS = {"start": "#e8a33d", "estimate": "#35c4e8", "truth": "#7bd150"}
+PIXELS = 300
+
+
+def _save(figure, path):
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100, facecolor="white")
+
+
+def _outline(axes, silhouette, colour, style="-"):
+    if silhouette.max() > 0:
+        axes.contour(silhouette, levels=[0.06], colors=[colour], linewidths=1.3, linestyles=style)
+
+
+def registration(path, title, views, images, vertebra, poses, outcome, reconstruction, moved_ct):
+    """Both X-rays with the vertebra's outline at each pose, the attention map, and slices of reconstruction and CT.
+
+    Args:
+      views, images: `cases.View`s and line integrals; vertebra: `scan.Vertebra`; poses: name -> world_from_ct, among 'start',
+        'estimate', 'truth'; outcome: `registering.Outcome`; reconstruction, moved_ct: (X, Y, Z) on one grid in world axes.
+    """
+    figure = Figure(figsize=(15, 8.6), layout="constrained")
+    figure.suptitle(title)
+    rows = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+    top = rows[0].subplots(1, 2 * len(views))
+    for i, (view, image) in enumerate(zip(views, images)):
+        factor = max(1, min(view.height, view.width) // PIXELS)
+        small = image[: view.height // factor * factor, : view.width // factor * factor]
+        small = small.reshape(view.height // factor, factor, -1, factor).mean((1, 3))
+        k = view.intrinsics.copy()
+        k[2:] -= 0.5 * (factor - 1)
+        k = k / factor
+        axes = top[2 * i]
+        low, high = np.percentile(small, [1, 99.5])
+        axes.imshow(small, cmap="gray", vmin=low, vmax=high)
+        for name, world_from_ct in poses.items():
+            drawn = xray.render(
+                vertebra.density,
+                vertebra.ct_from_index,
+                world_from_ct,
+                k[None],
+                view.camera_from_world[None],
+                small.shape,
+                1.0,
+            )[0]
+            _outline(axes, drawn, COLOURS[name], "--" if name == "start" else "-")
+        axes.set_title(f"view {i + 1}: {', '.join(poses)}", fontsize=9)
+        crop = top[2 * i + 1]
+        window = outcome.xrays[i]
+        crop.imshow(window, cmap="gray")
+        height, width = window.shape
+        crop.imshow(
+            outcome.attention[i],
+            cmap="inferno",
+            alpha=0.55,
+            extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+            interpolation="bilinear",
+        )
+        drawn = xray.render(
+            vertebra.density,
+            vertebra.ct_from_index,
+            poses["estimate"],
+            outcome.intrinsics[i : i + 1],
+            view.camera_from_world[None],
+            window.shape,
+            1.0,
+        )[0]
+        _outline(crop, drawn, COLOURS["estimate"])
+        crop.set_title("network's crop, attention (CAL)", fontsize=9)
+    bottom = rows[1].subplots(1, 6)
+    names = ("sagittal", "coronal", "axial")
+    for axis, name in enumerate(names):
+        for j, (volume, label) in enumerate(((reconstruction, "reconstruction"), (moved_ct, "CT at the estimate"))):
+            axes = bottom[2 * axis + j]
+            axes.imshow(
+                np.take(volume, volume.shape[axis] // 2, axis).T, cmap="gray", origin="lower", vmin=0, vmax=0.06
+            )
+            axes.set_title(f"{name}: {label}", fontsize=9)
+    for axes in (*top, *bottom):
+        axes.set_xticks([])
+        axes.set_yticks([])
+    handles = [matplotlib.lines.Line2D([], [], color=COLOURS[n], label=n) for n in poses]
+    rows[0].legend(handles=handles, loc="lower center", ncols=len(poses), fontsize=9, frameon=False)
+    _save(figure, path)
+
+
+def errors(path, title, start_mm, error_mm, trajectories_mm):
+    """Error against start error, and error against the number of passes.
+
+    Args:
+      start_mm, error_mm: (C,); trajectories_mm: (C, passes + 1).
+    """
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2)
+    left.scatter(start_mm, error_mm, s=18, color=COLOURS["estimate"])
+    left.plot([0, 25], [0, 25], color="grey", lw=0.8, ls="--", label="start pose")
+    left.axhline(2.0, color="#c44", lw=0.8, label="success: 2 mm")
+    left.set(
+        xlabel="start mTRE, mm",
+        ylabel="mTRE after registration, mm",
+        xlim=(0, 26),
+        ylim=(0, max(6.0, float(np.max(error_mm)) * 1.05)),
+    )
+    left.legend(frameon=False)
+    passes = np.arange(trajectories_mm.shape[1])
+    for q, style in ((25, ":"), (50, "-"), (75, ":"), (90, "--")):
+        right.plot(passes, np.percentile(trajectories_mm, q, axis=0), style, color="#333", label=f"{q}th percentile")
+    right.set(xlabel="pass", ylabel="mTRE, mm", yscale="log")
+    right.legend(frameon=False)
+    _save(figure, path)

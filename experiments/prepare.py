@@ -1,0 +1,67 @@
+"""Prepares patients: `python -m experiments.prepare --cases=C.json --workdir=W`, or `--ct --mask --label`.
+
+Trains data stage P3 on each patient's CT, from the base model. Of a case file it reads `volumes` only.
+"""
+
+import pathlib
+
+from absl import flags
+
+from data_pipelines import cases
+from data_pipelines import files
+from experiments import cli
+from experiments import configs
+from experiments import patients
+
+CASES = flags.DEFINE_string("cases", None, "Case file whose `volumes` are prepared.")
+CT = flags.DEFINE_string("ct", None, "CT (NIfTI), instead of --cases.")
+MASK = flags.DEFINE_string("mask", None, "Label map on the CT's grid, with --ct.")
+LABEL = flags.DEFINE_list("label", None, "VerSe number of the vertebra, or several, with --ct.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for what is prepared.", required=True)
+BASE = flags.DEFINE_string("base", str(cli.REPOSITORY / "base"), "Model of P1+P2 to start from.")
+MINUTES = flags.DEFINE_float(
+    "minutes", None, "Training time per scan, without its data; default: the preset's steps.", lower_bound=0.05
+)
+PRESET = flags.DEFINE_enum("preset", "demo", sorted(configs.PRESETS), "Configuration.")
+
+
+def targets():
+    """What the flags name, as a list of `patients.Target`.
+
+    Raises:
+      InputError: flags that do not go together, or labels that are not numbers.
+    """
+    if CASES.value:
+        if CT.value or MASK.value or LABEL.value:
+            files.fail("flags", "--cases", "also --ct, --mask or --label", "either a case file or one scan")
+        return [
+            patients.Target(v.patient, v.full_ct, v.full_mask, v.full_label)
+            for v in cases.read(CASES.value).volumes.values()
+        ]
+    if not (CT.value and MASK.value and LABEL.value):
+        files.fail("flags", "input", "neither --cases nor all of --ct, --mask, --label", "one of the two")
+    return [
+        patients.Target(pathlib.Path(CT.value).name, pathlib.Path(CT.value), pathlib.Path(MASK.value), number)
+        for number in label_numbers(LABEL.value)
+    ]
+
+
+def label_numbers(values):
+    """VerSe numbers of a list of strings.
+
+    Raises:
+      InputError: not a whole number from 1 to 28.
+    """
+    for value in values:
+        if not value.isdigit() or not 1 <= int(value) <= 28:
+            files.fail("flags", "--label", repr(value), "VerSe numbers, 1 to 28")
+    return [int(value) for value in values]
+
+
+def main():
+    patients.prepare(configs.PRESETS[PRESET.value], WORKDIR.value, targets(), BASE.value, MINUTES.value)
+    print(f"prepared: {WORKDIR.value}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

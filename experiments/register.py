@@ -1,0 +1,163 @@
+"""Registers cases with a prepared workdir.
+
+Many: `python -m experiments.register --cases=C.json --variant=full --workdir=W --out=OUT`. One: `--ct --mask --label --workdir
+--xrays=ap.npy,lat.npy --cameras=cameras.json --init=T.json --out=OUT`; without --init, --points gives the vertebra's centre
+in each view and the CT's own orientation is taken.
+"""
+
+import pathlib
+import shutil
+
+import numpy as np
+from absl import flags
+
+from data_pipelines import cases
+from data_pipelines import files
+from experiments import cli
+from experiments import configs
+from experiments import patients
+from experiments import progress
+from experiments import registering
+
+CASES = flags.DEFINE_string("cases", None, "Case file; all its cases are registered.")
+VARIANT = flags.DEFINE_string("variant", "full", "Array of the X-ray files, with --cases.")
+CT = flags.DEFINE_string("ct", None, "CT (NIfTI), instead of --cases.")
+MASK = flags.DEFINE_string("mask", None, "Label map on the CT's grid, with --ct.")
+LABEL = flags.DEFINE_string("label", None, "VerSe number of the vertebra, with --ct.")
+XRAYS = flags.DEFINE_list("xrays", None, "One NPY image per view, line integrals (or --raw), with --ct.")
+CAMERAS = flags.DEFINE_string("cameras", None, 'JSON list with {"P": 3x4} or {"K": 3x3, "E": 4x4} per view, with --ct.')
+INIT = flags.DEFINE_string("init", None, "JSON 4x4 start pose world_from_ct, with --ct.")
+POINTS = flags.DEFINE_string("points", None, "'u,v;u,v': the vertebra's centre in each view, instead of --init.")
+RAW = flags.DEFINE_bool("raw", False, "X-rays are raw intensities; line integrals are -ln(I / air).")
+AIR = flags.DEFINE_float("air", None, "Intensity of unattenuated air, with --raw.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder that `experiments.prepare` made.", required=True)
+OUT = flags.DEFINE_string("out", None, "New folder for the results.", required=True)
+PASSES = flags.DEFINE_integer("passes", configs.DEMO.passes, "Passes of the network.", lower_bound=1, upper_bound=50)
+PICTURES = flags.DEFINE_bool("pictures", True, "Write pictures, volumes and transforms per case, besides results.json.")
+
+
+def _line_integrals(path, image):
+    if not RAW.value:
+        return image
+    if AIR.value is None or not AIR.value > 0:
+        files.fail("flags", "--air", AIR.value, "the positive intensity of air, with --raw")
+    if np.nanmin(image) <= 0:
+        files.fail(path, "pixels", f"a smallest intensity of {np.nanmin(image)}", "positive raw intensities")
+    return -np.log(image.astype(np.float64) / AIR.value)
+
+
+def _single():
+    """The one case that the flags describe: (id, target, views, images, start, None)."""
+    for flag in (MASK, LABEL, XRAYS, CAMERAS):
+        if not flag.value:
+            files.fail("flags", f"--{flag.name}", "nothing", "a value, with --ct")
+    if bool(INIT.value) == bool(POINTS.value):
+        files.fail("flags", "--init, --points", "both" if INIT.value else "neither", "one of the two")
+    if not LABEL.value.isdigit():
+        files.fail("flags", "--label", repr(LABEL.value), "a VerSe number")
+    target = patients.Target(
+        pathlib.Path(CT.value).name, pathlib.Path(CT.value), pathlib.Path(MASK.value), int(LABEL.value)
+    )
+    listed = files.read_json(CAMERAS.value)
+    if not isinstance(listed, list) or len(listed) != len(XRAYS.value):
+        files.fail(
+            CAMERAS.value,
+            "views",
+            len(listed) if isinstance(listed, list) else type(listed).__name__,
+            f"a list of {len(XRAYS.value)}, one per X-ray",
+        )
+    views, images = [], []
+    for index, (path, value) in enumerate(zip(XRAYS.value, listed)):
+        image = files.read_npy(path)
+        if image.ndim != 2:
+            files.fail(path, "shape", image.shape, "(height, width)")
+        views.append(cases.read_view(CAMERAS.value, f"[{index}]", value, image.shape))
+        images.append(cases.check_image(path, "image", _line_integrals(path, image), views[-1]))
+    if INIT.value:
+        start = cases.check_rigid(INIT.value, "T_init", files.read_json(INIT.value))
+    else:
+        vertebra = patients.load(WORKDIR.value, target, patients.Identity()).vertebra
+        start, miss = registering.start_from_points(views, _pixels(len(views)), vertebra)
+        print(f"start from --points: the rays miss each other by {miss:.2f} mm")
+    return [("case", target, views, images, start, None)]
+
+
+def _pixels(count):
+    try:
+        pixels = [[float(v) for v in pair.split(",")] for pair in POINTS.value.split(";")]
+    except ValueError:
+        pixels = []
+    if len(pixels) != count or any(len(p) != 2 for p in pixels):
+        files.fail("flags", "--points", repr(POINTS.value), f"{count} pairs 'u,v', separated by ';'")
+    return pixels
+
+
+def _listed():
+    """Every case of the case file: (id, target, views, images, start, truth or None)."""
+    case_file = cases.read(CASES.value)
+    images = {name: cases.read_xrays(scene, VARIANT.value) for name, scene in case_file.scenes.items()}
+    rows = []
+    for case in case_file.cases:
+        scene = case_file.scenes[case.scene]
+        volume = case_file.volumes[scene.volume]
+        target = patients.Target(volume.patient, volume.full_ct, volume.full_mask, volume.full_label)
+        rows.append(
+            (case.name, target, scene.views, images[scene.name], case.world_from_ct, _truth_for_pictures(scene))
+        )
+    return rows
+
+
+def _truth_for_pictures(scene):
+    # The truth, where a file has one, is drawn and nothing else; a file without it, or with rubbish in it, registers the same.
+    try:
+        return cases.check_rigid("", "", scene.world_from_ct)
+    except files.InputError:
+        return None
+
+
+def main():
+    if bool(CASES.value) == bool(CT.value):
+        files.fail("flags", "--cases, --ct", "both" if CT.value else "neither", "one of the two")
+    out = pathlib.Path(OUT.value)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        files.fail(out, "folder", "one that is not empty", "a new folder")
+    rows = _listed() if CASES.value else _single()
+    identity, prepared = patients.Identity(), {}
+    for _, target, *_ in rows:
+        key = (identity.scan(target), target.label)
+        if key not in prepared:
+            prepared[key] = patients.load(WORKDIR.value, target, identity)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    results, warm = [], set()
+    with progress.bar(len(rows), "register") as bar:
+        for name, target, views, images, start, truth in rows:
+            ready = prepared[identity.scan(target), target.label]
+            sizes = tuple(image.shape for image in images)
+            if sizes not in warm:  # compiles once per image size, so that the times below are those of a warm program
+                registering.register(ready, views, images, start, PASSES.value)
+                warm.add(sizes)
+            outcome = registering.register(ready, views, images, start, PASSES.value)
+            results.append(
+                {
+                    "id": name,
+                    "T": outcome.world_from_ct.tolist(),
+                    "runtime_s": outcome.runtime_s,
+                    "cpu_s": outcome.cpu_s,
+                }
+            )
+            if PICTURES.value:
+                registering.write(partial, name, outcome, ready, views, images, start, truth)
+            bar.update()
+    cases.write_results(
+        partial / "results.json", registering.PROGRAM, VARIANT.value if CASES.value else "xrays", results
+    )
+    if out.exists():
+        out.rmdir()
+    partial.rename(out)
+    print(f"registered {len(results)} case(s): {out / 'results.json'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,163 @@
+"""Registers one case with a prepared vertebra, and writes everything a case leaves behind."""
+
+import dataclasses
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipelines import files
+from data_pipelines import pairs
+from data_pipelines import scan as scans
+from experiments import pictures
+from radgs_jax import camera
+from radgs_jax import gaussians
+from radgs_jax import grid
+from radgs_jax import training
+
+PROGRAM = "radgs_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """world_from_ct: (4, 4) estimate, float64; trajectory: (passes + 1, 4, 4) world_from_ct; reconstruction: Gaussians in the
+    world frame (effect branch); xrays, intrinsics, camera_from_world: the last crops; attention: (V, h, w); times in s."""
+
+    world_from_ct: np.ndarray
+    trajectory: np.ndarray
+    reconstruction: gaussians.Gaussians
+    xrays: np.ndarray
+    intrinsics: np.ndarray
+    camera_from_world: np.ndarray
+    attention: np.ndarray
+    runtime_s: float
+    cpu_s: float
+
+
+def register(prepared, views, images, start_world_from_ct, passes):
+    """Registers one case: nothing enters but the prepared vertebra, X-rays, cameras and the start pose.
+
+    Args:
+      prepared: `patients.Prepared`; views: `cases.View`s; images: (H_v, W_v) line integrals; start_world_from_ct: (4, 4).
+    Returns:
+      `Outcome`.
+    """
+    wall, cpu = time.perf_counter(), time.process_time()
+    vertebra, config = prepared.vertebra, prepared.model.config
+    small, intrinsics, extrinsics = pairs.binned_views(views, images, config.pixel_mm)
+    start = start_world_from_ct @ vertebra.ct_from_box
+    result = jax.device_get(
+        training.register(
+            prepared.model.params,
+            config,
+            [jnp.asarray(i, jnp.float32) for i in small],
+            jnp.asarray(intrinsics, jnp.float32),
+            jnp.asarray(extrinsics, jnp.float32),
+            jnp.asarray(start, jnp.float32),
+            prepared.vertebra.cloud,
+            passes,
+        )
+    )
+    box_from_ct = np.linalg.inv(vertebra.ct_from_box)
+    poses = [start_world_from_ct, *(_rigid(T) @ box_from_ct for T in result.trajectory[1:].astype(np.float64))]
+    runtime, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    effect = jax.tree.map(lambda a: a[0], result.reconstruction.effect)
+    return Outcome(
+        poses[-1],
+        np.stack(poses),
+        gaussians.move(effect, jnp.asarray(result.trajectory[-2])),
+        result.xrays,
+        result.intrinsics,
+        extrinsics,
+        result.reconstruction.attention[0].mean(-1),
+        runtime,
+        cpu,
+    )
+
+
+def _rigid(T):
+    # float32 passes leave a rotation 1e-6 off; the nearest one goes into the files.
+    u, _, vt = np.linalg.svd(T[:3, :3])
+    T = T.copy()
+    T[:3, :3] = u @ vt
+    return T
+
+
+def reconstruction_in_ct(outcome, world_from_ct, ct_from_index, shape):
+    """The reconstructed density (X, Y, Z) carried to CT axes by the inverse of `world_from_ct`, on a grid there."""
+    ct = gaussians.move(outcome.reconstruction, jnp.asarray(np.linalg.inv(world_from_ct), jnp.float32))
+    # Centred first: CT coordinates of hundreds of mm would cost float32 its digits.
+    middle = ct_from_index[:3, :3] @ (0.5 * (np.array(shape) - 1)) + ct_from_index[:3, 3]
+    affine = np.array(ct_from_index)
+    affine[:3, 3] -= middle
+    ct = ct.replace(mean=ct.mean - jnp.asarray(middle, jnp.float32))
+    return np.asarray(gaussians.voxelize(ct, grid.VoxelGrid(jnp.asarray(affine, jnp.float32), tuple(shape))))
+
+
+def itk_transform(world_from_ct):
+    """The pose as an ITK text transform (LPS) that 3D Slicer loads.
+
+    ITK stores the map from the fixed frame (world) back to the moving one (CT); Slicer shows its inverse, which carries the CT
+    into the C-arm's frame.
+    """
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0])
+    T = lps @ np.linalg.inv(world_from_ct) @ lps
+    numbers = " ".join(f"{v:.17g}" for v in [*T[:3, :3].ravel(), *T[:3, 3]])
+    return (
+        "#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3\n"
+        f"Parameters: {numbers}\nFixedParameters: 0 0 0\n"
+    )
+
+
+def write(folder, name, outcome, prepared, views, images, start_world_from_ct, true_world_from_ct=None):
+    """Writes a case's files into `folder`/`name`: pose, ITK transform, volumes, Gaussians and the picture."""
+    folder = pathlib.Path(folder) / name
+    vertebra = prepared.vertebra
+    files.write_json(
+        folder / "pose.json",
+        {
+            "world_from_ct": outcome.world_from_ct.tolist(),
+            "start_world_from_ct": np.asarray(start_world_from_ct).tolist(),
+            "passes_world_from_ct": outcome.trajectory.tolist(),
+            "units": "mm",
+            "frames": "CT: RAS+ mm; world: the C-arm's",
+        },
+    )
+    with files.replacing(folder / "pose.tfm") as temporary:
+        temporary.write_text(itk_transform(outcome.world_from_ct))
+    centre = outcome.world_from_ct[:3, :3] @ vertebra.ct_from_box[:3, 3] + outcome.world_from_ct[:3, 3]
+    world_from_index = np.eye(4)
+    world_from_index[:3, 3] = np.round(centre) - 0.5 * (np.array(scans.GRID_SHAPE) - 1)
+    moved = scans.resample(
+        vertebra.density, outcome.world_from_ct @ vertebra.ct_from_index, world_from_index, scans.GRID_SHAPE
+    )
+    files.write_nifti(folder / "ct_vertebra_in_world.nii.gz", moved, world_from_index)
+    reconstruction = reconstruction_in_ct(outcome, np.eye(4), world_from_index, scans.GRID_SHAPE)
+    files.write_nifti(folder / "reconstruction_in_world.nii.gz", reconstruction, world_from_index)
+    files.write_npz(folder / "gaussians.npz", **gaussians.to_arrays(outcome.reconstruction))
+    poses = {"start": start_world_from_ct, "estimate": outcome.world_from_ct}
+    if true_world_from_ct is not None:
+        poses["truth"] = true_world_from_ct
+    pictures.registration(folder / "picture.png", name, views, images, vertebra, poses, outcome, reconstruction, moved)
+
+
+def start_from_points(views, pixels, vertebra):
+    """A start pose from the vertebra's centre clicked in every view, with the CT's own orientation.
+
+    Args:
+      pixels: one (u, v) per view.
+    Returns:
+      world_from_ct (4, 4) and the rms distance of the rays from their common point, mm.
+    """
+    cameras = [
+        camera.Camera(
+            jnp.asarray(v.intrinsics, jnp.float32), jnp.asarray(v.camera_from_world, jnp.float32), v.height, v.width
+        )
+        for v in views
+    ]
+    centre, miss = camera.triangulate(cameras, [jnp.asarray(p, jnp.float32) for p in pixels])
+    world_from_ct = np.eye(4)
+    world_from_ct[:3, 3] = np.asarray(centre, np.float64) - vertebra.ct_from_box[:3, 3]
+    return world_from_ct, float(miss)

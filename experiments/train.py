@@ -1,0 +1,199 @@
+"""Trains RadGS-Reg: `python -m experiments.train --stage=full`.
+
+Data stages: P1 (many spines, simulated X-rays), P2 (a folder of real cases, folds by patient; on the default data a second,
+harder simulation), P3 (the patient's own CT). Inside each, the module stages RecM, RegM, joint. Every stage starts from the
+checkpoint before it, and a run that was stopped goes on where it was.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+from absl import flags
+
+from data_pipelines import build
+from data_pipelines import cases
+from data_pipelines import files
+from data_pipelines import pairs
+from experiments import checkpoint
+from experiments import cli
+from experiments import configs
+from experiments import evaluate
+from experiments import patients
+from experiments import progress
+from experiments import stages
+from radgs_jax import training
+from radgs_jax.models import backbones
+from radgs_jax.models import radgs_reg
+
+STAGES = ("full", *configs.DATA_STAGES, *(f"{d}_{m}" for d in configs.DATA_STAGES for m in training.MODULES))
+STAGE = flags.DEFINE_enum("stage", "full", STAGES, "full, a data stage, or one module stage of it.")
+PRESET = flags.DEFINE_enum("preset", "demo", sorted(configs.PRESETS), "Configuration.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder for data, checkpoints, logs and results.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0)
+P2_CASES = flags.DEFINE_string(
+    "p2_cases", None, "Case file of real X-rays with known poses, for P2; default: simulated."
+)
+P2_VARIANT = flags.DEFINE_string("p2_variant", "real", "Array of its X-ray files.")
+P2_FOLD = flags.DEFINE_integer("p2_fold", 0, "Fold (by patient) that P2 holds out.", lower_bound=0)
+
+STARTS_MM = ((0, 5), (5, 10), (10, 15), (15, 20), (20, 25))
+# Patients never meet between stages: each stage draws its phantoms from seeds of its own.
+P1_SEED, P2_SEED, PATIENT_SEED = 10000, 20000, 30000
+
+
+def _phantom_scans(config, workdir, first, count, text):
+    seeds = [first + 100 * config.seed + i for i in range(count)]
+    with progress.bar(count, text) as bar:
+        return build.phantoms(workdir / "scans", seeds, config.phantom, bar.update)
+
+
+def folds(patients_, count):
+    """Patient -> fold, of a list of patient names: sorted, then dealt out in turn."""
+    return {patient: index % count for index, patient in enumerate(sorted(set(patients_)))}
+
+
+def p1(config, workdir, modules):
+    """Public CTs with simulated X-rays."""
+    subjects = _phantom_scans(config, workdir, P1_SEED, config.p1_patients, "p1 phantoms")
+    with progress.bar(len(subjects) * len(config.labels), "p1 pairs") as bar:
+        shards = build.simulated_pairs(
+            workdir / "pairs" / "p1",
+            subjects,
+            config.labels,
+            config.p1.pairs,
+            config.seed + 1,
+            config.pairs,
+            config.model.gaussians,
+            bar.update,
+        )
+    params = jax.jit(lambda key: radgs_reg.init(config.model, key))(jax.random.key(config.seed))
+    print("parameters: " + ", ".join(f"{k} {backbones.count_parameters(v):,}" for k, v in params.items()))
+    params = stages.run(
+        config, workdir, "p1", pairs.gather(shards), params, config.p1.steps, config.p1.learning_rate, modules
+    )
+    if modules[-1] == "joint":
+        model = checkpoint.Model(jax.device_get(params), config.model, pairs.mean_shapes(shards))
+        checkpoint.save_model(workdir / "p1" / "model", model, "P1")
+
+
+def p2(config, workdir, modules, case_path=None, variant="real"):
+    """Real cases of known pose, five folds by patient; by default simulated ones, harder than P1's."""
+    model = checkpoint.load_model(workdir / "p1" / "model")
+    if case_path is None:
+        subjects = _phantom_scans(config, workdir, P2_SEED, config.p2_patients, "p2 phantoms")
+        with progress.bar(len(subjects) * len(config.labels) * config.p2.pairs, "p2 X-rays") as bar:
+            case_path = build.simulated_cases(
+                workdir / "p2" / "cases.json",
+                subjects,
+                config.labels,
+                config.p2.pairs,
+                ((0, 25),),
+                config.seed + 2,
+                config.detector,
+                (variant,),
+                bar.update,
+            )
+    case_file = cases.read(case_path)
+    fold = folds([v.patient for v in case_file.volumes.values()], config.p2_folds)
+    if config.p2_fold >= config.p2_folds:
+        files.fail("flags", "--p2_fold", config.p2_fold, f"0 to {config.p2_folds - 1}")
+    names = [s.name for s in case_file.scenes.values() if fold[case_file.volumes[s.volume].patient] != config.p2_fold]
+    if not names:
+        files.fail(case_path, "patients", sorted(fold), "at least one outside the held-out fold")
+    path = (
+        workdir
+        / "pairs"
+        / "p2"
+        / pairs.config_hash(files.sha256(case_path), names, variant, config.pairs, model.config)
+    )
+    if not (path / "done.json").exists():
+        shards = pairs.from_cases(
+            case_file, names, variant, config.pairs, model.config.gaussians, model.config.pixel_mm
+        )
+        for name, shard in shards.items():
+            pairs.save(path / f"{name}.npz", shard)
+        files.write_json(path / "done.json", sorted(shards))
+    shards = [pairs.load(path / f"{name}.npz") for name in files.read_json(path / "done.json")]
+    params = stages.run(
+        config, workdir, "p2", pairs.gather(shards), model.params, config.p2.steps, config.p2.learning_rate, modules
+    )
+    if modules[-1] == "joint":
+        note = f"P1+P2 without fold {config.p2_fold}"
+        checkpoint.save_model(workdir / "p2" / "model", dataclasses.replace(model, params=jax.device_get(params)), note)
+
+
+def p3(config, workdir, modules):
+    """The patient's own CT, from the result of P1 and P2."""
+    subject, ct, mask = _phantom_scans(config, workdir, PATIENT_SEED, 1, "patient")[0]
+    targets = [patients.Target(subject, ct, mask, label) for label in config.patient_labels]
+    patients.prepare(config, workdir / "p3", targets, workdir / "p2" / "model", modules=modules)
+    return subject, ct, mask
+
+
+def score(config, workdir, subject, ct, mask):
+    """The table: X-rays and poses of the patient that no stage has seen. Returns it as text."""
+    with progress.bar(len(config.patient_labels) * config.eval_scenes, "held-out X-rays") as bar:
+        path = build.simulated_cases(
+            workdir / "eval" / "cases.json",
+            [(subject, ct, mask)],
+            config.patient_labels,
+            config.eval_scenes,
+            STARTS_MM,
+            config.seed + 3,
+            config.detector,
+            on_done=bar.update,
+        )
+    case_file = cases.read(path)
+    texts = []
+    for variant in ("artic", "real"):
+        text, times = evaluate.report(case_file, variant, workdir / "p3", config.passes, workdir / "eval")
+        texts.append(text)
+        print(times)
+    result = "\n\n".join(texts)
+    with files.replacing(workdir / "eval" / "table.txt") as temporary:
+        temporary.write_text(result + "\n")
+    return result
+
+
+def train(config, workdir, stage="full", case_path=None, variant="real"):
+    """Runs a stage; callable from a notebook.
+
+    Args:
+      config: `configs.Config`; workdir: folder that holds the run; stage: one of STAGES.
+      case_path, variant: real cases for P2, or None.
+    Returns:
+      the score table after 'full', else None.
+    Raises:
+      InputError: a stage whose predecessor is not there, or unusable input.
+    """
+    workdir = pathlib.Path(workdir)
+    name, _, module = stage.partition("_")
+    modules = training.MODULES[: training.MODULES.index(module) + 1] if module else training.MODULES
+    if module and len(modules) > 1:
+        before, steps = modules[-2], config.stage(name).steps[len(modules) - 2]
+        if not stages.finished(workdir, name, before, steps):
+            files.fail(
+                workdir,
+                f"stage {name}_{before}",
+                "not finished",
+                f"its last checkpoint: run --stage={name}_{before} first",
+            )
+    if name in ("full", "p1"):
+        p1(config, workdir, modules)
+    if name in ("full", "p2"):
+        p2(config, workdir, modules, case_path, variant)
+    if name in ("full", "p3"):
+        patient = p3(config, workdir, modules)
+    return score(config, workdir, *patient) if name == "full" or stage == "p3" else None
+
+
+def main():
+    config = dataclasses.replace(configs.PRESETS[PRESET.value], seed=SEED.value, p2_fold=P2_FOLD.value)
+    table = train(config, WORKDIR.value, STAGE.value, P2_CASES.value, P2_VARIANT.value)
+    if table:
+        print(f"\n{table}\n\npictures and files: {pathlib.Path(WORKDIR.value) / 'eval'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,64 @@
+"""Public `splat`: one definition, one custom gradient, several backends."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels import dispatch
+from kernels.splat import ffi_cpu
+from kernels.splat import xla
+
+BACKENDS = {"ffi_cpu": (ffi_cpu.forward, ffi_cpu.backward), "xla": (xla.forward, xla.backward)}
+
+
+def splat(density, mean, precision, intrinsics, height, width, *, implementation=None):
+    """Exact cone-beam line integrals of radiative Gaussians, differentiable in every array argument.
+
+    The definition, with its support rule, is `kernels.splat.oracle.splat`. Leading axes are a batch of (cloud, camera)
+    pairs and must agree in all four arrays; one cloud under several views is a broadcast by the caller.
+
+    Args:
+      density: (..., N) peak attenuation, 1/mm.
+      mean: (..., N, 3) mm in the camera frame: source at 0, +x along columns, +y along rows, +z to the detector.
+      precision: (..., N, 6) inverse covariance xx, xy, xz, yy, yz, zz, 1/mm^2, camera frame.
+      intrinsics: (..., 4) fx, fy, cx, cy in pixels; pixel centres are integers.
+      height, width: static image size.
+      implementation: backend name, order of names, or None for the best available.
+    Returns:
+      (..., height, width) line integrals (no unit). Gaussians that reach behind the source, or whose mean or precision is
+      not finite, add nothing and get zero gradients.
+    Raises:
+      ValueError: shapes that do not fit, or an unknown implementation.
+    """
+    batch, n = density.shape[:-1], density.shape[-1]
+    wanted = {"mean": (*batch, n, 3), "precision": (*batch, n, 6), "intrinsics": (*batch, 4)}
+    for name, array in (("mean", mean), ("precision", precision), ("intrinsics", intrinsics)):
+        if array.shape != wanted[name]:
+            raise ValueError(
+                f"splat: {name} has shape {array.shape}, wanted {wanted[name]} to match density {density.shape}"
+            )
+    implementation = (
+        implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
+    )
+    dtype = jnp.result_type(density, mean, precision, intrinsics)
+    arrays = (jnp.asarray(a, dtype) for a in (density, mean, precision, intrinsics))
+    return _splat(height, width, implementation, *arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _splat(height, width, implementation, density, mean, precision, intrinsics):
+    forwards = {name: pair[0] for name, pair in BACKENDS.items()}
+    return dispatch.run("splat", forwards, implementation, density, mean, precision, intrinsics, height, width)
+
+
+def _splat_fwd(height, width, implementation, *arrays):
+    return _splat(height, width, implementation, *arrays), arrays
+
+
+def _splat_bwd(height, width, implementation, arrays, cotangent):
+    backwards = {name: pair[1] for name, pair in BACKENDS.items()}
+    return dispatch.run("splat", backwards, implementation, *arrays, cotangent)
+
+
+_splat.defvjp(_splat_fwd, _splat_bwd)

@@ -1,0 +1,34 @@
+"""`splat` and its gradient in C++ on the CPU."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from kernels import ffi_build
+
+
+def _call(target, symbol, results, arrays):
+    """Calls `symbol` of splat.cc; leading axes are a batch there too, so vmap only adds one."""
+    if jax.default_backend() != "cpu":
+        raise NotImplementedError(f"the device is {jax.default_backend()}, not cpu")
+    wrong = [str(a.dtype) for a in arrays if a.dtype != jnp.float32]
+    if wrong:
+        raise NotImplementedError(f"float32 only, not {wrong[0]}")
+    ffi_build.register(pathlib.Path(__file__).with_name("splat.cc"), target, symbol)
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
+    return jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")(*arrays)
+
+
+def forward(density, mean, precision, intrinsics, height, width):
+    """As `xla.forward`, float32 only; a precision that is not positive definite adds nothing."""
+    arrays = (density, mean, precision, intrinsics)
+    return _call("radgs_splat_forward", "RadgsSplatForward", [(*density.shape[:-1], height, width)], arrays)[0]
+
+
+def backward(density, mean, precision, intrinsics, cotangent):
+    """As `xla.backward`, float32 only."""
+    arrays = (density, mean, precision, intrinsics, cotangent)
+    results = [density.shape, mean.shape, precision.shape, (*density.shape, 4)]
+    to_density, to_mean, to_precision, to_camera = _call("radgs_splat_backward", "RadgsSplatBackward", results, arrays)
+    return to_density, to_mean, to_precision, jnp.sum(to_camera, -2)

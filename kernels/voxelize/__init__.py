@@ -1,0 +1,5 @@
+"""Density voxelisation: radiative Gaussians sampled at voxel centres."""
+
+from kernels.voxelize.api import voxelize
+
+__all__ = ["voxelize"]

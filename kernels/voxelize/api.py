@@ -1,0 +1,59 @@
+"""Public `voxelize`: one definition, one custom gradient, several backends."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels import dispatch
+from kernels.voxelize import ffi_cpu
+from kernels.voxelize import xla
+
+BACKENDS = {"ffi_cpu": (ffi_cpu.forward, ffi_cpu.backward), "xla": (xla.forward, xla.backward)}
+
+
+def voxelize(density, mean, precision, shape, *, implementation=None):
+    """Density of radiative Gaussians at voxel centres, differentiable in every array argument.
+
+    The definition, with its support rule, is `kernels.voxelize.oracle.voxelize`. Leading axes are a batch.
+
+    Args:
+      density: (..., N) peak attenuation, 1/mm.
+      mean: (..., N, 3) in voxel indices (voxel i has its centre at i).
+      precision: (..., N, 6) inverse covariance xx, xy, xz, yy, yz, zz, 1/voxel^2.
+      shape: three static sizes.
+      implementation: backend name, order of names, or None for the best available.
+    Returns:
+      (..., *shape) density, 1/mm. Gaussians whose mean or precision is not finite add nothing.
+    Raises:
+      ValueError: shapes that do not fit, or an unknown implementation.
+    """
+    batch, n = density.shape[:-1], density.shape[-1]
+    for name, array, wanted in (("mean", mean, (*batch, n, 3)), ("precision", precision, (*batch, n, 6))):
+        if array.shape != wanted:
+            raise ValueError(
+                f"voxelize: {name} has shape {array.shape}, wanted {wanted} to match density {density.shape}"
+            )
+    implementation = (
+        implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
+    )
+    dtype = jnp.result_type(density, mean, precision)
+    return _voxelize(tuple(shape), implementation, *(jnp.asarray(a, dtype) for a in (density, mean, precision)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _voxelize(shape, implementation, density, mean, precision):
+    forwards = {name: pair[0] for name, pair in BACKENDS.items()}
+    return dispatch.run("voxelize", forwards, implementation, density, mean, precision, shape)
+
+
+def _voxelize_fwd(shape, implementation, *arrays):
+    return _voxelize(shape, implementation, *arrays), arrays
+
+
+def _voxelize_bwd(shape, implementation, arrays, cotangent):
+    backwards = {name: pair[1] for name, pair in BACKENDS.items()}
+    return dispatch.run("voxelize", backwards, implementation, *arrays, cotangent)
+
+
+_voxelize.defvjp(_voxelize_fwd, _voxelize_bwd)

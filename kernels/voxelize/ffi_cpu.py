@@ -1,0 +1,32 @@
+"""`voxelize` and its gradient in C++ on the CPU."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from kernels import ffi_build
+
+
+def _call(target, symbol, results, arrays):
+    """Calls `symbol` of voxelize.cc; leading axes are a batch there too, so vmap only adds one."""
+    if jax.default_backend() != "cpu":
+        raise NotImplementedError(f"the device is {jax.default_backend()}, not cpu")
+    wrong = [str(a.dtype) for a in arrays if a.dtype != jnp.float32]
+    if wrong:
+        raise NotImplementedError(f"float32 only, not {wrong[0]}")
+    ffi_build.register(pathlib.Path(__file__).with_name("voxelize.cc"), target, symbol)
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
+    return jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")(*arrays)
+
+
+def forward(density, mean, precision, shape):
+    """As `xla.forward`, float32 only; a precision that is not positive definite adds nothing."""
+    arrays = (density, mean, precision)
+    return _call("radgs_voxelize_forward", "RadgsVoxelizeForward", [(*density.shape[:-1], *shape)], arrays)[0]
+
+
+def backward(density, mean, precision, cotangent):
+    """As `xla.backward`, float32 only."""
+    arrays = (density, mean, precision, cotangent)
+    return tuple(_call("radgs_voxelize_backward", "RadgsVoxelizeBackward", [a.shape for a in arrays[:3]], arrays))

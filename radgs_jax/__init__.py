@@ -1,0 +1,1 @@
+"""Finds each vertebra of a CT in two calibrated X-rays: radiative Gaussians, networks, losses and metrics, as pure functions."""

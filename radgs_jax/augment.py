@@ -1,0 +1,74 @@
+"""Random starts, domain randomisation of X-rays, and imperfect reconstructions: seeded pure functions for training."""
+
+import jax
+import jax.numpy as jnp
+
+from radgs_jax import gaussians
+from radgs_jax import rigid
+
+
+def start_twist(key, batch, max_mm=25.0):
+    """Twists (B, 6) of start poses: 40 % of size 0-6 mm, 24 % 0-12, the rest up to `max_mm`; small ones are where iteration lives.
+
+    The size is split at random between translation and rotation at the lever; rotations are at most 25 degrees.
+    """
+    keys = jax.random.split(key, 4)
+    kind = jax.random.uniform(keys[0], (batch, 1))
+    top = jnp.where(kind < 0.4, 6.0, jnp.where(kind < 0.64, 12.0, max_mm))
+    bottom = jnp.where(kind < 0.64, 0.0, 0.2 * max_mm)
+    size, share = jnp.split(jax.random.uniform(keys[1], (batch, 2)), 2, -1)
+    size, share = bottom + size * (top - bottom), jnp.sqrt(share)
+    w, t = jax.random.normal(keys[2], (batch, 3)), jax.random.normal(keys[3], (batch, 3))
+    w, t = (d / jnp.linalg.norm(d, axis=-1, keepdims=True) for d in (w, t))
+    angle = jnp.minimum(size * jnp.sqrt(1 - share**2) / rigid.LEVER_MM, jnp.radians(25.0))
+    return jnp.concatenate([w * angle, t * size * share], -1)
+
+
+def _box_blur(image, radius):
+    size = 2 * radius + 1
+    padded = jnp.pad(image, [(0, 0)] * (image.ndim - 2) + [(radius, radius)] * 2, mode="edge")
+    window = (1,) * (image.ndim - 2) + (size, size)
+    return jax.lax.reduce_window(padded, 0.0, jax.lax.add, window, (1,) * image.ndim, "VALID") / size**2
+
+
+def xray(key, rest, excess, strength=1.0):
+    """Line integrals (B, V, H, W) of a body and its vertebra under a random beam and detector; `strength` 0 gives their sum.
+
+    Bone contrast, beam hardening, scatter up to the primary, a gain ramp, blur, noise and an air offset; three in ten images
+    stay clean.
+    """
+    b, v, height, width = rest.shape
+    keys = jax.random.split(key, 9)
+
+    def draw(i, low, high, shape=(b, 1, 1, 1)):
+        return low + (high - low) * jax.random.uniform(keys[i], shape)
+
+    dirty = strength * (jax.random.uniform(keys[0], (b, 1, 1, 1)) > 0.3)
+    image = rest * (1 + dirty * draw(1, -0.15, 0.15)) + excess * (1 + dirty * draw(2, -0.3, 0.3))
+    image = image / (1 + dirty * draw(3, 0.0, 0.08) * image)
+    primary = jnp.exp(-image)
+    # Two wide box filters stand for the scatter kernel; its tails reach across the window.
+    scatter = _box_blur(_box_blur(primary, 8), 8)
+    intensity = primary + dirty * draw(4, 0.0, 1.0) * scatter
+    ramp = dirty[..., None] * draw(5, -0.1, 0.1, (b, v, 2, 1, 1))
+    rows, columns = jnp.linspace(-0.5, 0.5, height)[:, None], jnp.linspace(-0.5, 0.5, width)[None]
+    intensity = intensity * (1 + ramp[:, :, 0] * rows + ramp[:, :, 1] * columns)
+    image = -jnp.log(jnp.maximum(intensity, 1e-6))
+    soft = dirty * draw(6, 0.0, 1.0)
+    image = image + soft * (_box_blur(image, 1) - image)
+    # The pixels are averages of many detector pixels, so their noise is small.
+    noise = dirty * draw(7, 0.0, 0.02) * jax.random.normal(keys[8], image.shape)
+    return image + noise
+
+
+def imperfect(key, cloud):
+    """Gaussians (B, N) as a reconstruction might have them: warped smoothly and individually, with uneven density and blur."""
+    b, n = cloud.density.shape
+    keys = jax.random.split(key, 6)
+    severity = jax.random.uniform(keys[0], (b, 1, 1))
+    gradient = 0.06 * jax.random.normal(keys[1], (b, 3, 3))
+    warp = rigid.apply_rotation(gradient[:, None], cloud.mean) + 1.5 * jax.random.normal(keys[2], cloud.mean.shape)
+    density = cloud.density * jnp.exp(0.4 * severity[..., 0] * jax.random.normal(keys[3], (b, n)))
+    scale = cloud.scale * (1 + severity * 0.5 * jax.random.uniform(keys[4], (b, 1, 1)))
+    scale_mass = jnp.prod(cloud.scale / scale, -1)
+    return gaussians.Gaussians(density * scale_mass, cloud.mean + severity * warp, scale, cloud.quaternion)

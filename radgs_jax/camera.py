@@ -1,0 +1,80 @@
+"""Cameras as intrinsics and extrinsics, with exact crop and binning.
+
+Conventions: pixel centres are integers, u is the column and v the row; the camera sits at the X-ray source, +x along +u,
++y along +v, +z to the detector; world mm. Intrinsics are (..., 4): fx, fy, cx, cy in pixels.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from radgs_jax import rigid
+
+
+@flax.struct.dataclass
+class Camera:
+    """One view, or a batch of views of one image size.
+
+    intrinsics: (..., 4) fx, fy, cx, cy; camera_from_world: (..., 4, 4) rigid, mm; height, width: static pixels.
+    """
+
+    intrinsics: jax.Array
+    camera_from_world: jax.Array
+    height: int = flax.struct.field(pytree_node=False)
+    width: int = flax.struct.field(pytree_node=False)
+
+
+def project(camera, points_world):
+    """Pixel (u, v) of world points (..., N, 3) -> (..., N, 2); nan or wild values for points not before the source."""
+    return project_camera(camera.intrinsics, rigid.apply(camera.camera_from_world, points_world))
+
+
+def project_camera(intrinsics, points_camera):
+    """Pixel (u, v) of camera-frame points (..., N, 3) for intrinsics (..., 4)."""
+    k = intrinsics[..., None, :]
+    return points_camera[..., :2] / points_camera[..., 2:] * k[..., :2] + k[..., 2:]
+
+
+def ray(camera, uv):
+    """World ray of pixels uv (..., N, 2): source (..., 3) and unit directions (..., N, 3)."""
+    k = camera.intrinsics[..., None, :]
+    xy = (uv - k[..., 2:]) / k[..., :2]
+    d = jnp.concatenate([xy, jnp.ones_like(xy[..., :1])], -1)
+    world_from_camera = rigid.inverse(camera.camera_from_world)
+    d = rigid.apply_rotation(world_from_camera[..., None, :3, :3], d / jnp.linalg.norm(d, axis=-1, keepdims=True))
+    return world_from_camera[..., :3, 3], d
+
+
+def crop(camera, row, column, height, width):
+    """Camera of image[row:row + height, column:column + width]; the window may hang over the image. Exact."""
+    shift = jnp.stack([jnp.zeros_like(row), jnp.zeros_like(row), column, row], -1)
+    return Camera(camera.intrinsics - shift, camera.camera_from_world, height, width)
+
+
+def bin(camera, factor):
+    """Camera of the image averaged over factor x factor pixels: u' = (u - (factor - 1) / 2) / factor. Exact.
+
+    Rows and columns that do not fill a block at the lower and right border fall away. Numpy cameras stay numpy, float64.
+    """
+    shift = np.array([0, 0, 0.5 * (factor - 1), 0.5 * (factor - 1)])
+    return Camera(
+        (camera.intrinsics - shift) / factor, camera.camera_from_world, camera.height // factor, camera.width // factor
+    )
+
+
+def bin_image(image, factor):
+    """Image (..., H, W) averaged over factor x factor pixels, as `bin` describes."""
+    height, width = image.shape[-2] // factor, image.shape[-1] // factor
+    blocks = image[..., : height * factor, : width * factor].reshape(*image.shape[:-2], height, factor, width, factor)
+    return blocks.mean((-3, -1))
+
+
+def triangulate(cameras, uv):
+    """World point (3,) nearest to the rays of one pixel per view; uv is a list of (2,), and the rms ray distance in mm."""
+    lines = [ray(camera, pixel[None]) for camera, pixel in zip(cameras, uv)]
+    sources = jnp.stack([source for source, _ in lines])
+    projectors = jnp.stack([jnp.eye(3) - d[0][:, None] * d[0][None] for _, d in lines])
+    point = jnp.linalg.solve(projectors.sum(0), jnp.einsum("vij,vj->i", projectors, sources))
+    miss = jnp.einsum("vij,vj->vi", projectors, point - sources)
+    return point, jnp.sqrt(jnp.mean(jnp.sum(miss**2, -1)))

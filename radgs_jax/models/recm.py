@@ -1,0 +1,226 @@
+"""RecM: two X-rays to radiative Gaussians of one vertebra, with counterfactual attention before the Gaussian head."""
+
+import math
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kernels import symmetric
+from radgs_jax import camera
+from radgs_jax import gaussians
+from radgs_jax import rigid
+from radgs_jax.models import attention
+from radgs_jax.models import backbones
+from radgs_jax.models.config import ModelConfig
+
+DENSITY_UNIT = 0.02
+"""1/mm; raw density 0 means softplus(0) of it."""
+SCALE_RANGE = (0.4, 20.0)
+"""Smallest and largest standard deviation of a Gaussian, mm."""
+ANCHORED_STEP_MM = 10.0
+PAPER_STEP_MM = 30.0
+"""What a mean's logit of 1 moves a Gaussian by."""
+
+
+@flax.struct.dataclass
+class Reconstruction:
+    """factual, effect: Gaussians (B, N) in the box frame (Eq. 1); attention: (B, V, h, w, M)."""
+
+    factual: gaussians.Gaussians
+    effect: gaussians.Gaussians
+    attention: jax.Array
+
+
+def _softplus_inverse(y):
+    return y + jnp.log(-jnp.expm1(-y))
+
+
+def _logit(p):
+    return jnp.log(p) - jnp.log1p(-p)
+
+
+def activate(logits, base, step_mm):
+    """Gaussians (B, N) from logits (B, N, 11) = mean 3, scale 3, quaternion 4, density 1, added to those of `base`.
+
+    Density by softplus, scale by a sigmoid between its bounds, quaternion normalised, mean linear (the forms of R2-Gaussian);
+    zero logits give `base` back.
+    """
+    low, high = SCALE_RANGE
+    fraction = jnp.clip((base.scale - low) / (high - low), 1e-3, 1.0 - 1e-3)
+    raw_density = _softplus_inverse(jnp.clip(base.density / DENSITY_UNIT, 1e-4, 1e2))
+    mean, scale, quaternion, density = jnp.split(logits, (3, 6, 10), -1)
+    identity = jnp.asarray([1.0, 0, 0, 0], logits.dtype)
+    turn = identity + 0.1 * quaternion
+    turn = turn * jax.lax.rsqrt(jnp.sum(turn**2, -1, keepdims=True) + 1e-12)
+    return gaussians.Gaussians(
+        density=DENSITY_UNIT * jax.nn.softplus(raw_density + density[..., 0]),
+        mean=base.mean + step_mm * mean,
+        scale=low + (high - low) * jax.nn.sigmoid(_logit(fraction) + 0.5 * scale),
+        quaternion=rigid.multiply_quaternions(turn, base.quaternion),
+    )
+
+
+def view_from_box(camera_from_box):
+    """Rotation (..., 3, 3) from the box to a view's own axes: the camera's, turned so that +z passes through the box's origin."""
+    R, origin = camera_from_box[..., :3, :3], camera_from_box[..., :3, 3]
+    z = origin / jnp.linalg.norm(origin, axis=-1, keepdims=True)
+    x = jnp.asarray([1.0, 0, 0]) - z[..., :1] * z
+    x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return rigid.matmul(jnp.stack([x, jnp.cross(z, x), z], -2), R)
+
+
+def sampling_weights(uv, image_size, feature_size):
+    """Bilinear weights (..., N, h * w) that read a feature map at image pixels uv (..., N, 2); clamped to its border.
+
+    Feature cell i covers image pixels [i s, (i + 1) s), s = image_size / feature_size, so its centre is s (i + 1/2) - 1/2.
+    """
+    hats = []
+    for axis in (1, 0):  # v picks the row, u the column
+        stride = image_size[1 - axis] / feature_size[1 - axis]
+        count = feature_size[1 - axis]
+        position = jnp.clip((uv[..., axis] + 0.5) / stride - 0.5, 0.0, count - 1.0)
+        hats.append(jnp.maximum(0.0, 1.0 - jnp.abs(position[..., None] - jnp.arange(count))))
+    rows, columns = hats
+    return (rows[..., :, None] * columns[..., None, :]).reshape(*uv.shape[:-1], -1)
+
+
+def image_channels(xrays, prior, intrinsics, camera_from_box):
+    """What the encoder sees of each view, (B, V, H, W, 5): X-ray, its high pass, the prior's projection, coordinates.
+
+    The X-ray channels are standardised per view, since a real detector's gain and air value are unknown; coordinates are
+    pixels from the projection of the box's origin, over half a width.
+    """
+    height, width = xrays.shape[-2:]
+    radius = 4
+    padded = jnp.pad(xrays, [(0, 0)] * (xrays.ndim - 2) + [(radius, radius)] * 2, mode="edge")
+    window = (1,) * (xrays.ndim - 2) + (2 * radius + 1,) * 2
+    smooth = jax.lax.reduce_window(padded, 0.0, jax.lax.add, window, (1,) * xrays.ndim, "VALID") / (2 * radius + 1) ** 2
+
+    def standardised(image):
+        mean = jnp.mean(image, (-2, -1), keepdims=True)
+        return (image - mean) * jax.lax.rsqrt(jnp.var(image, (-2, -1), keepdims=True) + 1e-6)
+
+    origin = camera.project_camera(intrinsics, camera_from_box[..., None, :3, 3])[..., 0, :]
+    u = (jnp.arange(width) - origin[..., None, None, 0]) / (0.5 * width)
+    v = (jnp.arange(height)[:, None] - origin[..., None, None, 1]) / (0.5 * height)
+    u, v = (jnp.broadcast_to(a, xrays.shape) for a in (u, v))
+    return jnp.stack([standardised(xrays), standardised(xrays - smooth), 2.0 * prior, u, v], -1)
+
+
+class AnchoredHead(nn.Module):
+    """Linear, ReLU, Linear at every anchor and view: queries see the features of both views where the anchor projects.
+
+    Each view answers in its own axes, so no camera angle is learned; the answers are fused by their stated precision (a
+    view knows the image plane better than its depth). The first Linear acts on the concatenation of local feature, context of
+    this and of all views, and anchor; it is applied part by part, which is the same map at a fraction of the cost.
+    """
+
+    hidden: int
+    context: int
+
+    @nn.compact
+    def __call__(self, gated, pooled, weights, rotation, anchors):
+        """One answer per leading branch.
+
+        Args:
+          gated: (K, B, V, h, w, C) attended features of K branches; pooled: (K, B, V, M * C).
+          weights: (B, V, N, h * w) of `sampling_weights`; rotation: (B, V, 3, 3) of `view_from_box`.
+          anchors: Gaussians (B, N), box frame.
+        Returns:
+          logits per view (K, B, V, N, 12): shift in view axes 3, log precision 2, scale 3, rotation 3, density 1.
+        """
+        k, b, v, h, w, _ = gated.shape
+        local = nn.Dense(self.hidden)(gated).reshape(k, b, v, h * w, self.hidden)
+        local = jnp.einsum("bvnp,kbvpc->kbvnc", weights, local)
+        code = nn.Dense(self.context)(pooled)
+        everyone = jnp.broadcast_to(jnp.mean(code, 2, keepdims=True), code.shape)
+        code = nn.Dense(self.hidden, use_bias=False)(nn.relu(jnp.concatenate([code, everyone], -1)))
+        mean = rigid.apply_rotation(rotation[:, :, None], anchors.mean[:, None])
+        depth_free = [anchors.density[:, None, :, None] / DENSITY_UNIT, anchors.scale[:, None] / 3.0]
+        query = jnp.concatenate([mean / 20.0, *(jnp.broadcast_to(a, (b, v, *a.shape[2:])) for a in depth_free)], -1)
+        query = nn.Dense(self.hidden, use_bias=False)(query)
+        out = nn.Dense(12, kernel_init=nn.initializers.variance_scaling(0.05, "fan_in", "truncated_normal"))
+        return out(nn.relu(local + code[:, :, :, None] + query))
+
+
+def fuse_views(answers, rotation):
+    """Logits (..., B, N, 11) of `activate` from per-view answers (..., B, V, N, 12) and rotations view_from_box (B, V, 3, 3).
+
+    The shift is the precision-weighted least squares of the views' shifts; rotation vectors are turned to the box and
+    averaged; scale and density are averaged.
+    """
+    shift, log_precision, scale, turn, density = jnp.split(answers, (3, 5, 8, 11), -1)
+    precision = jnp.exp(2.0 * jnp.tanh(log_precision) + jnp.asarray([0.0, -3.0]))
+    diagonal = jnp.concatenate([precision[..., :1], precision], -1)  # image plane twice, depth once
+    R = rotation[:, :, None]
+    information = jnp.sum(jnp.sum(R[..., :, :, None] * R[..., :, None, :] * diagonal[..., :, None, None], -3), -4)
+    right = jnp.sum(jnp.sum(R * (diagonal * shift)[..., None], -2), -3)
+    inverse = symmetric.to_matrix(symmetric.inverse(symmetric.from_matrix(information)))
+    turn = jnp.mean(jnp.sum(R * turn[..., None], -2), -3)
+    quaternion = jnp.concatenate([jnp.zeros_like(turn[..., :1]), turn], -1)
+    fused = rigid.apply_rotation(inverse, right)
+    return jnp.concatenate([fused, jnp.mean(scale, -3), quaternion, jnp.mean(density, -3)], -1)
+
+
+class PaperHead(nn.Module):
+    """The paper's GSHead: Linear, ReLU, Linear from the attention-pooled features of all views to N x 11 numbers."""
+
+    hidden: int
+    count: int
+
+    @nn.compact
+    def __call__(self, pooled):
+        """(K, B, V, M * C) -> logits (K, B, N, 11)."""
+        x = pooled.reshape(*pooled.shape[:2], -1)
+        x = nn.Dense(self.count * 11)(nn.relu(nn.Dense(self.hidden)(x)))
+        return x.reshape(*x.shape[:2], self.count, 11)
+
+
+class RecM(nn.Module):
+    """The reconstruction module (Fig. 1e)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, xrays, intrinsics, camera_from_box, anchors, key=None):
+        """Reconstructs the vertebra in the box frame.
+
+        Args:
+          xrays: (B, V, H, W) line integrals; intrinsics: (B, V, 4); camera_from_box: (B, V, 4, 4) at the current pose.
+          anchors: Gaussians (B, N), box frame: the CT's vertebra (the prior), or a uniform cloud where there is none.
+          key: PRNG key of the counterfactual draws; None for the deterministic mean map.
+        Returns:
+          `Reconstruction`; effect = activate(Y(A) - E[Y(do(A))]), the difference taken on the head's logits.
+        Raises:
+          ValueError: an unknown head.
+        """
+        c = self.config
+        b, v, height, width = xrays.shape
+        prior = gaussians.project(gaussians.views(anchors, v), camera_from_box, intrinsics, height, width)
+        channels = image_channels(xrays, jax.lax.stop_gradient(prior), intrinsics, camera_from_box)
+        name, options = c.backbone_2d
+        features = backbones.make_backbone(name, **dict(options))(channels.reshape(b * v, height, width, -1))
+        features = features.reshape(b, v, *features.shape[1:])
+        factual_maps = attention.AttentionMaps(c.attention_maps)(features)
+        intervened = attention.counterfactual_maps(key, factual_maps.shape, c.counterfactual_draws)
+        maps = jnp.concatenate([factual_maps[None], intervened])
+        gated, pooled = attention.attend(features[None], maps)
+        if c.head == "anchored":
+            rotation = view_from_box(camera_from_box)
+            means = rigid.apply(camera_from_box, gaussians.views(anchors, v).mean)
+            uv = camera.project_camera(intrinsics, means)
+            weights = sampling_weights(uv, (height, width), features.shape[2:4])
+            answers = AnchoredHead(c.hidden, c.context)(gated, pooled, weights, rotation, anchors)
+            fused = fuse_views(jnp.stack([answers[0], answers[0] - jnp.mean(answers[1:], 0)]), rotation)
+            base, step_mm = anchors, ANCHORED_STEP_MM
+        elif c.head == "paper":
+            answers = PaperHead(c.hidden, c.gaussians)(pooled)
+            fused = jnp.stack([answers[0], answers[0] - jnp.mean(answers[1:], 0)])
+            base = gaussians.uniform_cloud(1, 8.0, DENSITY_UNIT * math.log(2.0))
+            base = jax.tree.map(lambda a: jnp.broadcast_to(a, (b, c.gaussians, *a.shape[1:])), base)
+            step_mm = PAPER_STEP_MM
+        else:
+            raise ValueError(f"head: found {c.head!r}, wanted 'anchored' or 'paper'")
+        return Reconstruction(activate(fused[0], base, step_mm), activate(fused[1], base, step_mm), factual_maps)

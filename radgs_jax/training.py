@@ -1,0 +1,223 @@
+"""Training as pure functions: examples from pairs, the loss of each module stage, and the sharded update.
+
+Module stages: 'rec' trains RecM with Eq. 2, 'reg' trains RegM with Eq. 3, 'joint' trains both with Eq. 4, gradients
+flowing from the registration through the voxeliser into RecM.
+"""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from radgs_jax import augment
+from radgs_jax import gaussians
+from radgs_jax import losses
+from radgs_jax import rigid
+from radgs_jax.models import radgs_reg
+from radgs_jax.models import recm
+from radgs_jax.models import regm
+from radgs_jax.models.config import ModelConfig
+
+MODULES = ("rec", "reg", "joint")
+TRAINED = {"rec": ("recm",), "reg": ("regm",), "joint": ("recm", "regm")}
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights. The first three are the paper's (Eq. 2 and 3).
+
+    points (1/mm): mean distance of every Gaussian from where the true pose puts it. It stands where the authors' code has
+    a Chamfer distance to a fitted cloud; here the correspondence is known. volume (mm): L1 of the voxelised densities.
+    """
+
+    ssim: float = 0.2
+    tv: float = 0.05
+    geodesic: float = 0.02
+    points: float = 0.02
+    volume: float = 30.0
+
+
+@flax.struct.dataclass
+class PairBatch:
+    """Simulated or real X-ray pairs, B of them.
+
+    rest, excess, vertebra: (B, V, S, S) line integrals of everything but the vertebra, of what the vertebra adds, and of
+    the vertebra alone, in a window wider than the network's crop; intrinsics (B, V, 4); camera_from_world (B, V, 4, 4);
+    world_from_box (B, 4, 4) the true pose; cloud: Gaussians (B, N), box frame.
+    """
+
+    rest: jax.Array
+    excess: jax.Array
+    vertebra: jax.Array
+    intrinsics: jax.Array
+    camera_from_world: jax.Array
+    world_from_box: jax.Array
+    cloud: gaussians.Gaussians
+
+
+@flax.struct.dataclass
+class Example:
+    """What a network sees (xrays, intrinsics, camera_from_box at the start pose, cloud) and the truth.
+
+    motion: (B, 4, 4) from the start box to the true one: the truth is motion applied to the CT; target: (B, V, H, W) the
+    vertebra alone at the true pose.
+    """
+
+    xrays: jax.Array
+    intrinsics: jax.Array
+    camera_from_box: jax.Array
+    cloud: gaussians.Gaussians
+    motion: jax.Array
+    target: jax.Array
+
+
+def make_example(key, batch, config, strength=1.0):
+    """Draws a start pose and a detector for each pair, and crops at the start."""
+    key_start, key_xray = jax.random.split(key)
+    count = batch.rest.shape[0]
+    offset = rigid.motion_about(jnp.zeros(3), augment.start_twist(key_start, count))
+    world_from_start = rigid.matmul(batch.world_from_box, offset)
+    camera_from_box = rigid.matmul(batch.camera_from_world, world_from_start[:, None])
+
+    def crop(image, k, E):
+        return radgs_reg.crop_view(image, k, E, config.crop_px)
+
+    crop = jax.vmap(jax.vmap(crop))
+    rest, intrinsics = crop(batch.rest, batch.intrinsics, camera_from_box)
+    excess, _ = crop(batch.excess, batch.intrinsics, camera_from_box)
+    target, _ = crop(batch.vertebra, batch.intrinsics, camera_from_box)
+    return Example(
+        augment.xray(key_xray, rest, excess, strength),
+        intrinsics,
+        camera_from_box,
+        batch.cloud,
+        rigid.inverse(offset),
+        target,
+    )
+
+
+def reconstruct(params, config, example, key=None):
+    """RecM's `Reconstruction` of an `Example`; deterministic without a key."""
+    return recm.RecM(config).apply(
+        params, example.xrays, example.intrinsics, example.camera_from_box, example.cloud, key
+    )
+
+
+def project(cloud, example):
+    """Line integrals (B, V, H, W) of Gaussians (B, N), box frame, in an example's views."""
+    views, (height, width) = example.xrays.shape[1], example.xrays.shape[2:]
+    return gaussians.project(gaussians.views(cloud, views), example.camera_from_box, example.intrinsics, height, width)
+
+
+def reconstruction_loss(reconstruction, example, config, weights):
+    """Eq. 2 with both branches, plus the two 3D terms of `LossConfig`; scalar and a dict of its parts."""
+    truth = gaussians.move(example.cloud, example.motion)
+    effect, factual = reconstruction.effect, reconstruction.factual
+    volume, true_volume = regm.volume(effect, config), regm.volume(truth, config)
+    image = project(effect, example)
+    eq2 = losses.cal_reconstruction(
+        image, volume, project(factual, example), regm.volume(factual, config), example.target, weights.ssim, weights.tv
+    )
+    # Masked by mass: Gaussians that only pad the cloud have no place to be.
+    share = truth.density * jnp.prod(truth.scale, -1)
+    share = share / jnp.sum(share, -1, keepdims=True)
+    miss = jnp.sqrt(jnp.sum((effect.mean - truth.mean) ** 2, -1) + 1e-6)
+    points = jnp.mean(jnp.sum(share * miss, -1))
+    volume_l1 = losses.l1(volume, true_volume)
+    loss = eq2 + weights.points * points + weights.volume * volume_l1
+    return loss, {"eq2": eq2, "image_l1": losses.l1(image, example.target), "points_mm": points, "volume_l1": volume_l1}
+
+
+def registration_loss(motion, example, reconstruction, config, weights):
+    """Eq. 3 for an estimated motion (B, 4, 4) of the CT in the box frame; scalar and a dict of its parts."""
+    moved_ct = regm.volume(gaussians.move(example.cloud, motion), config)
+    loss = losses.registration(moved_ct, regm.volume(reconstruction, config), motion, example.motion, weights.geodesic)
+    error = rigid.distance(motion, example.motion, jnp.zeros(3))
+    start = rigid.distance(jnp.eye(4), example.motion, jnp.zeros(3))
+    return loss, {"pose_mm": jnp.mean(error), "start_mm": jnp.mean(start)}
+
+
+def loss(params, key, batch, module, config, weights, strength):
+    """Loss of one module stage on a `PairBatch`: scalar and a dict of scalars."""
+    key_example, key_draws = jax.random.split(key)
+    if module == "reg":
+        motion = rigid.inverse(rigid.motion_about(jnp.zeros(3), augment.start_twist(key_example, batch.rest.shape[0])))
+        imperfect = augment.imperfect(key_draws, gaussians.move(batch.cloud, motion))
+        example = Example(batch.rest, batch.intrinsics, batch.camera_from_world, batch.cloud, motion, batch.rest)
+        estimate = regm.estimate(params["regm"], config, imperfect, batch.cloud)
+        return registration_loss(estimate, example, imperfect, config, weights)
+    example = make_example(key_example, batch, config, strength)
+    reconstruction = reconstruct(params["recm"], config, example, key_draws)
+    value, parts = reconstruction_loss(reconstruction, example, config, weights)
+    if module == "joint":
+        estimate = regm.estimate(params["regm"], config, reconstruction.effect, example.cloud)
+        registration, more = registration_loss(estimate, example, reconstruction.effect, config, weights)
+        value, parts = losses.total(registration, value), {**parts, **more}
+    return value, parts
+
+
+def optimizer(weight_decay=1e-4):
+    """AdamW without its learning rate, which `update` takes as an argument so that schedules never recompile."""
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.add_decayed_weights(weight_decay))
+
+
+def cosine(step, steps, peak, warmup=50):
+    """Learning rate: linear warm-up, then half a cosine to zero."""
+    progress = min(1.0, step / max(1, steps))
+    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + float(jnp.cos(jnp.pi * progress)))
+
+
+def init_state(params, module):
+    """{'params', 'opt_state'} for one module stage; only its own subtrees get optimiser moments."""
+    trained = {name: params[name] for name in TRAINED[module]}
+    return {"params": params, "opt_state": optimizer().init(trained)}
+
+
+@functools.cache
+def make_update(mesh, module, config: ModelConfig, weights: LossConfig, strength):
+    """The jitted update (state, key, learning_rate, batch) -> (state, metrics) on a mesh with an axis 'data'.
+
+    The batch is split over 'data'; parameters are replicated; gradients are averaged across the mesh. Each shard draws its
+    own random numbers from (key, shard). The state is donated.
+    """
+    tx = optimizer()
+
+    def shard_step(state, key, learning_rate, batch):
+        key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+        trained = {name: state["params"][name] for name in TRAINED[module]}
+
+        def objective(trained):
+            return loss({**state["params"], **trained}, key, batch, module, config, weights, strength)
+
+        (value, parts), gradient = jax.value_and_grad(objective, has_aux=True)(trained)
+        gradient, value, parts = jax.lax.pmean((gradient, value, parts), "data")
+        norm = optax.global_norm(gradient)
+        direction, opt_state = tx.update(gradient, state["opt_state"], trained)
+        # A batch whose gradient is not finite is skipped, not allowed to poison the parameters.
+        good = jnp.isfinite(norm)
+        stepped = jax.tree.map(lambda p, d: jnp.where(good, p - learning_rate * d, p), trained, direction)
+        opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state["opt_state"])
+        new_state = {"params": {**state["params"], **stepped}, "opt_state": opt_state}
+        return new_state, {"loss": value, "gradient_norm": norm, **parts}
+
+    replicated, split = PartitionSpec(), PartitionSpec("data")
+    step = jax.shard_map(
+        shard_step,
+        mesh=mesh,
+        in_specs=(replicated, replicated, replicated, split),
+        out_specs=(replicated, replicated),
+        check_vma=False,
+    )
+    whole, parts = NamedSharding(mesh, replicated), NamedSharding(mesh, split)
+    return jax.jit(step, in_shardings=(whole, whole, whole, parts), out_shardings=(whole, whole), donate_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "passes"))
+def register(params, config, images, intrinsics, camera_from_world, world_from_box, cloud, passes):
+    """`radgs_reg.register`, compiled once per configuration, number of passes and image sizes."""
+    return radgs_reg.register(params, config, images, intrinsics, camera_from_world, world_from_box, cloud, passes)

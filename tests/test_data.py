@@ -1,0 +1,270 @@
+"""Files, scans, vertebrae, cases and pairs: round trips, the C-arm's conventions, and one clear line on bad input."""
+
+import dataclasses
+import json
+import pathlib
+
+import nibabel
+import numpy as np
+import pytest
+import tiny
+
+from data_pipelines import build
+from data_pipelines import carm
+from data_pipelines import cases
+from data_pipelines import files
+from data_pipelines import pairs
+from data_pipelines import phantom
+from data_pipelines import scan as scans
+from data_pipelines import xray
+from radgs_jax import gaussians
+from radgs_jax import metrics
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A coarse phantom on disk, stored PIR: (subject, ct, mask)."""
+    return build.phantoms(tmp_path_factory.mktemp("scans"), [30002], tiny.config().phantom)[0]
+
+
+@pytest.fixture(scope="module")
+def scan(stored):
+    return scans.read_scan(stored[1], stored[2], stored[0])
+
+
+@pytest.fixture(scope="module")
+def case_path(stored, tmp_path_factory):
+    path = tmp_path_factory.mktemp("cases") / "cases.json"
+    return build.simulated_cases(path, [stored], (21,), 1, ((0, 5), (20, 25)), 5, xray.Detector())
+
+
+def test_reading_does_not_depend_on_the_stored_orientation(scan, tmp_path):
+    made = phantom.make_phantom(30002, tiny.config().phantom)
+    np.testing.assert_array_equal(scan.hu, made.hu)
+    np.testing.assert_allclose(scan.ct_from_index, made.affine, atol=1e-4)
+    other = phantom.write_verse(made, tmp_path, "other", "LAS")
+    np.testing.assert_array_equal(scans.read_scan(other["ct"], other["mask"]).labels, scan.labels)
+
+
+def test_vertebra_frame_follows_the_spine(scan):
+    made = phantom.make_phantom(30002, tiny.config().phantom)
+    for label in (21, 22, 23):
+        frame = scans.ct_from_box(scan, label)
+        np.testing.assert_allclose(frame[:3, :3] @ frame[:3, :3].T, np.eye(3), atol=1e-12)
+        assert np.linalg.det(frame[:3, :3]) > 0
+        angle = np.degrees(np.arccos(np.clip(frame[:3, 2] @ made.patient_from_vertebra[label][:3, 2], -1, 1)))
+        assert angle < 8.0
+        assert np.linalg.norm(frame[:3, 3] - made.centroids[label]) < 15.0
+
+
+def test_rest_and_excess_add_up_to_the_whole_scan(scan):
+    """With everything at one pose the X-ray of the parts is the X-ray of the scan, but for the softened fill."""
+    vertebra = scans.extract(scan, 22, 64)
+    body = xray.Body(scan, vertebra, rest_spacing_mm=1.0)
+    rng = np.random.default_rng(0)
+    world_from_ct = carm.sample_world_from_ct(rng, vertebra.ct_from_box[:3, 3])
+    E, k = carm.sample_views(rng, carm.CArm()), np.stack([carm.intrinsics(carm.CArm(), 16)] * 2)
+    rest = body.render_rest(world_from_ct, k, E, (61, 61), 1.0)
+    excess, alone = body.render_vertebra(world_from_ct, k, E, (61, 61), 1.0, 1)
+    whole, grid = scans.rest_of_body(dataclasses.replace(scan, labels=np.zeros_like(scan.labels)), 22, 1.0)
+    direct = xray.render(whole, grid, world_from_ct, k, E, (61, 61), 1.0)
+    assert np.linalg.norm(rest + excess - direct) < 5e-3 * np.linalg.norm(direct)
+    assert alone.max() > 0.8 and (excess <= alone + 1e-4).all()
+
+
+def test_a_cut_vertebra_and_an_absent_label_are_refused(scan):
+    with pytest.raises(files.InputError, match="mask: label: found .* wanted 9 among them"):
+        scans.extract(scan, 9, 64)
+    top = np.argwhere(scan.labels == 22)[:, 2].max()
+    cut = dataclasses.replace(scan, hu=scan.hu[:, :, :top], labels=scan.labels[:, :, :top])
+    with pytest.raises(files.InputError, match="touches the scan's border on axis 2"):
+        scans.extract(cut, 22, 64)
+
+
+def test_carm_angles_are_those_of_the_convention():
+    """At 0, 0 the beam runs to posterior, columns to the patient's left, rows to the feet; at 90 the source is on the left."""
+    ap, lateral = carm.extrinsics(0, 0, 700.0), carm.extrinsics(90, 0, 700.0)
+    np.testing.assert_allclose(ap[:3, :3], [[-1, 0, 0], [0, 0, -1], [0, -1, 0]], atol=1e-12)
+    np.testing.assert_allclose(lateral[:3, :3], [[0, -1, 0], [0, 0, -1], [1, 0, 0]], atol=1e-12)
+    tilted = carm.extrinsics(-10.01, 3.507, 700.0)
+    np.testing.assert_allclose(tilted[2, :3], [-0.17349, -0.98293, -0.06117], atol=1e-4)
+    source = -tilted[:3, :3].T @ tilted[:3, 3]
+    np.testing.assert_allclose(np.linalg.norm(source), 700.0)
+
+
+def test_start_poses_have_the_wanted_mtre():
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(200, 3)) * [20, 15, 10] + [-22, -50, -285]
+    truth = carm.sample_world_from_ct(rng, points.mean(0))
+    for wanted in (0.5, 7.0, 24.0):
+        start = carm.start_of_mtre(rng, truth, points.mean(0), points, wanted)
+        assert abs(metrics.mtre(points, start, truth) - wanted) < 0.02
+
+
+def test_case_file_round_trip(case_path, stored):
+    case_file = cases.read(case_path)
+    assert [c.name[-2:] for c in case_file.cases] == ["b0", "b1"]
+    scene = next(iter(case_file.scenes.values()))
+    images = cases.read_xrays(scene, "real")
+    assert len(images) == 2 and images[0].shape == (scene.views[0].height, scene.views[0].width)
+    points = case_file.raw["volumes"][scene.volume]["points"]
+    for case, (low, high) in zip(case_file.cases, ((0, 5), (20, 25))):
+        assert low <= metrics.mtre(points, case.world_from_ct, cases.truth(case_file, scene)) <= high
+    assert case_file.volumes[scene.volume].full_ct.resolve() == pathlib.Path(stored[1]).resolve()
+    easy, full = cases.read_xrays(scene, "easy"), cases.read_xrays(scene, "full")
+    assert all((f >= e - 0.05).all() for e, f in zip(easy, full))
+
+
+def test_projection_alone_decomposes_into_the_same_camera(case_path):
+    document = files.read_json(case_path)
+    view = document["scenes"][0]["views"][0]
+    with_both = cases.read_view("f", "v", view)
+    for scale in (1.0, -3.0):
+        alone = cases.read_view("f", "v", {"P": (scale * np.array(view["P"])).tolist(), "height": 244, "width": 244})
+        np.testing.assert_allclose(alone.intrinsics, with_both.intrinsics, rtol=1e-9)
+        np.testing.assert_allclose(alone.camera_from_world, with_both.camera_from_world, atol=1e-7)
+
+
+def _broken(document, change):
+    value = json.loads(json.dumps(document))
+    change(value)
+    return value
+
+
+BROKEN = {
+    "format": (lambda d: d.update(format="x/2"), "format: found 'x/2'"),
+    "no volumes": (lambda d: d.pop("volumes"), "file.volumes: found nothing"),
+    "label type": (
+        lambda d: next(iter(d["volumes"].values())).update(full_label="20"),
+        "full_label: found '20', wanted a int",
+    ),
+    "scene volume": (lambda d: d["scenes"][0].update(volume="v"), r"scenes\[0\].volume: found 'v'"),
+    "start not rigid": (lambda d: d["cases"][0]["T_init"][0].__setitem__(0, 2.0), r"cases\[0\].T_init: found a matrix"),
+    "start with nan": (
+        lambda d: d["cases"][0]["T_init"][0].__setitem__(0, float("nan")),
+        "T_init: found values that are not finite",
+    ),
+    "start shape": (lambda d: d["cases"][0].update(T_init=[[1, 0], [0, 1]]), r"T_init: found shape \(2, 2\)"),
+    "skewed K": (lambda d: d["scenes"][0]["views"][0]["K"][0].__setitem__(1, 5.0), r"views\[0\].K"),
+    "view without camera": (lambda d: d["scenes"][0]["views"][0].clear(), r"views\[0\]: found {}"),
+    "size": (lambda d: d["scenes"][0]["views"][1].update(height=-4), "height, width"),
+    "case scene": (lambda d: d["cases"][0].update(scene="s"), r"cases\[0\].scene: found 's'"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_case_files_are_one_clear_line(case_path, tmp_path, name):
+    change, message = BROKEN[name]
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps(_broken(files.read_json(case_path), change)))
+    with pytest.raises(files.InputError, match=message) as caught:
+        cases.read(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_broken_arrays_are_one_clear_line(stored, tmp_path):
+    _, ct, mask = stored
+    with pytest.raises(files.InputError, match="found nothing, wanted a NIfTI file"):
+        scans.read_scan(tmp_path / "no.nii.gz", mask)
+    truncated = tmp_path / "cut.nii.gz"
+    truncated.write_bytes(pathlib.Path(ct).read_bytes()[:20000])
+    with pytest.raises(files.InputError, match="wanted a complete NIfTI volume"):
+        scans.read_scan(truncated, mask)
+    image = nibabel.load(ct)
+    hu = np.asarray(image.dataobj).astype(np.float32)
+    hu[3, 4, 5] = np.nan
+    files.write_nifti(tmp_path / "nan.nii.gz", hu, image.affine)
+    with pytest.raises(files.InputError, match="voxels: found 1 not finite, wanted finite HU"):
+        scans.read_scan(tmp_path / "nan.nii.gz", mask)
+    shifted = image.affine.copy()
+    shifted[0, 3] += 2.0
+    files.write_nifti(tmp_path / "shifted.nii.gz", np.asarray(nibabel.load(mask).dataobj), shifted)
+    with pytest.raises(files.InputError, match="affine: found a grid 2.00 mm away"):
+        scans.read_scan(ct, tmp_path / "shifted.nii.gz")
+    files.write_nifti(tmp_path / "small.nii.gz", np.asarray(nibabel.load(mask).dataobj)[:-1], image.affine)
+    with pytest.raises(files.InputError, match="shape in RAS order"):
+        scans.read_scan(ct, tmp_path / "small.nii.gz")
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(files.InputError, match="complete npz file"):
+        files.read_npz(tmp_path / "bad.npz", "a")
+    np.savez(tmp_path / "objects.npz", a=np.array([{}], object))
+    with pytest.raises(files.InputError, match="plain arrays"):
+        files.read_npz(tmp_path / "objects.npz", "a")
+
+
+def test_xrays_must_fit_their_views(case_path, tmp_path):
+    scene = next(iter(cases.read(case_path).scenes.values()))
+    stack = files.read_npz(scene.xrays, "real")["real"]
+    bad = {"shape": stack[:, :-1], "views": stack[:1], "nan": np.where(np.arange(stack.shape[2]) == 3, np.nan, stack)}
+    messages = {
+        "shape": r"'real'\[0\]: shape: found \(243, 244\), wanted \(244, 244\)",
+        "views": r"wanted \(2, height, width\)",
+        "nan": "488|pixels that are not finite",
+    }
+    for name, array in bad.items():
+        files.write_npz(tmp_path / f"{name}.npz", real=array)
+        with pytest.raises(files.InputError, match=messages[name]):
+            cases.read_xrays(dataclasses.replace(scene, xrays=tmp_path / f"{name}.npz"), "real")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    target = tmp_path / "a.json"
+    with pytest.raises(ValueError), files.replacing(target) as temporary:
+        temporary.write_text("half")
+        raise ValueError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pairs_are_a_function_of_seed_and_index_and_carry_the_truth(scan, tmp_path):
+    config = tiny.config().pairs
+    short = pairs.simulate(scan, 21, 2, [4, 0], config, 64)
+    longer = pairs.simulate(scan, 21, 4, [4, 0], config, 64)
+    for name in pairs.ARRAYS:
+        np.testing.assert_array_equal(short[name], longer[name][:2])
+    assert np.abs(short["rest"].astype(float) - pairs.simulate(scan, 21, 2, [4, 1], config, 64)["rest"]).max() > 0.1
+    pairs.save(tmp_path / "s.npz", short)
+    loaded = pairs.load(tmp_path / "s.npz")
+    for name in (*pairs.ARRAYS, "shape", "cloud_mean"):
+        np.testing.assert_array_equal(loaded[name], short[name])
+    cloud = gaussians.from_arrays(
+        {k: short[f"cloud_{k}"] for k in ("format", "density", "mean", "scale", "quaternion")}
+    )
+    camera_from_box = short["camera_from_world"][0] @ short["world_from_box"][0]
+    image = gaussians.project(
+        gaussians.views(cloud, 2), camera_from_box, short["intrinsics"][0], config.window, config.window
+    )
+    target = short["vertebra"][0].astype(np.float32)
+    assert np.corrcoef(np.ravel(image), target.ravel())[0, 1] > 0.97
+
+
+def test_batches_cover_an_epoch_and_repeat_by_step(scan):
+    shard = pairs.simulate(scan, 21, 4, [4, 0], tiny.config().pairs, 64)
+    pair_set = pairs.gather([shard, {**shard, "label": np.int32(22)}])
+    assert len(pair_set) == 8
+    one, again = pair_set.batch(3, 1, 4), pair_set.batch(3, 1, 4)
+    np.testing.assert_array_equal(one.rest, again.rest)
+    seen = np.concatenate([np.asarray(pair_set.batch(3, step, 4).world_from_box)[:, 0, 3] for step in (0, 1)])
+    assert len(np.unique(seen)) == 4  # both copies of four pairs, each once
+
+
+def test_pairs_from_real_cases_are_centred_on_the_vertebra(case_path):
+    case_file = cases.read(case_path)
+    config = dataclasses.replace(tiny.config().pairs, window=40)
+    shard = next(iter(pairs.from_cases(case_file, list(case_file.scenes), "full", config, 64, 3.0).values()))
+    assert shard["rest"].shape == (1, 2, 40, 40) and (shard["excess"] == 0).all()
+    for k, E in zip(shard["intrinsics"][0], shard["camera_from_world"][0]):
+        p = (E @ shard["world_from_box"][0])[:3, 3]
+        assert np.abs(k[:2] * p[:2] / p[2] + k[2:] - 20).max() <= 0.51
+    inside = shard["vertebra"][0] > 0.3
+    assert (shard["rest"][0][inside] > shard["rest"][0][~inside].mean()).mean() > 0.6
+
+
+def test_degraded_xrays_keep_their_content(scan):
+    rng = np.random.default_rng(0)
+    ideal = np.asarray(rng.uniform(1, 3, (2, 8, 8)).repeat(8, 1).repeat(8, 2), np.float32)
+    real = xray.degrade(ideal, np.random.default_rng(1), xray.Detector())
+    assert real.shape == ideal.shape and np.isfinite(real).all()
+    assert np.corrcoef(real.ravel(), ideal.ravel())[0, 1] > 0.9 and np.abs(real - ideal).mean() > 0.05
+    np.testing.assert_array_equal(real, xray.degrade(ideal, np.random.default_rng(1), xray.Detector()))
+    off = xray.Detector(photons=0, hardening=0, scatter=0, blur_px=0, gain_ramp=0, air=0)
+    np.testing.assert_allclose(xray.degrade(ideal, np.random.default_rng(1), off), ideal, atol=1e-4)

@@ -1,0 +1,264 @@
+"""RecM, RegM and RadGS-Reg: shapes, the counterfactual difference, camera awareness, and the passes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from radgs_jax import augment
+from radgs_jax import gaussians
+from radgs_jax import losses
+from radgs_jax import rigid
+from radgs_jax import sharding
+from radgs_jax import training
+from radgs_jax.models import attention
+from radgs_jax.models import backbones
+from radgs_jax.models import radgs_reg
+from radgs_jax.models import recm
+from radgs_jax.models import regm
+from radgs_jax.models.config import ModelConfig
+
+CONFIG = ModelConfig(
+    backbone_2d=("small", (("widths", (8, 16)), ("blocks", (1, 1)), ("reduce", 2), ("out", 16))),
+    backbone_3d=("small", (("widths", (8, 16)), ("blocks", (1, 1)), ("reduce", 3), ("out", 16), ("pyramid", False))),
+    gaussians=60,
+    attention_maps=4,
+    hidden=24,
+    context=16,
+    crop_px=32,
+    pixel_mm=3.0,
+    grid=12,
+    voxel_mm=8.0,
+    grid_blur_mm=3.0,
+)
+
+
+def _cloud(count, seed=0, batch=()):
+    """An anisotropic, off-centre, rotated cloud of a vertebra's size."""
+    rng = np.random.default_rng(seed)
+    q = rng.normal(size=(*batch, count, 4))
+    arrays = (
+        rng.uniform(0.005, 0.03, (*batch, count)),
+        rng.normal(size=(*batch, count, 3)) * [17, 12, 8] + [3, -5, 2],
+        rng.uniform(2.0, 5.0, (*batch, count, 3)),
+        q / np.linalg.norm(q, axis=-1, keepdims=True),
+    )
+    return gaussians.Gaussians(*(jnp.asarray(a, jnp.float32) for a in arrays))
+
+
+def _views(batch):
+    """An AP-like and a lateral-like view of the origin, with their intrinsics for a 32 px crop, (batch, 2, ...)."""
+    E = np.zeros((2, 4, 4))
+    E[0, :3, :3] = [[-1, 0, 0], [0, 0, -1], [0, -1, 0]]
+    E[1, :3, :3] = [[0, -1, 0], [0, 0, -1], [1, 0, 0]]
+    E[:, 2, 3], E[:, 3, 3] = 700.0, 1.0
+    tilt = np.asarray(rigid.exp_so3(jnp.asarray([[0.1, 0.2, 0.05], [-0.15, 0.1, 0.1]])))
+    E[:, :3, :3] = tilt @ E[:, :3, :3]
+    k = np.array([[234.0, 234.0, 15.5, 16.5], [230.0, 231.0, 17.0, 15.0]])
+    return (
+        jnp.asarray(np.broadcast_to(E, (batch, 2, 4, 4)), jnp.float32),
+        jnp.asarray(np.broadcast_to(k, (batch, 2, 4)), jnp.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(lambda key: radgs_reg.init(CONFIG, key))(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    camera_from_box, intrinsics = _views(2)
+    cloud = _cloud(CONFIG.gaussians, batch=(2,))
+    images = jnp.asarray(np.random.default_rng(1).uniform(0.5, 3.0, (2, 2, 32, 32)), jnp.float32)
+    return images, intrinsics, camera_from_box, cloud
+
+
+@pytest.fixture(scope="module")
+def batch(inputs):
+    _, intrinsics, camera_from_world, cloud = inputs
+    rng = np.random.default_rng(2)
+    wide = [jnp.asarray(rng.uniform(0, 2, (2, 2, 56, 56)), jnp.float32) for _ in range(3)]
+    return training.PairBatch(
+        *wide, intrinsics + jnp.asarray([0, 0, 12.0, 12.0]), camera_from_world, jnp.tile(jnp.eye(4), (2, 1, 1)), cloud
+    )
+
+
+@pytest.mark.parametrize("head", ["anchored", "paper"])
+def test_recm_shapes_for_both_heads(inputs, head):
+    config = dataclasses.replace(CONFIG, head=head)
+    model = recm.RecM(config)
+    variables = jax.jit(model.init)(jax.random.key(0), *inputs)
+    out = jax.jit(model.apply)(variables, *inputs)
+    for branch in (out.factual, out.effect):
+        assert branch.density.shape == (2, 60) and branch.mean.shape == (2, 60, 3)
+        assert (np.asarray(branch.density) > 0).all() and (np.asarray(branch.scale) >= recm.SCALE_RANGE[0]).all()
+        np.testing.assert_allclose(np.linalg.norm(branch.quaternion, axis=-1), 1.0, atol=1e-5)
+    assert out.attention.shape[:2] == (2, 2) and out.attention.shape[-1] == 4
+
+
+def test_unknown_head_is_named(inputs):
+    with pytest.raises(ValueError, match="head: found 'x'"):
+        jax.eval_shape(recm.RecM(dataclasses.replace(CONFIG, head="x")).init, jax.random.key(0), *inputs)
+
+
+def test_zero_logits_give_the_anchors_back():
+    cloud = _cloud(40)
+    out = recm.activate(jnp.zeros((40, 11)), cloud, 10.0)
+    for name in ("density", "mean", "scale", "quaternion"):
+        np.testing.assert_allclose(getattr(out, name), getattr(cloud, name), rtol=2e-4, atol=1e-6)
+
+
+def test_counterfactual_draws_have_the_mean_that_inference_uses():
+    draws = attention.counterfactual_maps(jax.random.key(0), (40, 40, 3), 8)
+    assert draws.shape == (8, 40, 40, 3) and draws.min() >= 0 and draws.max() < 2
+    assert abs(float(draws.mean()) - 1.0) < 0.01
+    fixed = attention.counterfactual_maps(None, (4, 4, 3), 8)
+    assert fixed.shape == (1, 4, 4, 3) and (fixed == 1).all()
+
+
+def test_effect_vanishes_where_attention_is_the_intervention(params, inputs):
+    """Eq. 1: when the factual maps equal the counterfactual ones the effect's logits are zero, and the anchors come back."""
+    flat = jax.tree.map(lambda a: a, params["recm"])
+    maps = flat["params"]["AttentionMaps_0"]
+    maps["scale"], maps["bias"] = jnp.zeros_like(maps["scale"]), jnp.ones_like(maps["bias"])
+    out = jax.jit(recm.RecM(CONFIG).apply)(flat, *inputs)
+    np.testing.assert_allclose(out.effect.mean, inputs[3].mean, atol=1e-4)
+    assert np.abs(np.asarray(out.factual.mean - inputs[3].mean)).max() > 1e-3
+
+
+def test_inference_is_deterministic_and_training_draws_differ(params, inputs):
+    apply = jax.jit(recm.RecM(CONFIG).apply)
+    a, b = apply(params["recm"], *inputs), apply(params["recm"], *inputs)
+    np.testing.assert_array_equal(a.effect.mean, b.effect.mean)
+    c, d = (apply(params["recm"], *inputs, jax.random.key(i)) for i in (0, 1))
+    assert np.abs(np.asarray(c.effect.mean - d.effect.mean)).max() > 0
+
+
+def test_views_are_fused_by_precision_and_camera():
+    """A shift seen by both views in their own axes comes back in the box frame, whatever each says of its depth."""
+    camera_from_box, _ = _views(1)
+    rotation = recm.view_from_box(camera_from_box)
+    truth = np.array([3.0, -2.0, 1.5], np.float32)
+    answers = np.zeros((1, 2, 5, 12), np.float32)
+    answers[..., :3] = np.einsum("vij,j->vi", np.asarray(rotation[0]), truth)[None, :, None]
+    answers[..., 2] += 4.0  # both views are wrong about depth
+    answers[..., 3] = 50.0  # and sure of the image plane
+    fused = np.asarray(recm.fuse_views(jnp.asarray(answers), rotation))
+    assert fused.shape == (1, 5, 11)
+    np.testing.assert_allclose(fused[0, :, :3], np.tile(truth, (5, 1)), atol=0.1)
+    depth_equal = answers.copy()
+    depth_equal[..., 2] -= 4.0
+    np.testing.assert_allclose(
+        recm.fuse_views(jnp.asarray(depth_equal), rotation)[0, :, :3], np.tile(truth, (5, 1)), atol=1e-4
+    )
+
+
+def test_view_axes_look_at_the_box():
+    camera_from_box, _ = _views(1)
+    camera_from_box = camera_from_box.at[..., :2, 3].set(40.0)
+    z = rigid.apply_rotation(recm.view_from_box(camera_from_box)[0], jnp.eye(3)[2])
+    R = np.asarray(recm.view_from_box(camera_from_box)[0])
+    np.testing.assert_allclose(np.linalg.det(R), 1.0, atol=1e-5)
+    to_box = np.asarray(camera_from_box[0, :, :3, 3])
+    ray_in_box = np.einsum("vji,vj->vi", np.asarray(camera_from_box[0, :, :3, :3]), to_box)
+    along = np.einsum("vij,vj->vi", R, ray_in_box)
+    np.testing.assert_allclose(along[:, :2], 0.0, atol=1e-3)
+    assert (along[:, 2] > 0).all() and z.shape == (2, 3)
+
+
+def test_sampling_weights_read_a_linear_image_exactly():
+    rows, columns = np.mgrid[0:8, 0:16].astype(np.float32)
+    cell_centre = 4 * (columns + 0.5) - 0.5 + 3.0 * (4 * (rows + 0.5) - 0.5)
+    uv = jnp.asarray([[10.3, 20.7], [33.0, 5.5]])
+    weights = recm.sampling_weights(uv, (32, 64), (8, 16))
+    np.testing.assert_allclose(weights @ cell_centre.reshape(-1), uv[:, 0] + 3 * uv[:, 1], rtol=1e-5)
+
+
+def test_registration_moves_the_start_and_keeps_it_rigid(params):
+    camera_from_world, intrinsics = _views(1)
+    images = [jnp.asarray(np.random.default_rng(3).uniform(0, 3, shape), jnp.float32) for shape in ((60, 64), (72, 50))]
+    start = rigid.motion_about(jnp.zeros(3), jnp.asarray([0.1, -0.05, 0.2, 4.0, -3.0, 2.0]))
+    result = training.register(params, CONFIG, images, intrinsics[0], camera_from_world[0], start, _cloud(60), 3)
+    assert result.trajectory.shape == (4, 4, 4)
+    np.testing.assert_allclose(result.trajectory[0], start, atol=1e-6)
+    R = np.asarray(result.world_from_box[:3, :3])
+    np.testing.assert_allclose(R @ R.T, np.eye(3), atol=1e-5)
+    assert result.xrays.shape == (2, 32, 32)
+
+
+def test_crop_keeps_the_camera_exact():
+    """A world point lands on the same image content before and after the crop, also where the window hangs over the border."""
+    rng = np.random.default_rng(0)
+    image = jnp.asarray(rng.uniform(size=(50, 70)), jnp.float32)
+    E = jnp.eye(4).at[:3, 3].set(jnp.asarray([20.0, -30.0, 700.0]))
+    k = jnp.asarray([300.0, 310.0, 33.0, 26.0])
+    window, moved = radgs_reg.crop_view(image, k, E, 24)
+    shift = np.asarray(k - moved)[2:].astype(int)
+    assert window.shape == (24, 24)
+    for v, u in ((0, 0), (11, 7), (23, 23)):
+        row, column = np.clip(v + shift[1], 0, 49), np.clip(u + shift[0], 0, 69)
+        assert float(window[v, u]) == float(image[row, column])
+
+
+@pytest.mark.parametrize("module", training.MODULES)
+def test_every_module_stage_lowers_its_loss_on_one_batch(params, batch, module):
+    update = training.make_update(sharding.make_mesh(jax.devices()[:1]), module, CONFIG, training.LossConfig(), 0.0)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    state = sharding.replicate(training.init_state(jax.tree.map(jnp.copy, params), module), mesh)
+    values = []
+    for _ in range(12):
+        state, metrics = update(state, jax.random.key(0), np.float32(2e-3), batch)
+        values.append(float(metrics["loss"]))
+    assert np.isfinite(values).all() and min(values[-3:]) < values[0]
+    for name in ("recm", "regm"):
+        moved = any(
+            np.abs(np.asarray(a) - np.asarray(b)).max() > 0
+            for a, b in zip(jax.tree.leaves(state["params"][name]), jax.tree.leaves(params[name]))
+        )
+        assert moved == (name in training.TRAINED[module])
+
+
+def test_joint_gradient_reaches_recm_through_the_voxeliser(params, batch):
+    """Eq. 4: the registration loss alone has a gradient in RecM's parameters."""
+    example = training.make_example(jax.random.key(0), batch, CONFIG)
+
+    def registration_only(recm_params):
+        effect = training.reconstruct(recm_params, CONFIG, example).effect
+        motion = regm.estimate(params["regm"], CONFIG, effect, example.cloud)
+        return training.registration_loss(motion, example, effect, CONFIG, training.LossConfig())[0]
+
+    gradient = jax.jit(jax.grad(registration_only))(params["recm"])
+    norms = [float(jnp.linalg.norm(g)) for g in jax.tree.leaves(gradient)]
+    assert np.isfinite(norms).all() and sum(n > 0 for n in norms) > 0.8 * len(norms)
+
+
+def test_example_truth_is_consistent(batch):
+    """The CT cloud moved by `motion` and projected in the start's cameras is the cloud at the true pose in the true cameras."""
+    example = training.make_example(jax.random.key(5), batch, CONFIG)
+    moved = training.project(gaussians.move(example.cloud, example.motion), example)
+    true_cameras = rigid.matmul(batch.camera_from_world, batch.world_from_box[:, None])
+    direct = gaussians.project(gaussians.views(batch.cloud, 2), true_cameras, example.intrinsics, 32, 32)
+    np.testing.assert_allclose(moved, direct, atol=2e-3 * float(direct.max()))
+
+
+def test_clean_augmentation_is_the_sum_and_starts_have_their_sizes():
+    rest, excess = (jnp.asarray(np.random.default_rng(i).uniform(0, 2, (3, 2, 20, 24)), jnp.float32) for i in (0, 1))
+    np.testing.assert_allclose(augment.xray(jax.random.key(0), rest, excess, 0.0), rest + excess, rtol=1e-4, atol=1e-5)
+    twist = augment.start_twist(jax.random.key(1), 4000)
+    size = np.sqrt(
+        np.sum(np.asarray(twist[:, 3:]) ** 2, -1) + (rigid.LEVER_MM * np.linalg.norm(twist[:, :3], axis=-1)) ** 2
+    )
+    assert size.max() < 25.01 and 0.3 < (size < 6).mean() < 0.6 and (size > 15).mean() > 0.1
+
+
+def test_regm_starts_at_rest_and_the_mesh_does_not_matter(params):
+    cloud = _cloud(60, batch=(2,))
+    motion = regm.estimate(params["regm"], CONFIG, cloud, cloud, passes=2)
+    assert float(losses.geodesic(motion, jnp.eye(4))) < 2.0
+
+
+def test_parameter_counts_are_those_of_the_config(params):
+    assert 1e4 < backbones.count_parameters(params["recm"]) < 2e5

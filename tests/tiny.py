@@ -1,0 +1,45 @@
+"""The smallest configuration that still runs every stage: a coarse phantom, a small network, two steps a module stage."""
+
+import dataclasses
+
+from data_pipelines.pairs import PairConfig
+from data_pipelines.phantom import PhantomConfig
+from experiments import configs
+from radgs_jax.models.config import ModelConfig
+
+MODEL = ModelConfig(
+    backbone_2d=("small", (("widths", (8, 16)), ("blocks", (1, 1)), ("reduce", 2), ("out", 16))),
+    backbone_3d=("small", (("widths", (8, 16)), ("blocks", (1, 1)), ("reduce", 3), ("out", 16), ("pyramid", False))),
+    gaussians=64,
+    attention_maps=4,
+    hidden=16,
+    context=16,
+    crop_px=32,
+    pixel_mm=3.0,
+    grid=12,
+    voxel_mm=8.0,
+    grid_blur_mm=3.0,
+)
+
+
+def config(**changes):
+    """The tiny `configs.Config`."""
+    stage = configs.StageConfig(pairs=2, steps=(3, 3, 3), learning_rate=1e-3)
+    base = configs.Config(
+        model=MODEL,
+        pairs=PairConfig(window=56, binning=16, rest_spacing_mm=6.0, step_mm=6.0, vertebra_step_mm=4.0),
+        phantom=PhantomConfig(spacing_mm=(2.5, 2.5, 3.0), levels=(20, 21, 22, 23, 24)),
+        labels=(21, 22),
+        p1_patients=2,
+        p2_patients=2,
+        p2_folds=2,
+        patient_labels=(21, 22),
+        p1=stage,
+        p2=dataclasses.replace(stage, pairs=1),
+        p3=stage,
+        batch=2,
+        passes=2,
+        eval_scenes=1,
+        checkpoint_seconds=0.0,
+    )
+    return dataclasses.replace(base, **changes)
