@@ -80,11 +80,18 @@ def prepare(config, workdir, targets, base, minutes=None, modules=training.MODUL
         ),
         "scans": {digest: sorted(group) for digest, group in groups.items()},
     }
+    missing = {d: group for d, group in groups.items() if not (workdir / d / "model" / "manifest.json").exists()}
+    # Everything that can be wrong with the input is found before the first file is written.
+    vertebrae = {digest: _extract(group.values(), model.config.gaussians) for digest, group in missing.items()}
     _claim(workdir, document)
-    for digest, group in groups.items():
-        folder = workdir / digest
-        if not (folder / "model" / "manifest.json").exists():
-            _prepare_scan(config, folder, list(group.values()), model, minutes, modules)
+    for digest, group in missing.items():
+        _prepare_scan(config, workdir / digest, list(group.values()), vertebrae[digest], model, minutes, modules)
+
+
+def _extract(targets, gaussian_count):
+    first = next(iter(targets))
+    scan = scans.read_scan(first.ct, first.mask, first.patient)
+    return [scans.extract(scan, target.label, gaussian_count, target.mask) for target in targets]
 
 
 def _claim(workdir, document):
@@ -106,15 +113,10 @@ def _claim(workdir, document):
         files.write_json(path, document)
 
 
-def _prepare_scan(config, folder, targets, model, minutes, modules):
+def _prepare_scan(config, folder, targets, vertebrae, model, minutes, modules):
     first = targets[0]
-    scan = scans.read_scan(first.ct, first.mask, first.patient)
-    for target in targets:
-        save_vertebra(
-            folder / f"vertebra_{target.label}.npz",
-            scans.extract(scan, target.label, model.config.gaussians, target.mask),
-            first.patient,
-        )
+    for vertebra in vertebrae:
+        save_vertebra(folder / f"vertebra_{vertebra.label}.npz", vertebra, first.patient)
     labels = [target.label for target in targets]
     with progress.bar(len(labels), "p3 pairs") as bar:
         shards = build.simulated_pairs(

@@ -217,8 +217,8 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 def test_pairs_are_a_function_of_seed_and_index_and_carry_the_truth(scan, tmp_path):
     config = tiny.config().pairs
-    short = pairs.simulate(scan, 21, 2, [4, 0], config, 64)
-    longer = pairs.simulate(scan, 21, 4, [4, 0], config, 64)
+    short = pairs.simulate(scan, 21, 2, [4, 0], config, 400)
+    longer = pairs.simulate(scan, 21, 4, [4, 0], config, 400)
     for name in pairs.ARRAYS:
         np.testing.assert_array_equal(short[name], longer[name][:2])
     assert np.abs(short["rest"].astype(float) - pairs.simulate(scan, 21, 2, [4, 1], config, 64)["rest"]).max() > 0.1
@@ -250,13 +250,13 @@ def test_batches_cover_an_epoch_and_repeat_by_step(scan):
 def test_pairs_from_real_cases_are_centred_on_the_vertebra(case_path):
     case_file = cases.read(case_path)
     config = dataclasses.replace(tiny.config().pairs, window=40)
-    shard = next(iter(pairs.from_cases(case_file, list(case_file.scenes), "full", config, 64, 3.0).values()))
+    shard = next(iter(pairs.from_cases(case_file, list(case_file.scenes), "easy", config, 64, 3.0).values()))
     assert shard["rest"].shape == (1, 2, 40, 40) and (shard["excess"] == 0).all()
     for k, E in zip(shard["intrinsics"][0], shard["camera_from_world"][0]):
         p = (E @ shard["world_from_box"][0])[:3, 3]
         assert np.abs(k[:2] * p[:2] / p[2] + k[2:] - 20).max() <= 0.51
-    inside = shard["vertebra"][0] > 0.3
-    assert (shard["rest"][0][inside] > shard["rest"][0][~inside].mean()).mean() > 0.6
+    # The `easy` X-ray shows the vertebra alone, so the measured image and the target must be one, to half a pixel and less.
+    assert np.corrcoef(shard["rest"].ravel().astype(float), shard["vertebra"].ravel().astype(float))[0, 1] > 0.995
 
 
 def test_degraded_xrays_keep_their_content(scan):

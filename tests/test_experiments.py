@@ -1,0 +1,362 @@
+"""Training, preparing and registering as a user runs them: the stages, restart after SIGKILL, independence, bad input."""
+
+import dataclasses
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import nibabel
+import numpy as np
+import pytest
+import tiny
+
+from data_pipelines import cases
+from data_pipelines import files
+from data_pipelines import pairs
+from experiments import checkpoint
+from experiments import evaluate
+from experiments import patients
+from experiments import registering
+from experiments import train
+from radgs_jax import gaussians
+from radgs_jax.models import radgs_reg
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+RUN = (
+    "import sys; sys.path[:0] = ['tests', '.']\n"
+    "if __name__ == '__main__':\n"
+    "    import jax, pathlib, os, tiny\n"
+    "    root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'\n"
+    "    jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(root) / 'radgs_jax' / 'xla'))\n"
+    "    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
+    "    from experiments import train\n"
+    "    print(train.train(tiny.config(), sys.argv[1]))\n"
+)
+
+
+def _run(module, *flags, cwd=REPOSITORY):
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *flags], cwd=cwd, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished tiny run: (workdir, table)."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train.train(tiny.config(), workdir)
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("script") / "run_tiny.py"
+    path.write_text(RUN)
+    return path
+
+
+def test_full_run_leaves_what_it_promises(trained):
+    workdir, table = trained
+    assert "mean shape" in table and "CT at the start" in table and "capture range" in table and "variant real" in table
+    for name in (
+        "p1/model/manifest.json",
+        "p2/model/manifest.json",
+        "eval/table.txt",
+        "eval/errors_real.png",
+        "eval/results_real.json",
+        "tensorboard/p1_rec",
+        "checkpoints/p2_joint",
+    ):
+        assert (workdir / name).exists(), name
+    case = next((workdir / "eval" / "real").iterdir())
+    assert {p.name for p in case.iterdir()} == {
+        "pose.json",
+        "pose.tfm",
+        "ct_vertebra_in_world.nii.gz",
+        "gaussians.npz",
+        "reconstruction_in_world.nii.gz",
+        "picture.png",
+    }
+    assert files.read_json(workdir / "eval" / "results_real.json")["format"] == cases.RESULTS_FORMAT
+
+
+def test_running_again_only_reads(trained):
+    workdir, table = trained
+    start = time.monotonic()
+    assert train.train(tiny.config(), workdir) == table
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("when", ["pairs/p1", "checkpoints/p1_rec/step_1", "checkpoints/p2_reg/step_2", "p3"])
+def test_a_killed_run_goes_on_and_ends_with_the_same_table(trained, script, tmp_path, when):
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(workdir)],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    target, limit = workdir / when, time.monotonic() + 240
+    while not target.exists() and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert target.exists()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (workdir / "eval" / "table.txt").exists()
+    again = subprocess.run([sys.executable, str(script), str(workdir)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert (workdir / "eval" / "table.txt").read_text() == trained[1] + "\n"
+
+
+def test_a_module_stage_alone_starts_from_the_one_before(tmp_path):
+    with pytest.raises(files.InputError, match="stage p1_rec: found not finished"):
+        train.train(tiny.config(), tmp_path, "p1_reg")
+    with pytest.raises(files.InputError, match="manifest.json: file: found nothing"):
+        train.train(tiny.config(), tmp_path, "p2")
+
+
+def test_patients_never_meet_between_folds():
+    fold = train.folds(["c", "a", "b", "a", "d"], 3)
+    assert fold == {"a": 0, "b": 1, "c": 2, "d": 0}
+
+
+def _case(trained):
+    case_file = cases.read(trained[0] / "eval" / "cases.json")
+    case = case_file.cases[0]
+    scene = case_file.scenes[case.scene]
+    volume = case_file.volumes[scene.volume]
+    target = patients.Target(volume.patient, volume.full_ct, volume.full_mask, volume.full_label)
+    return case_file, case, scene, target
+
+
+def test_every_case_gets_the_same_answer_alone_shuffled_and_with_rubbish_beside_it(trained, tmp_path):
+    """The estimate depends on the X-rays, the cameras, T_init and the prepared vertebra; on nothing else in the file."""
+    workdir = trained[0]
+    document = files.read_json(workdir / "eval" / "cases.json")
+    source = workdir / "eval"
+    for volume in document["volumes"].values():
+        volume["full_ct"], volume["full_mask"] = (str((source / volume[k]).resolve()) for k in ("full_ct", "full_mask"))
+    for scene in document["scenes"]:
+        scene["xrays"] = str((source / scene["xrays"]).resolve())
+    shuffled = json.loads(json.dumps(document))
+    shuffled["cases"] = shuffled["cases"][::-1][:3]
+    for volume in shuffled["volumes"].values():
+        volume["points"], volume["centre"] = [[1e6, 0, 0]], ["x"]
+    for scene in shuffled["scenes"]:
+        scene["T_gt"], scene["T_rest"] = "rubbish", [[5]]
+    for case in shuffled["cases"]:
+        case["bin_mm"], case["init_mtre_mm"], case["init_rot_deg"] = [-1, "y"], None, 1e9
+    poses = []
+    for name, value in (("all", document), ("some", shuffled)):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(value))
+        done = _run(
+            "register",
+            f"--cases={path}",
+            "--variant=real",
+            f"--workdir={workdir / 'p3'}",
+            f"--out={tmp_path / name}",
+            "--passes=2",
+            "--nopictures",
+        )
+        assert done.returncode == 0, done.stderr
+        poses.append({r["id"]: r["T"] for r in files.read_json(tmp_path / name / "results.json")["results"]})
+    assert len(poses[0]) == 10 and len(poses[1]) == 3
+    for name, pose in poses[1].items():
+        assert poses[0][name] == pose
+    reported = {r["id"]: r["T"] for r in files.read_json(workdir / "eval" / "results_real.json")["results"]}
+    assert reported == poses[0]
+
+
+def test_single_case_by_flags_raw_xrays_and_points(trained, tmp_path):
+    """The same case by --ct ..., from raw intensities and from clicked points."""
+    case_file, case, scene, target = _case(trained)
+    images = cases.read_xrays(scene, "artic")
+    for i, image in enumerate(images):
+        np.save(tmp_path / f"{i}.npy", image)
+        np.save(tmp_path / f"raw{i}.npy", 5000.0 * np.exp(-image.astype(np.float64)))
+    files.write_json(tmp_path / "cameras.json", [{"P": v["P"]} for v in case_file.raw["scenes"][0]["views"]])
+    files.write_json(tmp_path / "init.json", case.world_from_ct.tolist())
+    common = [
+        f"--ct={target.ct}",
+        f"--mask={target.mask}",
+        f"--label={target.label}",
+        f"--cameras={tmp_path / 'cameras.json'}",
+        f"--workdir={trained[0] / 'p3'}",
+        "--passes=2",
+    ]
+    by_lines = _run(
+        "register",
+        *common,
+        f"--xrays={tmp_path / '0.npy'},{tmp_path / '1.npy'}",
+        f"--init={tmp_path / 'init.json'}",
+        f"--out={tmp_path / 'a'}",
+    )
+    assert by_lines.returncode == 0, by_lines.stderr
+    truth = cases.truth(case_file, scene)
+    prepared = patients.load(trained[0] / "p3", target, patients.Identity())
+    centre = truth @ prepared.vertebra.ct_from_box[:, 3]
+    clicks = []
+    for view in scene.views:
+        p = view.camera_from_world @ centre
+        clicks.append(
+            f"{view.intrinsics[0] * p[0] / p[2] + view.intrinsics[2]},{view.intrinsics[1] * p[1] / p[2] + view.intrinsics[3]}"
+        )
+    by_points = _run(
+        "register",
+        *common,
+        f"--xrays={tmp_path / 'raw0.npy'},{tmp_path / 'raw1.npy'}",
+        "--raw",
+        "--air=5000",
+        f"--points={';'.join(clicks)}",
+        f"--out={tmp_path / 'b'}",
+        "--nopictures",
+    )
+    assert by_points.returncode == 0, by_points.stderr
+    a, b = (np.array(files.read_json(tmp_path / n / "results.json")["results"][0]["T"]) for n in "ab")
+    outcome = registering.register(prepared, scene.views, images, case.world_from_ct, 2)
+    np.testing.assert_allclose(a, outcome.world_from_ct, atol=1e-2)
+    assert np.linalg.norm((b @ prepared.vertebra.ct_from_box[:, 3] - centre)[:3]) < 30
+
+    pose = files.read_json(tmp_path / "a" / "case" / "pose.json")
+    np.testing.assert_allclose(pose["world_from_ct"], a)
+    parameters = [float(v) for v in (tmp_path / "a" / "case" / "pose.tfm").read_text().splitlines()[3].split()[1:]]
+    ct_from_world_lps = np.eye(4)
+    ct_from_world_lps[:3, :3], ct_from_world_lps[:3, 3] = np.reshape(parameters[:9], (3, 3)), parameters[9:]
+    lps = np.diag([-1, -1, 1, 1])
+    np.testing.assert_allclose(np.linalg.inv(lps @ ct_from_world_lps @ lps), a, atol=1e-6)
+    moved, affine = files.read_nifti(tmp_path / "a" / "case" / "ct_vertebra_in_world.nii.gz")
+    index = np.argwhere(moved > 0.01).mean(0)
+    np.testing.assert_allclose(
+        affine[:3, :3] @ index + affine[:3, 3], (a @ prepared.vertebra.ct_from_box[:, 3])[:3], atol=2.0
+    )
+    saved = gaussians.from_arrays(dict(np.load(tmp_path / "a" / "case" / "gaussians.npz")))
+    assert saved.mean.shape == (64, 3)
+
+
+def test_bad_input_is_one_line_status_2_and_no_output(trained, tmp_path):
+    _, case, _, target = _case(trained)
+    workdir = trained[0] / "p3"
+    good = trained[0] / "eval" / "cases.json"
+    (tmp_path / "bad.json").write_text("{")
+    base = f"--base={trained[0] / 'p2' / 'model'}"
+    runs = {
+        "unknown flag value": ("train", ["--stage=p9", f"--workdir={tmp_path / 'o'}"], "p9"),
+        "unknown flag": ("train", ["--stag=p1", f"--workdir={tmp_path / 'o'}"], "stag"),
+        "not json": (
+            "register",
+            [f"--cases={tmp_path / 'bad.json'}", f"--workdir={workdir}", f"--out={tmp_path / 'o'}"],
+            "valid JSON",
+        ),
+        "variant": (
+            "register",
+            [f"--cases={good}", "--variant=x", f"--workdir={workdir}", f"--out={tmp_path / 'o'}"],
+            "wanted 'x'",
+        ),
+        "not prepared": (
+            "register",
+            [f"--cases={good}", f"--workdir={tmp_path}", f"--out={tmp_path / 'o'}"],
+            "manifest.json",
+        ),
+        "label": (
+            "prepare",
+            [f"--ct={target.ct}", f"--mask={target.mask}", "--label=9", f"--workdir={tmp_path / 'o'}", base],
+            "wanted 9 among them",
+        ),
+        "no base": (
+            "prepare",
+            [
+                f"--ct={target.ct}",
+                f"--mask={target.mask}",
+                "--label=21",
+                f"--workdir={tmp_path / 'o'}",
+                f"--base={tmp_path}",
+            ],
+            "manifest.json",
+        ),
+    }
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", f"experiments.{module}", *flags],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, (module, flags, _) in runs.items()
+    }
+    for name, process in processes.items():
+        out, error = process.communicate()
+        lines = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert process.returncode == 2, (name, error)
+        assert len(lines) == 1 and error.splitlines()[-1] == lines[0] and runs[name][2] in lines[0], (name, error)
+        assert "Traceback" not in out + error
+    assert not (tmp_path / "o").exists()
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_prepared_workdir_is_reused_only_for_the_same_inputs(trained):
+    _, _, _, target = _case(trained)
+    base = trained[0] / "p2" / "model"
+    targets = [dataclasses.replace(target, label=label) for label in (21, 22)]
+    before = (trained[0] / "p3" / "manifest.json").read_text()
+    patients.prepare(tiny.config(), trained[0] / "p3", targets, base)  # the same: nothing to do
+    for changed, field in (
+        (dict(seed=3), "config"),
+        (dict(p3=dataclasses.replace(tiny.config().p3, pairs=3)), "config"),
+    ):
+        with pytest.raises(files.InputError, match=f"manifest.json: {field}: found"):
+            patients.prepare(tiny.config(**changed), trained[0] / "p3", targets, base)
+    with pytest.raises(files.InputError, match="base: found"):
+        patients.prepare(tiny.config(), trained[0] / "p3", targets, trained[0] / "p1" / "model")
+    with pytest.raises(files.InputError, match="scans: found"):
+        patients.prepare(tiny.config(), trained[0] / "p3", targets[:1], base)
+    assert (trained[0] / "p3" / "manifest.json").read_text() == before
+
+
+def test_a_minutes_budget_fixes_its_schedule_once(trained, tmp_path):
+    target = _case(trained)[3]
+    patients.prepare(tiny.config(), tmp_path / "w", [target], trained[0] / "p2" / "model", minutes=0.3)
+    plans = sorted((tmp_path / "w").rglob("plan.json"))
+    assert len(plans) == 3 and all(files.read_json(p)["steps"] >= 1 for p in plans)
+
+
+def test_model_round_trip_and_refusal_of_changed_files(tmp_path):
+    params = jax.device_get(jax.jit(lambda key: radgs_reg.init(tiny.MODEL, key))(jax.random.key(3)))
+    shapes = {0: np.zeros(pairs.MEAN_SHAPE, np.float16), 21: np.ones(pairs.MEAN_SHAPE, np.float16)}
+    checkpoint.save_model(tmp_path / "m", checkpoint.Model(params, tiny.MODEL, shapes), "test")
+    loaded = checkpoint.load_model(tmp_path / "m")
+    assert loaded.config == tiny.MODEL and set(loaded.mean_shapes) == {0, 21}
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    manifest = files.read_json(tmp_path / "m" / "manifest.json")
+    manifest["model"]["gaussians"] = 65
+    files.write_json(tmp_path / "m" / "manifest.json", manifest)
+    with pytest.raises(files.InputError, match="do not match their hash"):
+        checkpoint.load_model(tmp_path / "m")
+
+
+def test_table_bins_and_baselines():
+    scores = {"start_mm": np.array([1.0, 7.0, 8.0]), "error_mm": np.array([0.5, 1.0, 3.0]), "volumes": {}}
+    text = evaluate.table(scores, "real")
+    assert "0-5" in text and "5-10" in text and "capture range: 5 mm" in text and "50.0 %" in text
+
+
+def test_volumes_with_nan_are_refused_before_anything_is_written(trained, tmp_path):
+    target = _case(trained)[3]
+    image = nibabel.load(target.ct)
+    hu = np.asarray(image.dataobj).astype(np.float32)
+    hu[0, 0, 0] = np.nan
+    files.write_nifti(tmp_path / "nan.nii.gz", hu, image.affine)
+    done = _run(
+        "prepare",
+        f"--ct={tmp_path / 'nan.nii.gz'}",
+        f"--mask={target.mask}",
+        "--label=21",
+        f"--workdir={tmp_path / 'o'}",
+        f"--base={trained[0] / 'p2' / 'model'}",
+    )
+    assert done.returncode == 2 and "1 not finite" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "o").exists()
