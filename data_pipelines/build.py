@@ -63,14 +63,16 @@ def simulated_pairs(folder, subjects, labels, count, seed, config, gaussian_coun
     folder = pathlib.Path(folder) / pairs.config_hash(config, count, seed, gaussian_count)
     shards = []
     for number, (subject, ct, mask) in enumerate(subjects):
-        scan = None
+        scan = whole = None
         for label in labels:
             path = folder / f"{subject}_{label}.npz"
             if not path.exists():
-                scan = scan or scans.read_scan(ct, mask, subject)
+                if scan is None:
+                    scan = scans.read_scan(ct, mask, subject)
+                    whole = scans.WholeBody(scan, config.rest_spacing_mm)
                 # The subject's number keeps two patients from sharing random draws.
-                shard_seed = [seed, number]
-                pairs.save(path, pairs.simulate(scan, label, count, shard_seed, config, gaussian_count, mask))
+                made = pairs.simulate(scan, whole, label, count, [seed, number], config, gaussian_count, mask)
+                pairs.save(path, made)
             shards.append(pairs.load(path))
             on_done()
     return shards
@@ -97,10 +99,11 @@ def simulated_cases(
     document = {"format": cases.CASES_FORMAT, "seed": seed, "volumes": {}, "scenes": [], "cases": []}
     for number, (subject, ct, mask) in enumerate(subjects):
         scan = scans.read_scan(ct, mask, subject)
+        whole = scans.WholeBody(scan, 2.0)
         for label in labels:
             name = f"{subject}_{scans.level_name(label)}"
             vertebra = scans.extract(scan, label, 64, mask)
-            body = xray.Body(scan, vertebra)
+            body = xray.Body(whole, vertebra)
             centre = vertebra.ct_from_box[:3, 3]
             document["volumes"][name] = {
                 "patient": subject,

@@ -46,14 +46,16 @@ class PairConfig:
 ARRAYS = ("rest", "excess", "vertebra", "intrinsics", "camera_from_world", "world_from_box")
 
 
-def simulate(scan, label, count, seed, config, gaussian_count, mask_path="mask"):
+def simulate(scan, whole, label, count, seed, config, gaussian_count, mask_path="mask"):
     """`count` pairs of one vertebra: dict of the ARRAYS, its cloud and its mean-shape density.
+
+    `whole` is the scan's `scan.WholeBody` at config.rest_spacing_mm.
 
     Raises:
       InputError: the vertebra is absent or cut.
     """
     vertebra = scans.extract(scan, label, gaussian_count, mask_path)
-    body = xray.Body(scan, vertebra, config.rest_spacing_mm)
+    body = xray.Body(whole, vertebra)
     frame = vertebra.ct_from_box
     device = carm.CArm()
     size = (config.window, config.window)

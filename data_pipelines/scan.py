@@ -14,6 +14,8 @@ FILL_HU = 40.0
 """What fills a vertebra's hole in the rest of the body: muscle."""
 END_MM = 60.0
 """How far a scan's end slices are repeated: the body goes on where the scan stops."""
+CLOUD_VOXEL_MM = 2.5
+"""Voxels that Gaussians are fitted to; their own extent is accounted for."""
 GRID_SHAPE = (96, 96, 96)
 """The evaluation grid of the case format: 96^3 at 1 mm in CT axes, centred on the vertebra."""
 
@@ -148,7 +150,8 @@ def extract(scan, label, count, mask_path="mask", points=500):
     ct_from_index = scan.ct_from_index.copy()
     ct_from_index[:3, 3] += scan.ct_from_index[:3, :3] @ [s.start for s in box]
     frame = ct_from_box(scan, label, mask_path)
-    cloud = gaussians.from_density(density, np.linalg.inv(frame) @ ct_from_index, count)
+    coarse, coarse_grid = block_average(density, ct_from_index, CLOUD_VOXEL_MM)
+    cloud = gaussians.from_density(coarse, np.linalg.inv(frame) @ coarse_grid, count)
     surface = np.argwhere(mask & ~ndimage.binary_erosion(mask))
     chosen = surface[np.random.default_rng(0).permutation(len(surface))[:points]]
     surface_ct = chosen @ ct_from_index[:3, :3].T + ct_from_index[:3, 3]
@@ -178,28 +181,46 @@ def evaluation_grid(vertebra, centre=None):
     return affine
 
 
-def rest_of_body(scan, label, spacing_mm=2.0):
-    """Everything but one vertebra, for X-rays: attenuation (X, Y, Z) in 1/mm and its ct_from_index.
-
-    The vertebra's hole is filled with muscle, the grid is block-averaged to at least `spacing_mm` on each axis where it is
-    finer, and the end slices are repeated for 60 mm.
-    """
-    hu = np.where(scan.labels == label, np.float32(FILL_HU), scan.hu)
-    mu = np.asarray(attenuation.from_hounsfield(hu))
-    return _extend_ends(*block_average(mu, scan.ct_from_index, spacing_mm))
+def _blocks(ct_from_index, spacing_mm):
+    """Voxels per block and axis that keep the spacing at or below `spacing_mm` (1 at least)."""
+    return np.maximum(1, np.floor(spacing_mm / np.linalg.norm(ct_from_index[:3, :3], axis=0) + 1e-6)).astype(int)
 
 
 def block_average(array, ct_from_index, spacing_mm):
-    """`array` averaged over whole blocks, as many voxels a side as keep the spacing at or below `spacing_mm` (1 at least)."""
-    spacing = np.linalg.norm(ct_from_index[:3, :3], axis=0)
-    factor = np.maximum(1, np.floor(spacing_mm / spacing + 1e-6)).astype(int)
-    shape = np.array(array.shape) // factor
-    cut = array[tuple(slice(0, n * f) for n, f in zip(shape, factor))]
-    blocks = cut.reshape(shape[0], factor[0], shape[1], factor[1], shape[2], factor[2])
+    """`array` averaged over whole blocks of voxels, the last ones filled up with zeros, and its exact affine."""
+    factor = _blocks(ct_from_index, spacing_mm)
+    padded = np.pad(array, [(0, -n % f) for n, f in zip(array.shape, factor)])
+    shape = np.array(padded.shape) // factor
+    blocks = padded.reshape(shape[0], factor[0], shape[1], factor[1], shape[2], factor[2])
     affine = ct_from_index.copy()
     affine[:3, :3] = ct_from_index[:3, :3] * factor
     affine[:3, 3] = ct_from_index[:3, 3] + ct_from_index[:3, :3] @ (0.5 * (factor - 1))
     return blocks.mean((1, 3, 5), dtype=np.float32), affine
+
+
+class WholeBody:
+    """A scan's attenuation on a coarser grid, its end slices repeated for 60 mm, from which single vertebrae can be taken.
+
+    Averaging is linear, so taking a vertebra out costs a small patch, not a pass over the scan.
+    """
+
+    def __init__(self, scan, spacing_mm):
+        self._spacing_mm, self._shape, self._grid = spacing_mm, scan.hu.shape, scan.ct_from_index
+        mu, affine = block_average(np.asarray(attenuation.from_hounsfield(scan.hu)), scan.ct_from_index, spacing_mm)
+        self._mu, self.ct_from_index, self._repeat = _extend_ends(mu, affine)
+
+    def without(self, vertebra):
+        """Attenuation (X, Y, Z) in 1/mm on the grid `ct_from_index`, muscle in the vertebra's place."""
+        factor = _blocks(self._grid, self._spacing_mm)
+        start = np.linalg.solve(self._grid[:3, :3], vertebra.ct_from_index[:3, 3] - self._grid[:3, 3])
+        start = np.rint(start).astype(int)
+        first = start // factor
+        padded = np.pad(excess_over_fill(vertebra), [(int(n), 0) for n in start - first * factor])
+        patch, _ = block_average(padded, self._grid, self._spacing_mm)
+        rest = self._mu.copy()
+        first[2] += self._repeat
+        rest[tuple(slice(a, a + n) for a, n in zip(first, patch.shape))] -= patch
+        return rest
 
 
 def _extend_ends(mu, ct_from_index):
@@ -207,7 +228,7 @@ def _extend_ends(mu, ct_from_index):
     repeat = int(round(END_MM / np.linalg.norm(ct_from_index[:3, 2])))
     affine = ct_from_index.copy()
     affine[:3, 3] -= affine[:3, 2] * repeat
-    return np.pad(mu, ((0, 0), (0, 0), (repeat, repeat)), mode="edge"), affine
+    return np.pad(mu, ((0, 0), (0, 0), (repeat, repeat)), mode="edge"), affine, repeat
 
 
 def excess_over_fill(vertebra):

@@ -45,9 +45,10 @@ def _pad(volume, multiple=16):
 class Body:
     """A scan split into one vertebra and the rest, ready to be X-rayed."""
 
-    def __init__(self, scan, vertebra, rest_spacing_mm=2.0):
+    def __init__(self, whole, vertebra):
+        """whole: `scan.WholeBody`, shared by the vertebrae of a scan; vertebra: `scan.Vertebra` of the same scan."""
         self.vertebra = vertebra
-        self.rest, self.rest_ct_from_index = scans.rest_of_body(scan, vertebra.label, rest_spacing_mm)
+        self.rest, self.rest_ct_from_index = whole.without(vertebra), whole.ct_from_index
         self.excess = scans.excess_over_fill(vertebra)
 
     def render_rest(self, world_from_rest, intrinsics, camera_from_world, size, step_mm=2.0):

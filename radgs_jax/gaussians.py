@@ -120,8 +120,8 @@ def from_density(density, frame_from_index, count):
     """Gaussians with the mass, centre and second moments of a voxel density, cell by cell.
 
     The density is shared out to overlapping cells of a cubic lattice by quadratic B-splines (a partition of unity) and
-    each cell's share becomes the Gaussian with its mass, centre and covariance, so the mass and the centre of the whole
-    are kept. The lattice is the finest one that needs no more than `count` Gaussians.
+    each cell's share, the voxels' own extent included, becomes the Gaussian with its mass, centre and covariance, so the
+    mass and the centre of the whole are kept. The lattice is the finest one that needs no more than `count` Gaussians.
 
     Args:
       density: (X, Y, Z) non-negative, 1/mm; frame_from_index: (4, 4) affine, mm; numpy arrays.
@@ -138,7 +138,8 @@ def from_density(density, frame_from_index, count):
     voxel_mm3 = abs(np.linalg.det(frame_from_index[:3, :3]))
     points = index @ frame_from_index[:3, :3].T + frame_from_index[:3, 3]
     mass = density[tuple(index.T)].astype(np.float64) * voxel_mm3
-    cell = (np.count_nonzero(density) * voxel_mm3 / count) ** (1 / 3)
+    # A first guess near the answer: as many cells as the volume fills, and half as many again on its surface.
+    cell = 1.15 * (np.count_nonzero(density) * voxel_mm3 / count) ** (1 / 3)
     while (used := np.count_nonzero(_heavy(_cell_sums(points, mass, cell, [np.ones_like(mass)])[0]))) > count:
         cell *= max(1.005, (used / count) ** (1 / 3))
     pairs = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
@@ -150,7 +151,8 @@ def from_density(density, frame_from_index, count):
     order = np.argsort(-m, kind="stable")
     m, first, second = m[order], first[order], second[order]
     mean = first / m[:, None]
-    covariance = second / m[:, None, None] - mean[:, :, None] * mean[:, None, :]
+    voxel = frame_from_index[:3, :3] @ frame_from_index[:3, :3].T / 12
+    covariance = second / m[:, None, None] - mean[:, :, None] * mean[:, None, :] + voxel
     variance, axes = np.linalg.eigh(covariance)
     axes[np.linalg.det(axes) < 0, :, 0] *= -1
     scale = np.sqrt(np.maximum(variance, (0.15 * cell) ** 2))

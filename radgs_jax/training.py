@@ -38,7 +38,7 @@ class LossConfig:
     ssim: float = 0.2
     tv: float = 0.05
     geodesic: float = 0.02
-    points: float = 0.02
+    points: float = 0.1
     volume: float = 30.0
 
 
@@ -123,14 +123,17 @@ def reconstruction_loss(reconstruction, example, config, weights):
     eq2 = losses.cal_reconstruction(
         image, volume, project(factual, example), regm.volume(factual, config), example.target, weights.ssim, weights.tv
     )
-    # Masked by mass: Gaussians that only pad the cloud have no place to be.
+    # Weighted by mass: Gaussians that only pad the cloud have no place to be.
     share = truth.density * jnp.prod(truth.scale, -1)
     share = share / jnp.sum(share, -1, keepdims=True)
-    miss = jnp.sqrt(jnp.sum((effect.mean - truth.mean) ** 2, -1) + 1e-6)
-    points = jnp.mean(jnp.sum(share * miss, -1))
-    volume_l1 = losses.l1(volume, true_volume)
-    loss = eq2 + weights.points * points + weights.volume * volume_l1
-    return loss, {"eq2": eq2, "image_l1": losses.l1(image, example.target), "points_mm": points, "volume_l1": volume_l1}
+
+    def points(cloud):
+        miss = jnp.sqrt(jnp.sum((cloud.mean - truth.mean) ** 2, -1) + 1e-6)
+        return jnp.mean(jnp.sum(share * miss, -1))
+
+    effect_points, volume_l1 = points(effect), losses.l1(volume, true_volume)
+    loss = eq2 + weights.points * (effect_points + points(factual)) + weights.volume * volume_l1
+    return loss, {"eq2": eq2, "image_l1": losses.l1(image, example.target), "points_mm": effect_points, "volume_l1": volume_l1}
 
 
 def registration_loss(motion, example, reconstruction, config, weights):
