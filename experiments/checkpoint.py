@@ -1,6 +1,7 @@
 """Checkpoints: training states within a stage and finished models between stages, by Orbax, with a JSON manifest."""
 
 import dataclasses
+import hashlib
 import pathlib
 import shutil
 
@@ -120,8 +121,11 @@ def _config(value):
     return ModelConfig(**{k: frozen(v) for k, v in value.items()})
 
 
-def model_hash(folder):
-    """Digest of a model's content, for the reuse check of prepared patients."""
-    folder = pathlib.Path(folder).resolve()
-    parts = [files.sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()]
-    return pairs.config_hash("model", parts)
+def model_hash(model):
+    """Digest of a model's values and configuration, the same wherever and whenever it was saved."""
+    digest = hashlib.sha256(pairs.config_hash(model.config).encode())
+    leaves = [*jax.tree.leaves(model.params), *(model.mean_shapes[k] for k in sorted(model.mean_shapes))]
+    for leaf in leaves:
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{array.shape} {array.dtype}".encode() + array.tobytes())
+    return digest.hexdigest()[:16]

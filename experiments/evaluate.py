@@ -43,6 +43,7 @@ def evaluate(case_file, variant, workdir, passes, picture_folder=None, score_vol
     Args:
       case_file: `cases.CaseFile` with truth and points; workdir: of `patients.prepare`; passes: network passes.
       picture_folder: where to write the files of the first case of each vertebra, or None.
+      score_volumes: also score the reconstructions, which takes longer than registering.
     Returns:
       dict of arrays over cases: start_mm, error_mm, passes_mm (C, passes + 1), runtime_s, cpu_s; 'volumes': name -> score ->
       (C,); and 'results' for `cases.write_results`.
@@ -131,14 +132,14 @@ def table(scores, variant):
     return "\n".join(lines)
 
 
-def report(case_file, variant, workdir, passes, out):
+def report(case_file, variant, workdir, passes, out, score_volumes=True):
     """Evaluates, and writes `out`/results_VARIANT.json, table_VARIANT.txt, errors_VARIANT.png and the first cases' files.
 
     Returns:
       the table, and a line with the times.
     """
     out = pathlib.Path(out)
-    scores = evaluate(case_file, variant, workdir, passes, out / variant)
+    scores = evaluate(case_file, variant, workdir, passes, out / variant, score_volumes)
     cases.write_results(out / f"results_{variant}.json", registering.PROGRAM, variant, scores["results"])
     pictures.errors(
         out / f"errors_{variant}.png", f"variant {variant}", scores["start_mm"], scores["error_mm"], scores["passes_mm"]
@@ -149,3 +150,23 @@ def report(case_file, variant, workdir, passes, out):
     return text, (
         f"time a case, median: {np.median(scores['runtime_s']):.2f} s wall, {np.median(scores['cpu_s']):.2f} s CPU"
     )
+
+
+def held_out(model, case_file, names, variant, passes):
+    """Start and final mTRE, mm, (C,) each, of a model that was not prepared for the patients, on the scenes `names`."""
+    start, error, ready = [], [], {}
+    for case in case_file.cases:
+        if case.scene not in names:
+            continue
+        scene = case_file.scenes[case.scene]
+        volume = case_file.volumes[scene.volume]
+        if volume.name not in ready:
+            scan = scans.read_scan(volume.full_ct, volume.full_mask, volume.patient)
+            vertebra = scans.extract(scan, volume.full_label, model.config.gaussians, volume.full_mask)
+            ready[volume.name] = patients.Prepared(model, vertebra, volume.patient)
+        prepared, truth = ready[volume.name], cases.truth(case_file, scene)
+        images = cases.read_xrays(scene, variant)
+        outcome = registering.register(prepared, scene.views, images, case.world_from_ct, passes)
+        for kept, pose in ((start, case.world_from_ct), (error, outcome.world_from_ct)):
+            kept.append(metrics.mtre(prepared.vertebra.points, pose, truth))
+    return np.array(start), np.array(error)

@@ -74,7 +74,7 @@ def prepare(config, workdir, targets, base, minutes=None, modules=training.MODUL
     model = checkpoint.load_model(base)
     document = {
         "format": FORMAT,
-        "base": checkpoint.model_hash(base),
+        "base": checkpoint.model_hash(model),
         "config": pairs.config_hash(
             config.seed, config.p3, config.pairs, config.losses, model.config, config.batch, minutes
         ),

@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 
 import jax
+import numpy as np
 from absl import flags
 
 from data_pipelines import build
@@ -55,6 +56,8 @@ def folds(patients_, count):
 
 def p1(config, workdir, modules):
     """Public CTs with simulated X-rays."""
+    if (workdir / "p1" / "model").exists():
+        return
     subjects = _phantom_scans(config, workdir, P1_SEED, config.p1_patients, "p1 phantoms")
     with progress.bar(len(subjects) * len(config.labels), "p1 pairs") as bar:
         shards = build.simulated_pairs(
@@ -79,6 +82,8 @@ def p1(config, workdir, modules):
 
 def p2(config, workdir, modules, case_path=None, variant="real"):
     """Real cases of known pose, five folds by patient; by default simulated ones, harder than P1's."""
+    if (workdir / "p2" / "model").exists():
+        return
     model = checkpoint.load_model(workdir / "p1" / "model")
     if case_path is None:
         subjects = _phantom_scans(config, workdir, P2_SEED, config.p2_patients, "p2 phantoms")
@@ -119,8 +124,16 @@ def p2(config, workdir, modules, case_path=None, variant="real"):
         config, workdir, "p2", pairs.gather(shards), model.params, config.p2.steps, config.p2.learning_rate, modules
     )
     if modules[-1] == "joint":
+        trained = dataclasses.replace(model, params=jax.device_get(params))
+        outside = [s.name for s in case_file.scenes.values() if s.name not in names]
+        if outside:
+            start, error = evaluate.held_out(trained, case_file, outside, variant, config.passes)
+            fold_scores = {"start_mm": start.tolist(), "error_mm": error.tolist(), "variant": variant}
+            files.write_json(workdir / "p2" / f"fold_{config.p2_fold}.json", fold_scores)
+            medians = f"median mTRE {np.median(start):.2f} -> {np.median(error):.2f} mm"
+            print(f"P2, held-out fold {config.p2_fold}, no patient-specific training: {len(error)} cases, {medians}")
         note = f"P1+P2 without fold {config.p2_fold}"
-        checkpoint.save_model(workdir / "p2" / "model", dataclasses.replace(model, params=jax.device_get(params)), note)
+        checkpoint.save_model(workdir / "p2" / "model", trained, note)
 
 
 def p3(config, workdir, modules):
@@ -147,13 +160,25 @@ def score(config, workdir, subject, ct, mask):
     case_file = cases.read(path)
     texts = []
     for variant in ("artic", "real"):
-        text, times = evaluate.report(case_file, variant, workdir / "p3", config.passes, workdir / "eval")
+        text, times = evaluate.report(
+            case_file, variant, workdir / "p3", config.passes, workdir / "eval", score_volumes=variant == "real"
+        )
         texts.append(text)
         print(times)
     result = "\n\n".join(texts)
     with files.replacing(workdir / "eval" / "table.txt") as temporary:
         temporary.write_text(result + "\n")
     return result
+
+
+def _claim(path, config_hash):
+    """Keeps a workdir to one configuration: its checkpoints would not fit another."""
+    if not path.exists():
+        files.write_json(path, config_hash)
+    elif files.read_json(path) != config_hash:
+        files.fail(
+            path, "configuration", files.read_json(path), f"{config_hash}; name another --workdir or delete this one"
+        )
 
 
 def train(config, workdir, stage="full", case_path=None, variant="real"):
@@ -168,6 +193,7 @@ def train(config, workdir, stage="full", case_path=None, variant="real"):
       InputError: a stage whose predecessor is not there, or unusable input.
     """
     workdir = pathlib.Path(workdir)
+    _claim(workdir / "config.json", pairs.config_hash(config))
     name, _, module = stage.partition("_")
     modules = training.MODULES[: training.MODULES.index(module) + 1] if module else training.MODULES
     if module and len(modules) > 1:

@@ -133,7 +133,12 @@ def reconstruction_loss(reconstruction, example, config, weights):
 
     effect_points, volume_l1 = points(effect), losses.l1(volume, true_volume)
     loss = eq2 + weights.points * (effect_points + points(factual)) + weights.volume * volume_l1
-    return loss, {"eq2": eq2, "image_l1": losses.l1(image, example.target), "points_mm": effect_points, "volume_l1": volume_l1}
+    return loss, {
+        "eq2": eq2,
+        "image_l1": losses.l1(image, example.target),
+        "points_mm": effect_points,
+        "volume_l1": volume_l1,
+    }
 
 
 def registration_loss(motion, example, reconstruction, config, weights):

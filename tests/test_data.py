@@ -229,7 +229,9 @@ def test_pairs_are_a_function_of_seed_and_index_and_carry_the_truth(scan, whole,
     longer = pairs.simulate(scan, whole, 21, 4, [4, 0], config, 400)
     for name in pairs.ARRAYS:
         np.testing.assert_array_equal(short[name], longer[name][:2])
-    assert np.abs(short["rest"].astype(float) - pairs.simulate(scan, whole, 21, 2, [4, 1], config, 64)["rest"]).max() > 0.1
+    assert (
+        np.abs(short["rest"].astype(float) - pairs.simulate(scan, whole, 21, 2, [4, 1], config, 64)["rest"]).max() > 0.1
+    )
     pairs.save(tmp_path / "s.npz", short)
     loaded = pairs.load(tmp_path / "s.npz")
     for name in (*pairs.ARRAYS, "shape", "cloud_mean"):

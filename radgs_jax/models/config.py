@@ -15,10 +15,10 @@ class ModelConfig:
     grid, voxel_mm, grid_blur_mm: RegM's volume; Gaussians are blurred by grid_blur_mm so that it can sample them.
     """
 
-    backbone_2d: tuple = ("small", (("widths", (32, 64, 96)), ("blocks", (1, 2, 2)), ("reduce", 2), ("out", 64)))
+    backbone_2d: tuple = ("small", (("widths", (16, 48, 96)), ("blocks", (1, 1, 2)), ("reduce", 2), ("out", 48)))
     backbone_3d: tuple = (
         "small",
-        (("widths", (48, 96)), ("blocks", (1, 1)), ("reduce", 3), ("out", 96), ("pyramid", False)),
+        (("widths", (32, 64)), ("blocks", (1, 1)), ("reduce", 3), ("out", 64), ("pyramid", False)),
     )
     head: str = "anchored"
     gaussians: int = 512

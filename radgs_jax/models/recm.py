@@ -86,6 +86,13 @@ def sampling_weights(uv, image_size, feature_size):
     return (rows[..., :, None] * columns[..., None, :]).reshape(*uv.shape[:-1], -1)
 
 
+def _smooth(images, radius=4):
+    padded = jnp.pad(images, [(0, 0)] * (images.ndim - 2) + [(radius, radius)] * 2, mode="edge")
+    window = (1,) * (images.ndim - 2) + (2 * radius + 1,) * 2
+    total = jax.lax.reduce_window(padded, 0.0, jax.lax.add, window, (1,) * images.ndim, "VALID")
+    return total / (2 * radius + 1) ** 2
+
+
 def image_channels(xrays, prior, intrinsics, camera_from_box):
     """What the encoder sees of each view, (B, V, H, W, 5): X-ray, its high pass, the prior's projection, coordinates.
 
@@ -93,10 +100,6 @@ def image_channels(xrays, prior, intrinsics, camera_from_box):
     pixels from the projection of the box's origin, over half a width.
     """
     height, width = xrays.shape[-2:]
-    radius = 4
-    padded = jnp.pad(xrays, [(0, 0)] * (xrays.ndim - 2) + [(radius, radius)] * 2, mode="edge")
-    window = (1,) * (xrays.ndim - 2) + (2 * radius + 1,) * 2
-    smooth = jax.lax.reduce_window(padded, 0.0, jax.lax.add, window, (1,) * xrays.ndim, "VALID") / (2 * radius + 1) ** 2
 
     def standardised(image):
         mean = jnp.mean(image, (-2, -1), keepdims=True)
@@ -106,7 +109,52 @@ def image_channels(xrays, prior, intrinsics, camera_from_box):
     u = (jnp.arange(width) - origin[..., None, None, 0]) / (0.5 * width)
     v = (jnp.arange(height)[:, None] - origin[..., None, None, 1]) / (0.5 * height)
     u, v = (jnp.broadcast_to(a, xrays.shape) for a in (u, v))
-    return jnp.stack([standardised(xrays), standardised(xrays - smooth), 2.0 * prior, u, v], -1)
+    return jnp.stack([standardised(xrays), standardised(xrays - _smooth(xrays)), 2.0 * prior, u, v], -1)
+
+
+class Matching(nn.Module):
+    """Where in the X-ray the prior's projection fits: learned features of both, correlated over all shifts in reach.
+
+    A network that has to find a displacement by convolutions alone needs many more examples; correlation is
+    equivariant to it by construction.
+    """
+
+    heads: int = 8
+    reach: int = 9
+    cell: int = 2
+
+    @nn.compact
+    def __call__(self, xray, prior):
+        """Features of the fit of each view.
+
+        Args:
+          xray: (..., H, W, C) channels of the X-ray; prior: (..., H, W, D) channels of the prior's projection.
+        Returns:
+          code (..., F); shift (..., heads, 2) in pixels, columns first: where the prior has to go, by each head's
+          soft maximum.
+        """
+        batch = xray.shape[:-3]
+
+        def features(x):
+            x = backbones.space_to_depth(x.reshape(-1, *x.shape[-3:]), self.cell)
+            x = nn.Conv(self.heads, (3, 3))(nn.relu(nn.Conv(2 * self.heads, (3, 3))(x)))
+            x = x - jnp.mean(x, (1, 2), keepdims=True)
+            return x * jax.lax.rsqrt(jnp.mean(x**2, (1, 2), keepdims=True) + 1e-4)
+
+        found, template = features(xray), features(prior)
+        height, width = found.shape[1:3]
+        size = [2 ** (n + 2 * self.reach - 1).bit_length() for n in (height, width)]
+        spectrum = jnp.fft.rfft2(found, size, (1, 2)) * jnp.conj(jnp.fft.rfft2(template, size, (1, 2)))
+        scores = jnp.fft.irfft2(spectrum, size, (1, 2)) / (height * width)
+        order = jnp.arange(-self.reach, self.reach + 1)
+        scores = scores[:, order][:, :, order]  # negative shifts wrap round to the end
+        sharpness = self.param("sharpness", nn.initializers.constant(3.0), (self.heads,))
+        logits = (scores * jnp.exp(sharpness)).reshape(-1, len(order) ** 2, self.heads)
+        chance = jax.nn.softmax(logits, 1).reshape(scores.shape)
+        shift = jnp.stack([jnp.einsum("nyxh,x->nh", chance, order), jnp.einsum("nyxh,y->nh", chance, order)], -1)
+        code = nn.relu(nn.Dense(64)(scores.reshape(scores.shape[0], -1)))
+        code = jnp.concatenate([code, shift.reshape(-1, 2 * self.heads) / self.reach, jnp.max(chance, (1, 2))], -1)
+        return code.reshape(*batch, -1), self.cell * shift.reshape(*batch, self.heads, 2)
 
 
 class AnchoredHead(nn.Module):
@@ -121,13 +169,13 @@ class AnchoredHead(nn.Module):
     context: int
 
     @nn.compact
-    def __call__(self, gated, pooled, weights, rotation, anchors):
+    def __call__(self, gated, pooled, weights, rotation, anchors, shift):
         """One answer per leading branch.
 
         Args:
           gated: (K, B, V, h, w, C) attended features of K branches; pooled: (K, B, V, M * C).
           weights: (B, V, N, h * w) of `sampling_weights`; rotation: (B, V, 3, 3) of `view_from_box`.
-          anchors: Gaussians (B, N), box frame.
+          anchors: Gaussians (B, N), box frame; shift: (K, B, V, heads, 2) of `Matching`, mm, times the attention's level.
         Returns:
           logits per view (K, B, V, N, 12): shift in view axes 3, log precision 2, scale 3, rotation 3, density 1.
         """
@@ -142,7 +190,13 @@ class AnchoredHead(nn.Module):
         query = jnp.concatenate([mean / 20.0, *(jnp.broadcast_to(a, (b, v, *a.shape[2:])) for a in depth_free)], -1)
         query = nn.Dense(self.hidden, use_bias=False)(query)
         out = nn.Dense(12, kernel_init=nn.initializers.variance_scaling(0.05, "fan_in", "truncated_normal"))
-        return out(nn.relu(local + code[:, :, :, None] + query))
+        answers = out(nn.relu(local + code[:, :, :, None] + query))
+        # The matched shift has a way of its own to the answer. With an attention level of 3 against the intervention's 1
+        # this start makes the effect's shift the mean of the heads'.
+        heads = shift.shape[-2]
+        share = self.param("share", nn.initializers.constant(0.5 / heads), (heads, 1))
+        direct = jnp.sum(share * shift, -2) / ANCHORED_STEP_MM
+        return answers.at[..., :2].add(direct[:, :, :, None])
 
 
 def fuse_views(answers, rotation):
@@ -207,12 +261,18 @@ class RecM(nn.Module):
         intervened = attention.counterfactual_maps(key, factual_maps.shape, c.counterfactual_draws)
         maps = jnp.concatenate([factual_maps[None], intervened])
         gated, pooled = attention.attend(features[None], maps)
+        level = jnp.mean(maps, (-3, -2, -1))[..., None]
+        sharp_prior = channels[..., 2:3] - _smooth(channels[..., 2])[..., None]
+        fit, shift = Matching()(channels[..., :2], jnp.concatenate([channels[..., 2:3], sharp_prior], -1))
+        pooled = jnp.concatenate([pooled, level * fit], -1)
         if c.head == "anchored":
             rotation = view_from_box(camera_from_box)
             means = rigid.apply(camera_from_box, gaussians.views(anchors, v).mean)
             uv = camera.project_camera(intrinsics, means)
             weights = sampling_weights(uv, (height, width), features.shape[2:4])
-            answers = AnchoredHead(c.hidden, c.context)(gated, pooled, weights, rotation, anchors)
+            mm_per_px = camera_from_box[..., 2, 3] / intrinsics[..., 0]
+            shift = level[..., None] * shift * mm_per_px[..., None, None]
+            answers = AnchoredHead(c.hidden, c.context)(gated, pooled, weights, rotation, anchors, shift)
             fused = fuse_views(jnp.stack([answers[0], answers[0] - jnp.mean(answers[1:], 0)]), rotation)
             base, step_mm = anchors, ANCHORED_STEP_MM
         elif c.head == "paper":
