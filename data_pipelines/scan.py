@@ -1,8 +1,8 @@
 """A CT with its vertebra labels, and one vertebra taken out of it."""
 
 import dataclasses
+import functools
 
-import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
@@ -37,9 +37,10 @@ class Scan:
     labels: np.ndarray
     ct_from_index: np.ndarray
 
-    @property
-    def spacing_mm(self):
-        return np.linalg.norm(self.ct_from_index[:3, :3], axis=0)
+    @functools.cached_property
+    def boxes(self):
+        """Bounding box (tuple of slices) of each label that is there, found in one pass over the scan."""
+        return {i + 1: box for i, box in enumerate(ndimage.find_objects(self.labels)) if box is not None}
 
 
 def read_scan(ct_path, mask_path, patient=None):
@@ -79,14 +80,14 @@ def find_label(scan, label, path):
     Raises:
       InputError: the label is not in the mask.
     """
-    box = ndimage.find_objects(scan.labels, max_label=int(label))[label - 1] if label >= 1 else None
+    box = scan.boxes.get(label)
     if box is None:
-        files.fail(path, "label", f"{sorted(int(v) for v in np.unique(scan.labels) if v)}", f"{label} among them")
+        files.fail(path, "label", sorted(scan.boxes), f"{label} among them")
     return box
 
 
 def _centroid(scan, label):
-    box = ndimage.find_objects(scan.labels, max_label=int(label))[label - 1]
+    box = scan.boxes.get(label)
     if box is None:
         return None
     index = np.argwhere(scan.labels[box] == label).mean(0) + [s.start for s in box]
@@ -100,7 +101,7 @@ def ct_from_box(scan, label, path="mask"):
     """
     find_label(scan, label, path)
     centre = _centroid(scan, label)
-    above, below = _centroid(scan, label - 1), _centroid(scan, label + 1) if label < 255 else None
+    above, below = _centroid(scan, label - 1), _centroid(scan, label + 1)
     up = (above if above is not None else centre) - (below if below is not None else centre)
     z = np.array([0.0, 0, 1]) if np.linalg.norm(up) < 1.0 else up / np.linalg.norm(up)
     y = np.cross(z, [1.0, 0, 0])
@@ -146,7 +147,7 @@ def extract(scan, label, count, mask_path="mask", points=500):
             )
     box = tuple(slice(part.start - 1, part.stop + 1) for part in box)
     mask = scan.labels[box] == label
-    density = np.where(mask, np.asarray(attenuation.from_hounsfield(scan.hu[box])), 0.0).astype(np.float32)
+    density = np.where(mask, attenuation.from_hounsfield(scan.hu[box]), 0.0).astype(np.float32)
     ct_from_index = scan.ct_from_index.copy()
     ct_from_index[:3, 3] += scan.ct_from_index[:3, :3] @ [s.start for s in box]
     frame = ct_from_box(scan, label, mask_path)
@@ -205,8 +206,8 @@ class WholeBody:
     """
 
     def __init__(self, scan, spacing_mm):
-        self._spacing_mm, self._shape, self._grid = spacing_mm, scan.hu.shape, scan.ct_from_index
-        mu, affine = block_average(np.asarray(attenuation.from_hounsfield(scan.hu)), scan.ct_from_index, spacing_mm)
+        self._spacing_mm, self._grid = spacing_mm, scan.ct_from_index
+        mu, affine = block_average(attenuation.from_hounsfield(scan.hu), scan.ct_from_index, spacing_mm)
         self._mu, self.ct_from_index, self._repeat = _extend_ends(mu, affine)
 
     def without(self, vertebra):
@@ -233,5 +234,5 @@ def _extend_ends(mu, ct_from_index):
 
 def excess_over_fill(vertebra):
     """Attenuation (X, Y, Z) that the vertebra has above the muscle that fills its hole, on its own grid."""
-    fill = float(attenuation.from_hounsfield(jnp.float32(FILL_HU)))
+    fill = attenuation.from_hounsfield(np.array(FILL_HU, np.float32))
     return np.where(vertebra.mask, vertebra.density - fill, 0.0).astype(np.float32)

@@ -1,7 +1,9 @@
 """X-rays of a scan with one vertebra at its own pose, and what a real detector does to them."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
@@ -11,6 +13,11 @@ from kernels.drr import drr
 
 CHANNELS = ("rest", "excess", "vertebra")
 """The rest of the body with muscle in the hole; what the vertebra adds to it; the vertebra alone."""
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _drr(volume, index_from_camera, intrinsics, height, width, step_mm):
+    return drr(volume, index_from_camera, intrinsics, height, width, step_mm=step_mm)
 
 
 def render(volume, ct_from_index, world_from_ct, intrinsics, camera_from_world, size, step_mm, oversample=1):
@@ -25,19 +32,19 @@ def render(volume, ct_from_index, world_from_ct, intrinsics, camera_from_world, 
     fine = np.array(intrinsics, np.float64) * oversample
     fine[:, 2:] += 0.5 * (oversample - 1)
     height, width = size
-    image = drr(
+    image = _drr(
         jnp.asarray(_pad(volume)),
         jnp.asarray(index_from_camera, jnp.float32),
         jnp.asarray(fine, jnp.float32),
         height * oversample,
         width * oversample,
-        step_mm=step_mm,
+        step_mm,
     )
     blocks = np.asarray(image).reshape(len(fine), height, oversample, width, oversample)
     return blocks.mean((2, 4))
 
 
-def _pad(volume, multiple=16):
+def _pad(volume, multiple=32):
     # Volumes differ in size from vertebra to vertebra; few distinct shapes mean few compilations.
     return np.pad(volume, [(0, -n % multiple) for n in volume.shape])
 

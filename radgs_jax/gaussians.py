@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from kernels import symmetric
 from kernels.splat import splat
@@ -147,7 +148,7 @@ def from_density(density, frame_from_index, count):
         points, mass, cell, [np.ones_like(mass), *points.T, *(points[:, i] * points[:, j] for i, j in pairs)]
     )
     sums = sums[:, _heavy(sums[0])]
-    m, first, second = sums[0], sums[1:4].T, np.asarray(symmetric.to_matrix(sums[4:].T))
+    m, first, second = sums[0], sums[1:4].T, sums[4:].T[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(-1, 3, 3)
     order = np.argsort(-m, kind="stable")
     m, first, second = m[order], first[order], second[order]
     mean = first / m[:, None]
@@ -165,7 +166,7 @@ def from_density(density, frame_from_index, count):
         np.tile(np.float32([1, 0, 0, 0]), (count, 1)),
     )
     result.density[:n], result.mean[:n], result.scale[:n] = peak, mean, scale
-    result.quaternion[:n] = np.asarray(rigid.quaternion_from_matrix(jnp.asarray(axes, jnp.float32)))
+    result.quaternion[:n] = Rotation.from_matrix(axes).as_quat(scalar_first=True)
     return result
 
 

@@ -1,12 +1,17 @@
 """RecM, RegM and RadGS-Reg: shapes, the counterfactual difference, camera awareness, and the passes."""
 
 import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import configs
 from radgs_jax import augment
 from radgs_jax import gaussians
 from radgs_jax import losses
@@ -20,6 +25,7 @@ from radgs_jax.models import recm
 from radgs_jax.models import regm
 from radgs_jax.models.config import ModelConfig
 
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = ModelConfig(
     backbone_2d=("small", (("widths", (8, 16)), ("blocks", (1, 1)), ("reduce", 2), ("out", 16))),
     backbone_3d=("small", (("widths", (8, 16)), ("blocks", (1, 1)), ("reduce", 3), ("out", 16), ("pyramid", False))),
@@ -262,3 +268,42 @@ def test_regm_starts_at_rest_and_the_mesh_does_not_matter(params):
 
 def test_parameter_counts_are_those_of_the_config(params):
     assert 1e4 < backbones.count_parameters(params["recm"]) < 2e5
+
+
+@pytest.mark.parametrize("name", ["resnet50", "densenet121", "vit12"])
+def test_the_papers_families_fit_the_paper_preset(name):
+    """Shapes only: RecM and RegM with each backbone of the paper's Table 2 at the sizes of the `paper` preset."""
+    config = dataclasses.replace(configs.PAPER.model, backbone_2d=(name, ()), backbone_3d=(name, ()))
+    shapes = jax.eval_shape(lambda: radgs_reg.init(config, jax.random.key(0)))
+    count = {k: sum(int(np.prod(a.shape)) for a in jax.tree.leaves(v)) for k, v in shapes.items()}
+    assert 5e6 < count["recm"] < 1.2e8 and 8e6 < count["regm"] < 1.2e8
+
+
+def test_a_mesh_of_two_trains_like_a_mesh_of_one(tmp_path):
+    """Two devices, the batch split: the replicated state stays one, and the loss is that of the same data."""
+    code = (
+        "import sys; sys.path[:0] = ['tests', '.']\n"
+        "import jax, numpy as np, jax.numpy as jnp, tiny\n"
+        "from radgs_jax import gaussians, sharding, training\n"
+        "from radgs_jax.models import radgs_reg\n"
+        "cloud = jax.tree.map(lambda a: jnp.tile(a[None, :64], (4,) + (1,) * a.ndim), gaussians.uniform_cloud(4, 15.0, 0.02))\n"
+        "zero = jnp.zeros((4, 2, 8, 8))\n"
+        "batch = training.PairBatch(zero, zero, zero, jnp.zeros((4, 2, 4)), jnp.zeros((4, 2, 4, 4)),\n"
+        "                           jnp.tile(jnp.eye(4), (4, 1, 1)), cloud)\n"
+        "params = radgs_reg.init(tiny.MODEL, jax.random.key(0))\n"
+        "for devices in (jax.devices()[:1], jax.devices()):\n"
+        "    mesh = sharding.make_mesh(devices)\n"
+        "    update = training.make_update(mesh, 'reg', tiny.MODEL, training.LossConfig(), 0.0)\n"
+        "    state = sharding.replicate(training.init_state(jax.tree.map(jnp.copy, params), 'reg'), mesh)\n"
+        "    for step in range(8):\n"
+        "        state, metrics = update(state, jax.random.key(step), np.float32(1e-3), batch)\n"
+        "    leaf = jax.tree.leaves(state['params'])[-1]\n"
+        "    assert len(leaf.addressable_shards) == len(devices)\n"
+        "    assert all(np.array_equal(s.data, leaf.addressable_shards[0].data) for s in leaf.addressable_shards)\n"
+        "    print(float(metrics['loss']))\n"
+    )
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = map(float, done.stdout.split())
+    assert np.isfinite([one, two]).all() and abs(one - two) < 0.5 * one

@@ -19,6 +19,9 @@ DENSITY_UNIT = 0.02
 """1/mm; raw density 0 means softplus(0) of it."""
 SCALE_RANGE = (0.4, 20.0)
 """Smallest and largest standard deviation of a Gaussian, mm."""
+MATCHING_CELL_MM = 3.0
+MATCHING_REACH_MM = 27.0
+"""Resolution and reach, at the isocentre, of the correlation between X-ray and prior."""
 ANCHORED_STEP_MM = 10.0
 PAPER_STEP_MM = 30.0
 """What a mean's logit of 1 moves a Gaussian by."""
@@ -117,11 +120,13 @@ class Matching(nn.Module):
 
     A network that has to find a displacement by convolutions alone needs many more examples; correlation is
     equivariant to it by construction.
+
+    heads: number of feature pairs; reach: largest shift on either axis, in cells of `cell` pixels.
     """
 
-    heads: int = 8
-    reach: int = 9
-    cell: int = 2
+    heads: int
+    reach: int
+    cell: int
 
     @nn.compact
     def __call__(self, xray, prior):
@@ -263,7 +268,9 @@ class RecM(nn.Module):
         gated, pooled = attention.attend(features[None], maps)
         level = jnp.mean(maps, (-3, -2, -1))[..., None]
         sharp_prior = channels[..., 2:3] - _smooth(channels[..., 2])[..., None]
-        fit, shift = Matching()(channels[..., :2], jnp.concatenate([channels[..., 2:3], sharp_prior], -1))
+        cell = max(1, round(MATCHING_CELL_MM / c.pixel_mm))
+        matching = Matching(c.attention_maps, round(MATCHING_REACH_MM / (cell * c.pixel_mm)), cell)
+        fit, shift = matching(channels[..., :2], jnp.concatenate([channels[..., 2:3], sharp_prior], -1))
         pooled = jnp.concatenate([pooled, level * fit], -1)
         if c.head == "anchored":
             rotation = view_from_box(camera_from_box)
