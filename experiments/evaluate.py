@@ -163,7 +163,7 @@ def held_out(model, case_file, names, variant, passes):
         if volume.name not in ready:
             scan = scans.read_scan(volume.full_ct, volume.full_mask, volume.patient)
             vertebra = scans.extract(scan, volume.full_label, model.config.gaussians, volume.full_mask)
-            ready[volume.name] = patients.Prepared(model, vertebra, volume.patient)
+            ready[volume.name] = patients.Prepared(model, vertebra, patients.fine_cloud(vertebra), volume.patient)
         prepared, truth = ready[volume.name], cases.truth(case_file, scene)
         images = cases.read_xrays(scene, variant)
         outcome = registering.register(prepared, scene.views, images, case.world_from_ct, passes)

@@ -21,6 +21,7 @@ from radgs_jax import gaussians
 from radgs_jax import training
 
 FORMAT = "radgs-workdir/1"
+FINE_GAUSSIANS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +36,11 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A vertebra as `register` needs it: the patient's model and the vertebra."""
+    """A vertebra as `register` needs it: the patient's model, the vertebra, and its finer Gaussians (M,), box frame."""
 
     model: checkpoint.Model
     vertebra: scans.Vertebra
+    fine_cloud: gaussians.Gaussians
     patient: str
 
 
@@ -147,6 +149,12 @@ def _prepare_scan(config, folder, targets, vertebrae, model, minutes, modules):
         )
 
 
+def fine_cloud(vertebra):
+    """The vertebra in `FINE_GAUSSIANS` Gaussians of its native voxels, box frame: the detail of reported reconstructions."""
+    box_from_index = np.linalg.inv(vertebra.ct_from_box) @ vertebra.ct_from_index
+    return gaussians.from_density(vertebra.density, box_from_index, FINE_GAUSSIANS)
+
+
 def save_vertebra(path, vertebra, patient):
     """Writes what registering needs of a vertebra."""
     files.write_npz(
@@ -159,6 +167,7 @@ def save_vertebra(path, vertebra, patient):
         ct_from_box=vertebra.ct_from_box,
         points=vertebra.points,
         **{f"cloud_{k}": v for k, v in gaussians.to_arrays(vertebra.cloud).items()},
+        **{f"fine_{k}": v for k, v in gaussians.to_arrays(fine_cloud(vertebra)).items()},
     )
 
 
@@ -187,7 +196,9 @@ def load(workdir, target, identity):
         )
     names = ("density", "mask", "ct_from_index", "ct_from_box", "points", "patient")
     cloud = ("format", "density", "mean", "scale", "quaternion")
-    a = files.read_npz(folder / f"vertebra_{target.label}.npz", *names, *(f"cloud_{k}" for k in cloud))
+    stored = (f"{prefix}_{k}" for prefix in ("cloud", "fine") for k in cloud)
+    a = files.read_npz(folder / f"vertebra_{target.label}.npz", *names, *stored)
+    fine = gaussians.from_arrays({k: a[f"fine_{k}"] for k in cloud})
     vertebra = scans.Vertebra(
         target.label,
         a["density"],
@@ -197,4 +208,4 @@ def load(workdir, target, identity):
         gaussians.from_arrays({k: a[f"cloud_{k}"] for k in cloud}),
         a["points"],
     )
-    return Prepared(checkpoint.load_model(folder / "model"), vertebra, str(a["patient"]))
+    return Prepared(checkpoint.load_model(folder / "model"), vertebra, fine, str(a["patient"]))

@@ -16,8 +16,11 @@ from radgs_jax import camera
 from radgs_jax import gaussians
 from radgs_jax import grid
 from radgs_jax import training
+from radgs_jax.models import recm
 
 PROGRAM = "radgs_jax"
+POSE_BLUR_MM = 1.0
+"""Blur of a reported reconstruction: two views do not say more about where its edges are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +65,15 @@ def register(prepared, views, images, start_world_from_ct, passes):
     )
     box_from_ct = np.linalg.inv(vertebra.ct_from_box)
     poses = [start_world_from_ct, *(_rigid(T) @ box_from_ct for T in result.trajectory[1:].astype(np.float64))]
+    anchored = jax.tree.map(lambda a: a[0], result.reconstruction.effect)
+    if config.head == "anchored":
+        anchored = _carry_detail(anchored, vertebra.cloud, prepared.fine_cloud)
+    reconstruction = jax.block_until_ready(gaussians.move(anchored, jnp.asarray(result.trajectory[-2])))
     runtime, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    effect = jax.tree.map(lambda a: a[0], result.reconstruction.effect)
     return Outcome(
         poses[-1],
         np.stack(poses),
-        gaussians.move(effect, jnp.asarray(result.trajectory[-2])),
+        reconstruction,
         result.xrays,
         result.intrinsics,
         extrinsics,
@@ -75,6 +81,11 @@ def register(prepared, views, images, start_world_from_ct, passes):
         runtime,
         cpu,
     )
+
+
+@jax.jit
+def _carry_detail(reconstruction, anchors, fine):
+    return gaussians.blur(recm.carry_detail(reconstruction, anchors, fine), POSE_BLUR_MM)
 
 
 def _rigid(T):

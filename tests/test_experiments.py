@@ -234,7 +234,7 @@ def test_single_case_by_flags_raw_xrays_and_points(trained, tmp_path):
         affine[:3, :3] @ index + affine[:3, 3], (a @ prepared.vertebra.ct_from_box[:, 3])[:3], atol=2.0
     )
     saved = gaussians.from_arrays(dict(np.load(tmp_path / "a" / "case" / "gaussians.npz")))
-    assert saved.mean.shape == (64, 3)
+    assert saved.mean.shape == (4096, 3)
 
 
 def test_bad_input_is_one_line_status_2_and_no_output(trained, tmp_path):

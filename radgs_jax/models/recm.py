@@ -223,6 +223,40 @@ def fuse_views(answers, rotation):
     return jnp.concatenate([fused, jnp.mean(scale, -3), quaternion, jnp.mean(density, -3)], -1)
 
 
+def carry_detail(reconstruction, anchors, fine, radius_mm=6.0):
+    """The deformation that a network gave its anchors, applied to a finer cloud of the same object.
+
+    A network answers for a few hundred anchors; the prior knows the object in finer Gaussians. Each of these follows the
+    anchors near it: shift, turn, and the ratios of scale and density are averaged with Gaussian weights of `radius_mm`
+    and the anchors' mass.
+
+    Args:
+      reconstruction, anchors: Gaussians (N,), one for one, as returned by RecM for these anchors; fine: Gaussians (M,);
+        all in the box frame.
+    Returns:
+      Gaussians (M,).
+    """
+    offset2 = jnp.sum((fine.mean[:, None] - anchors.mean[None]) ** 2, -1)
+    log_mass = jnp.log(anchors.density + 1e-12) + jnp.sum(jnp.log(anchors.scale), -1)
+    weights = jax.nn.softmax(-0.5 * offset2 / radius_mm**2 + log_mass, -1)
+
+    def average(values):
+        return jnp.matmul(weights, values, precision=jax.lax.Precision.HIGHEST)
+
+    back = anchors.quaternion * jnp.asarray([1.0, -1, -1, -1])
+    turn = rigid.multiply_quaternions(reconstruction.quaternion, back)
+    turn = average(jnp.where(turn[..., :1] < 0, -turn, turn))
+    turn = turn / jnp.linalg.norm(turn, axis=-1, keepdims=True)
+    log_density = jnp.log(reconstruction.density + 1e-9) - jnp.log(anchors.density + 1e-9)
+    log_scale = jnp.log(reconstruction.scale) - jnp.log(anchors.scale)
+    return gaussians.Gaussians(
+        density=fine.density * jnp.exp(average(log_density[:, None])[:, 0]),
+        mean=fine.mean + average(reconstruction.mean - anchors.mean),
+        scale=fine.scale * jnp.exp(average(log_scale)),
+        quaternion=rigid.multiply_quaternions(turn, fine.quaternion),
+    )
+
+
 class PaperHead(nn.Module):
     """The paper's GSHead: Linear, ReLU, Linear from the attention-pooled features of all views to N x 11 numbers."""
 
