@@ -67,6 +67,8 @@ def save_model(folder, model, note):
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     ocp.save_pytree(temporary / "params", model.params)
+    # A note to people that names a path of the machine it was written on; models travel.
+    (temporary / "params" / "commit_success.txt").unlink(missing_ok=True)
     files.write_npz(
         temporary / "mean_shapes.npz",
         labels=np.array(sorted(model.mean_shapes)),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from experiments import configs
 from radgs_jax import augment
@@ -23,22 +24,9 @@ from radgs_jax.models import backbones
 from radgs_jax.models import radgs_reg
 from radgs_jax.models import recm
 from radgs_jax.models import regm
-from radgs_jax.models.config import ModelConfig
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-CONFIG = ModelConfig(
-    backbone_2d=("small", (("widths", (8, 16)), ("blocks", (1, 1)), ("reduce", 2), ("out", 16))),
-    backbone_3d=("small", (("widths", (8, 16)), ("blocks", (1, 1)), ("reduce", 3), ("out", 16), ("pyramid", False))),
-    gaussians=60,
-    attention_maps=4,
-    hidden=24,
-    context=16,
-    crop_px=32,
-    pixel_mm=3.0,
-    grid=12,
-    voxel_mm=8.0,
-    grid_blur_mm=3.0,
-)
+CONFIG = dataclasses.replace(tiny.MODEL, gaussians=60)
 
 
 def _cloud(count, seed=0, batch=()):
