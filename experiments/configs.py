@@ -45,7 +45,7 @@ class Config:
     p3: StageConfig = StageConfig(pairs=64, steps=(200, 60, 560), learning_rate=1.5e-3)
     batch: int = 8
     checkpoint_seconds: float = 60.0
-    passes: int = 6
+    passes: int = 10
     eval_scenes: int = 2
 
     def stage(self, name):
