@@ -90,23 +90,29 @@ def test_running_again_only_reads(trained):
     assert time.monotonic() - start < 60
 
 
-@pytest.mark.parametrize("when", ["pairs/p1", "checkpoints/p1_rec/step_1", "checkpoints/p2_reg/step_2", "p3"])
-def test_a_killed_run_goes_on_and_ends_with_the_same_table(trained, script, tmp_path, when):
+KILL_WHEN = (
+    "pairs/p1/*/*.npz",
+    "checkpoints/p1_joint/step_1",
+    "checkpoints/p2_reg/step_2",
+    "p3/*/checkpoints/p3_rec/step_2",
+    "eval/*.npz",
+)
+
+
+def test_a_run_killed_in_every_stage_goes_on_and_ends_with_the_same_table(trained, script, tmp_path):
+    """SIGKILL in the data of P1, in three module stages of three data stages, and in the evaluation; then to the end."""
     workdir = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(workdir)],
-        cwd=REPOSITORY,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    target, limit = workdir / when, time.monotonic() + 240
-    while not target.exists() and process.poll() is None and time.monotonic() < limit:
-        time.sleep(0.01)
-    assert target.exists()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, str(script), str(workdir)]
+    for when in KILL_WHEN:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        limit = time.monotonic() + 300
+        while not list(workdir.glob(when)) and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.01)
+        assert process.poll() is None and list(workdir.glob(when)), when
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert not (workdir / "eval" / "table.txt").exists()
-    again = subprocess.run([sys.executable, str(script), str(workdir)], cwd=REPOSITORY, capture_output=True, text=True)
+    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert (workdir / "eval" / "table.txt").read_text() == trained[1] + "\n"
 
