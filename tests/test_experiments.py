@@ -325,7 +325,9 @@ def test_a_prepared_workdir_is_reused_only_for_the_same_inputs(trained):
 
 def test_a_minutes_budget_fixes_its_schedule_once(trained, tmp_path):
     target = _case(trained)[3]
-    patients.prepare(tiny.config(), tmp_path / "w", [target], trained[0] / "p2" / "model", minutes=0.3)
+    # The tiny configuration saves at every step, which would take longer than the budget's many steps.
+    config = tiny.config(checkpoint_seconds=60.0)
+    patients.prepare(config, tmp_path / "w", [target], trained[0] / "p2" / "model", minutes=0.1)
     plans = sorted((tmp_path / "w").rglob("plan.json"))
     assert len(plans) == 3 and all(files.read_json(p)["steps"] >= 1 for p in plans)
 
