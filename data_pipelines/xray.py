@@ -11,9 +11,6 @@ from scipy import ndimage
 from data_pipelines import scan as scans
 from kernels.drr import drr
 
-CHANNELS = ("rest", "excess", "vertebra")
-"""The rest of the body with muscle in the hole; what the vertebra adds to it; the vertebra alone."""
-
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _drr(volume, index_from_camera, intrinsics, height, width, step_mm):

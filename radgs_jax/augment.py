@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from radgs_jax import camera
 from radgs_jax import gaussians
 from radgs_jax import rigid
 
@@ -24,13 +25,6 @@ def start_twist(key, batch, max_mm=25.0):
     return jnp.concatenate([w * angle, t * size * share], -1)
 
 
-def _box_blur(image, radius):
-    size = 2 * radius + 1
-    padded = jnp.pad(image, [(0, 0)] * (image.ndim - 2) + [(radius, radius)] * 2, mode="edge")
-    window = (1,) * (image.ndim - 2) + (size, size)
-    return jax.lax.reduce_window(padded, 0.0, jax.lax.add, window, (1,) * image.ndim, "VALID") / size**2
-
-
 def xray(key, rest, excess, strength=1.0):
     """Line integrals (B, V, H, W) of a body and its vertebra under a random beam and detector; `strength` 0 gives their sum.
 
@@ -48,14 +42,14 @@ def xray(key, rest, excess, strength=1.0):
     image = image / (1 + dirty * draw(3, 0.0, 0.08) * image)
     primary = jnp.exp(-image)
     # Two wide box filters stand for the scatter kernel; its tails reach across the window.
-    scatter = _box_blur(_box_blur(primary, 8), 8)
+    scatter = camera.box_blur(camera.box_blur(primary, 8), 8)
     intensity = primary + dirty * draw(4, 0.0, 1.0) * scatter
     ramp = dirty[..., None] * draw(5, -0.1, 0.1, (b, v, 2, 1, 1))
     rows, columns = jnp.linspace(-0.5, 0.5, height)[:, None], jnp.linspace(-0.5, 0.5, width)[None]
     intensity = intensity * (1 + ramp[:, :, 0] * rows + ramp[:, :, 1] * columns)
     image = -jnp.log(jnp.maximum(intensity, 1e-6))
     soft = dirty * draw(6, 0.0, 1.0)
-    image = image + soft * (_box_blur(image, 1) - image)
+    image = image + soft * (camera.box_blur(image, 1) - image)
     # The pixels are averages of many detector pixels, so their noise is small.
     noise = dirty * draw(7, 0.0, 0.02) * jax.random.normal(keys[8], image.shape)
     return image + noise

@@ -70,6 +70,14 @@ def bin_image(image, factor):
     return blocks.mean((-3, -1))
 
 
+def box_blur(image, radius):
+    """Image (..., H, W) averaged over the (2 radius + 1)^2 pixels round each one, its border repeated beyond it."""
+    size = 2 * radius + 1
+    padded = jnp.pad(image, [(0, 0)] * (image.ndim - 2) + [(radius, radius)] * 2, mode="edge")
+    window = (1,) * (image.ndim - 2) + (size, size)
+    return jax.lax.reduce_window(padded, 0.0, jax.lax.add, window, (1,) * image.ndim, "VALID") / size**2
+
+
 def triangulate(cameras, uv):
     """World point (3,) nearest to the rays of one pixel per view; uv is a list of (2,), and the rms ray distance in mm."""
     lines = [ray(camera, pixel[None]) for camera, pixel in zip(cameras, uv)]

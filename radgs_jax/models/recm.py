@@ -19,6 +19,8 @@ DENSITY_UNIT = 0.02
 """1/mm; raw density 0 means softplus(0) of it."""
 SCALE_RANGE = (0.4, 20.0)
 """Smallest and largest standard deviation of a Gaussian, mm."""
+HIGH_PASS_PX = 4
+"""Radius of the box that a high pass takes off."""
 MATCHING_CELL_MM = 3.0
 MATCHING_REACH_MM = 27.0
 """Resolution and reach, at the isocentre, of the correlation between X-ray and prior."""
@@ -89,13 +91,6 @@ def sampling_weights(uv, image_size, feature_size):
     return (rows[..., :, None] * columns[..., None, :]).reshape(*uv.shape[:-1], -1)
 
 
-def _smooth(images, radius=4):
-    padded = jnp.pad(images, [(0, 0)] * (images.ndim - 2) + [(radius, radius)] * 2, mode="edge")
-    window = (1,) * (images.ndim - 2) + (2 * radius + 1,) * 2
-    total = jax.lax.reduce_window(padded, 0.0, jax.lax.add, window, (1,) * images.ndim, "VALID")
-    return total / (2 * radius + 1) ** 2
-
-
 def image_channels(xrays, prior, intrinsics, camera_from_box):
     """What the encoder sees of each view, (B, V, H, W, 5): X-ray, its high pass, the prior's projection, coordinates.
 
@@ -112,7 +107,9 @@ def image_channels(xrays, prior, intrinsics, camera_from_box):
     u = (jnp.arange(width) - origin[..., None, None, 0]) / (0.5 * width)
     v = (jnp.arange(height)[:, None] - origin[..., None, None, 1]) / (0.5 * height)
     u, v = (jnp.broadcast_to(a, xrays.shape) for a in (u, v))
-    return jnp.stack([standardised(xrays), standardised(xrays - _smooth(xrays)), 2.0 * prior, u, v], -1)
+    return jnp.stack(
+        [standardised(xrays), standardised(xrays - camera.box_blur(xrays, HIGH_PASS_PX)), 2.0 * prior, u, v], -1
+    )
 
 
 class Matching(nn.Module):
@@ -301,7 +298,7 @@ class RecM(nn.Module):
         maps = jnp.concatenate([factual_maps[None], intervened])
         gated, pooled = attention.attend(features[None], maps)
         level = jnp.mean(maps, (-3, -2, -1))[..., None]
-        sharp_prior = channels[..., 2:3] - _smooth(channels[..., 2])[..., None]
+        sharp_prior = channels[..., 2:3] - camera.box_blur(channels[..., 2], HIGH_PASS_PX)[..., None]
         cell = max(1, round(MATCHING_CELL_MM / c.pixel_mm))
         matching = Matching(c.attention_maps, round(MATCHING_REACH_MM / (cell * c.pixel_mm)), cell)
         fit, shift = matching(channels[..., :2], jnp.concatenate([channels[..., 2:3], sharp_prior], -1))
