@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from radgs_jax import augment
 from radgs_jax import rigid
 
 
@@ -90,19 +91,21 @@ def sample_start_twist(rng, size_mm):
     share = np.sqrt(rng.uniform(0.0, 1.0))
     direction = rng.normal(size=6)
     w, t = direction[:3] / np.linalg.norm(direction[:3]), direction[3:] / np.linalg.norm(direction[3:])
-    angle = min(size_mm * np.sqrt(1 - share**2) / rigid.LEVER_MM, np.radians(25.0))
+    angle = min(size_mm * np.sqrt(1 - share**2) / rigid.LEVER_MM, augment.START_RAD)
     return np.concatenate([w * angle, t * size_mm * share])
 
 
 def start_of_mtre(rng, world_from_ct, centre_ct, points_ct, target_mm):
-    """A start pose (4, 4) whose mTRE over `points_ct` (P, 3) is `target_mm` within 0.01 mm."""
+    """A start pose (4, 4) whose mTRE over `points_ct` (P, 3) is `target_mm` within 0.01 mm, turned by at most START_RAD."""
     centre = world_from_ct[:3, :3] @ centre_ct + world_from_ct[:3, 3]
     points = points_ct @ world_from_ct[:3, :3].T + world_from_ct[:3, 3]
     twist = sample_start_twist(rng, max(target_mm, 1e-6))
-    for _ in range(20):
+    for _ in range(100):
         motion = motion_about(centre, twist)
         size = np.linalg.norm(points @ motion[:3, :3].T + motion[:3, 3] - points, axis=1).mean()
         if abs(size - target_mm) < 0.01:
             break
         twist *= target_mm / max(size, 1e-9)
+        # What a full turn cannot make up, translation does.
+        twist[:3] *= min(1.0, augment.START_RAD / max(np.linalg.norm(twist[:3]), 1e-9))
     return motion_about(centre, twist) @ world_from_ct

@@ -207,7 +207,11 @@ class WholeBody:
 
     def __init__(self, scan, spacing_mm):
         self._spacing_mm, self._grid = spacing_mm, scan.ct_from_index
-        mu, affine = block_average(attenuation.from_hounsfield(scan.hu), scan.ct_from_index, spacing_mm)
+        mu = attenuation.from_hounsfield(scan.hu)
+        # The last block is filled up with the end slice: filled with air, it would be what END_MM repeats.
+        fill = -mu.shape[2] % _blocks(scan.ct_from_index, spacing_mm)[2]
+        mu = np.pad(mu, ((0, 0), (0, 0), (0, fill)), mode="edge")
+        mu, affine = block_average(mu, scan.ct_from_index, spacing_mm)
         self._mu, self.ct_from_index, self._repeat = _extend_ends(mu, affine)
 
     def without(self, vertebra):

@@ -40,12 +40,12 @@ class Config:
     p2_folds: int = 5
     p2_fold: int = 0
     patient_labels: tuple = (20, 21, 22, 23, 24)
-    p1: StageConfig = StageConfig(pairs=16, steps=(400, 120, 240), learning_rate=2e-3)
+    p1: StageConfig = StageConfig(pairs=16, steps=(400, 200, 200), learning_rate=2e-3)
     p2: StageConfig = StageConfig(pairs=2, steps=(40, 20, 80), learning_rate=1e-3)
-    p3: StageConfig = StageConfig(pairs=64, steps=(200, 60, 560), learning_rate=1.5e-3)
+    p3: StageConfig = StageConfig(pairs=64, steps=(300, 60, 440), learning_rate=1.5e-3)
     batch: int = 8
     checkpoint_seconds: float = 60.0
-    passes: int = 10
+    passes: int = 5
     eval_scenes: int = 2
 
     def stage(self, name):

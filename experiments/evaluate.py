@@ -1,5 +1,6 @@
 """Scores a prepared patient on a case file with known poses: registration and reconstruction, beside trivial baselines."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -37,6 +38,35 @@ def _volume_scores(outcome, prepared, start, truth):
     return {name: metrics.reconstruction_scores(volume, density, mask) for name, volume in volumes.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    """One registered case: `volume` names its `cases.Volume`, truth is world_from_ct (4, 4)."""
+
+    case: cases.Case
+    scene: cases.Scene
+    volume: str
+    prepared: patients.Prepared
+    images: list
+    truth: np.ndarray
+    outcome: registering.Outcome
+
+
+def _registered(case_file, case_list, variant, passes, prepare):
+    """Registers cases one by one; `prepare` makes the `patients.Prepared` of a `cases.Volume`, once for each."""
+    prepared = {}
+    for case in case_list:
+        scene = case_file.scenes[case.scene]
+        volume, images = case_file.volumes[scene.volume], cases.read_xrays(scene, variant)
+        first = not prepared
+        if volume.name not in prepared:
+            prepared[volume.name] = prepare(volume)
+        ready = prepared[volume.name]
+        if first:  # it compiles, which is not part of a case's time
+            registering.register(ready, scene.views, images, case.world_from_ct, passes)
+        outcome = registering.register(ready, scene.views, images, case.world_from_ct, passes)
+        yield Registered(case, scene, volume.name, ready, images, cases.truth(case_file, scene), outcome)
+
+
 def evaluate(case_file, variant, workdir, passes, picture_folder=None, score_volumes=True):
     """Registers every case and scores it.
 
@@ -49,53 +79,36 @@ def evaluate(case_file, variant, workdir, passes, picture_folder=None, score_vol
       (C,); and 'results' for `cases.write_results`.
     """
     identity = patients.Identity()
-    rows = {k: [] for k in ("start_mm", "error_mm", "passes_mm", "runtime_s", "cpu_s", "results")}
-    volumes, prepared, shown = {}, {}, set()
+    passes_mm, results, volumes, shown = [], [], {}, set()
+
+    def prepare(volume):
+        target = patients.Target(volume.patient, volume.full_ct, volume.full_mask, volume.full_label)
+        return patients.load(workdir, target, identity)
+
     with progress.bar(len(case_file.cases), f"evaluate {variant}") as bar:
-        for case in case_file.cases:
-            scene = case_file.scenes[case.scene]
-            volume = case_file.volumes[scene.volume]
-            if volume.name not in prepared:
-                target = patients.Target(volume.patient, volume.full_ct, volume.full_mask, volume.full_label)
-                prepared[volume.name] = patients.load(workdir, target, identity)
-            ready, images = prepared[volume.name], cases.read_xrays(scene, variant)
-            if not rows["results"]:  # the first call compiles; it is not timed
-                registering.register(ready, scene.views, images, case.world_from_ct, passes)
-            outcome = registering.register(ready, scene.views, images, case.world_from_ct, passes)
-            truth = cases.truth(case_file, scene)
-            points = np.asarray(case_file.raw["volumes"][volume.name]["points"])
-            errors = [metrics.mtre(points, T, truth) for T in outcome.trajectory]
-            for key, value in (
-                ("start_mm", errors[0]),
-                ("error_mm", errors[-1]),
-                ("passes_mm", errors),
-                ("runtime_s", outcome.runtime_s),
-                ("cpu_s", outcome.cpu_s),
-                (
-                    "results",
-                    {
-                        "id": case.name,
-                        "T": outcome.world_from_ct.tolist(),
-                        "runtime_s": outcome.runtime_s,
-                        "cpu_s": outcome.cpu_s,
-                    },
-                ),
-            ):
-                rows[key].append(value)
+        for one in _registered(case_file, case_file.cases, variant, passes, prepare):
+            start, outcome = one.case.world_from_ct, one.outcome
+            points = np.asarray(case_file.raw["volumes"][one.volume]["points"])
+            passes_mm.append([metrics.mtre(points, T, one.truth) for T in outcome.trajectory])
+            times = {"runtime_s": outcome.runtime_s, "cpu_s": outcome.cpu_s}
+            results.append({"id": one.case.name, "T": outcome.world_from_ct.tolist(), **times})
             if score_volumes:
-                for name, scores in _volume_scores(outcome, ready, case.world_from_ct, truth).items():
+                for name, scores in _volume_scores(outcome, one.prepared, start, one.truth).items():
                     for score, value in scores.items():
                         volumes.setdefault(name, {}).setdefault(score, []).append(value)
-            if picture_folder is not None and volume.name not in shown:
-                shown.add(volume.name)
+            if picture_folder is not None and one.volume not in shown:
+                shown.add(one.volume)
                 registering.write(
-                    picture_folder, case.name, outcome, ready, scene.views, images, case.world_from_ct, truth
+                    picture_folder, one.case.name, outcome, one.prepared, one.scene.views, one.images, start, one.truth
                 )
             bar.update()
-    result = {k: np.array(v) for k, v in rows.items() if k != "results"}
+    passes_mm = np.array(passes_mm)
     return {
-        **result,
-        "results": rows["results"],
+        "start_mm": passes_mm[:, 0],
+        "error_mm": passes_mm[:, -1],
+        "passes_mm": passes_mm,
+        **{k: np.array([r[k] for r in results]) for k in ("runtime_s", "cpu_s")},
+        "results": results,
         "volumes": {n: {s: np.array(v) for s, v in t.items()} for n, t in volumes.items()},
     }
 
@@ -154,19 +167,15 @@ def report(case_file, variant, workdir, passes, out, score_volumes=True):
 
 def held_out(model, case_file, names, variant, passes):
     """Start and final mTRE, mm, (C,) each, of a model that was not prepared for the patients, on the scenes `names`."""
-    start, error, ready = [], [], {}
-    for case in case_file.cases:
-        if case.scene not in names:
-            continue
-        scene = case_file.scenes[case.scene]
-        volume = case_file.volumes[scene.volume]
-        if volume.name not in ready:
-            scan = scans.read_scan(volume.full_ct, volume.full_mask, volume.patient)
-            vertebra = scans.extract(scan, volume.full_label, model.config.gaussians, volume.full_mask)
-            ready[volume.name] = patients.Prepared(model, vertebra, patients.fine_cloud(vertebra), volume.patient)
-        prepared, truth = ready[volume.name], cases.truth(case_file, scene)
-        images = cases.read_xrays(scene, variant)
-        outcome = registering.register(prepared, scene.views, images, case.world_from_ct, passes)
-        for kept, pose in ((start, case.world_from_ct), (error, outcome.world_from_ct)):
-            kept.append(metrics.mtre(prepared.vertebra.points, pose, truth))
-    return np.array(start), np.array(error)
+
+    def prepare(volume):
+        scan = scans.read_scan(volume.full_ct, volume.full_mask, volume.patient)
+        vertebra = scans.extract(scan, volume.full_label, model.config.gaussians, volume.full_mask)
+        return patients.Prepared(model, vertebra, patients.fine_cloud(vertebra), volume.patient)
+
+    chosen = [case for case in case_file.cases if case.scene in names]
+    errors = [
+        [metrics.mtre(one.prepared.vertebra.points, T, one.truth) for T in one.outcome.trajectory]
+        for one in _registered(case_file, chosen, variant, passes, prepare)
+    ]
+    return np.array(errors)[:, 0], np.array(errors)[:, -1]

@@ -1,5 +1,7 @@
 """Random starts, domain randomisation of X-rays, and imperfect reconstructions: seeded pure functions for training."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -7,11 +9,14 @@ from radgs_jax import camera
 from radgs_jax import gaussians
 from radgs_jax import rigid
 
+START_RAD = math.radians(25.0)
+"""Largest rotation of a start pose."""
+
 
 def start_twist(key, batch, max_mm=25.0):
     """Twists (B, 6) of start poses: 40 % of size 0-6 mm, 24 % 0-12, the rest up to `max_mm`; small ones are where iteration lives.
 
-    The size is split at random between translation and rotation at the lever; rotations are at most 25 degrees.
+    The size is split at random between translation and rotation at the lever; rotations are at most `START_RAD`.
     """
     keys = jax.random.split(key, 4)
     kind = jax.random.uniform(keys[0], (batch, 1))
@@ -21,7 +26,7 @@ def start_twist(key, batch, max_mm=25.0):
     size, share = bottom + size * (top - bottom), jnp.sqrt(share)
     w, t = jax.random.normal(keys[2], (batch, 3)), jax.random.normal(keys[3], (batch, 3))
     w, t = (d / jnp.linalg.norm(d, axis=-1, keepdims=True) for d in (w, t))
-    angle = jnp.minimum(size * jnp.sqrt(1 - share**2) / rigid.LEVER_MM, jnp.radians(25.0))
+    angle = jnp.minimum(size * jnp.sqrt(1 - share**2) / rigid.LEVER_MM, START_RAD)
     return jnp.concatenate([w * angle, t * size * share], -1)
 
 

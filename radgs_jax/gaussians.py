@@ -31,7 +31,16 @@ class Gaussians:
 def precision(gaussians):
     """Inverse covariance (..., N, 3, 3), 1/mm^2."""
     R = rigid.matrix_from_quaternion(gaussians.quaternion)
-    return jnp.sum(R[..., :, None, :] * R[..., None, :, :] / gaussians.scale[..., None, None, :] ** 2, -1)
+    axes = R / gaussians.scale[..., None, :]
+    return _sum_outer(axes, axes)
+
+
+def _sum_outer(a, b):
+    """a b' of (..., 3, 3) as three outer products: float32 at full precision on every device.
+
+    Nothing here is a reduction: XLA's CPU backend (jaxlib 0.10.2, YNN fusions) crashes on those of rank 7.
+    """
+    return sum(a[..., :, None, k] * b[..., None, :, k] for k in range(3))
 
 
 def move(gaussians, target_from_source):
@@ -52,9 +61,7 @@ def _harmless(gaussians):
 
 
 def _congruent(matrix, symmetric_matrix):
-    # Written as broadcast sums, not einsum: float32 at full precision on every device.
-    left = jnp.sum(matrix[..., :, :, None] * symmetric_matrix[..., None, :, :], -2)
-    return symmetric.from_matrix(jnp.sum(left[..., :, None, :] * matrix[..., None, :, :], -1))
+    return symmetric.from_matrix(_sum_outer(_sum_outer(matrix, symmetric_matrix), matrix))
 
 
 def project(gaussians, camera_from_frame, intrinsics, height, width, *, implementation=None):

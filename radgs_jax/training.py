@@ -147,7 +147,14 @@ def registration_loss(motion, example, reconstruction, config, weights):
     loss = losses.registration(moved_ct, regm.volume(reconstruction, config), motion, example.motion, weights.geodesic)
     error = rigid.distance(motion, example.motion, jnp.zeros(3))
     start = rigid.distance(jnp.eye(4), example.motion, jnp.zeros(3))
-    return loss, {"pose_mm": jnp.mean(error), "start_mm": jnp.mean(start)}
+    angle = rigid.rotation_angle(motion[:, :3, :3], example.motion[:, :3, :3])
+    centre = jnp.sqrt(jnp.sum((motion - example.motion)[:, :3, 3] ** 2, -1))
+    return loss, {
+        "pose_mm": jnp.mean(error),
+        "start_mm": jnp.mean(start),
+        "rotation_deg": jnp.degrees(jnp.mean(angle)),
+        "centre_mm": jnp.mean(centre),
+    }
 
 
 def loss(params, key, batch, module, config, weights, strength):

@@ -17,8 +17,10 @@ from data_pipelines import pairs
 from data_pipelines import phantom
 from data_pipelines import scan as scans
 from data_pipelines import xray
+from radgs_jax import attenuation
 from radgs_jax import gaussians
 from radgs_jax import metrics
+from radgs_jax import rigid
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,18 @@ def test_rest_and_excess_add_up_to_the_whole_scan(scan, spacing_mm):
     assert alone.max() > 0.8 and (excess <= alone + 1e-4).all()
 
 
+def test_the_body_goes_on_where_the_scan_stops(scan):
+    """A last block that the scan fills only in part carries on at the end slice's attenuation, not thinned by air."""
+    odd = scan.hu.shape[2] - 1 + scan.hu.shape[2] % 2
+    cut = dataclasses.replace(scan, hu=scan.hu[:, :, :odd], labels=scan.labels[:, :, :odd])
+    vertebra = scans.extract(scan, 22, 64)
+    mu = scans.WholeBody(cut, 6.0).without(vertebra)
+    end = np.repeat(attenuation.from_hounsfield(cut.hu[:, :, -1:]), 2, 2)
+    end, _ = scans.block_average(end, cut.ct_from_index, 6.0)
+    assert odd % 2 == 1 and end.shape == (*mu.shape[:2], 1)
+    np.testing.assert_allclose(mu[:, :, -1:], end, atol=1e-7)
+
+
 def test_a_cut_vertebra_and_an_absent_label_are_refused(scan):
     with pytest.raises(files.InputError, match="mask: label: found .* wanted 9 among them"):
         scans.extract(scan, 9, 64)
@@ -104,9 +118,10 @@ def test_start_poses_have_the_wanted_mtre():
     rng = np.random.default_rng(0)
     points = rng.normal(size=(200, 3)) * [20, 15, 10] + [-22, -50, -285]
     truth = carm.sample_world_from_ct(rng, points.mean(0))
-    for wanted in (0.5, 7.0, 24.0):
+    for wanted in (0.5, 7.0, 24.0) * 10:
         start = carm.start_of_mtre(rng, truth, points.mean(0), points, wanted)
         assert abs(metrics.mtre(points, start, truth) - wanted) < 0.02
+        assert rigid.rotation_angle(start[:3, :3], truth[:3, :3]) < np.radians(25.0) + 1e-5
 
 
 def test_case_file_round_trip(case_path, stored):

@@ -18,6 +18,7 @@ from data_pipelines import cases
 from data_pipelines import files
 from data_pipelines import pairs
 from experiments import checkpoint
+from experiments import configs
 from experiments import evaluate
 from experiments import patients
 from experiments import registering
@@ -241,6 +242,12 @@ def test_single_case_by_flags_raw_xrays_and_points(trained, tmp_path):
     )
     saved = gaussians.from_arrays(dict(np.load(tmp_path / "a" / "case" / "gaussians.npz")))
     assert saved.mean.shape == (4096, 3)
+
+
+def test_the_shipped_base_fits_the_default_configuration():
+    model = checkpoint.load_model(REPOSITORY / "base")
+    assert model.config == configs.DEMO.model
+    assert set(model.mean_shapes) == {0, *configs.DEMO.labels}
 
 
 def test_bad_input_is_one_line_status_2_and_no_output(trained, tmp_path):

@@ -93,6 +93,26 @@ def test_projected_cloud_is_its_voxels_marched(seed):
         assert _relative(one, other) < 0.01
 
 
+def test_leading_axes_are_only_a_batch():
+    """Any number of them, in the gradient too: three once crashed XLA's CPU backend."""
+    cloud = jax.tree.map(
+        lambda *a: jnp.stack(a).reshape(2, 2, 2, *a[0].shape), *[_cloud(i, 24, (2.0, 5.0)) for i in range(8)]
+    )
+    poses, intrinsics = (
+        jnp.tile(jnp.asarray(a, jnp.float32), (4,) + (1,) * (a.ndim - 1)) for a in (_poses(), INTRINSICS)
+    )
+
+    def energy(cloud, poses, intrinsics):
+        return jnp.sum(gs.project(cloud, poses, intrinsics, HEIGHT, WIDTH) ** 2)
+
+    gradient = jax.jit(jax.grad(energy))
+    deep = gradient(cloud, poses.reshape(2, 2, 2, 4, 4), intrinsics.reshape(2, 2, 2, 4))
+    flat = gradient(jax.tree.map(lambda a: a.reshape(8, *a.shape[3:]), cloud), poses, intrinsics)
+    for one, other in zip(jax.tree.leaves(deep), jax.tree.leaves(flat)):
+        assert float(jnp.abs(other).max()) > 0
+        np.testing.assert_allclose(one.reshape(other.shape), other, rtol=1e-4, atol=1e-4 * float(jnp.abs(other).max()))
+
+
 # Gradients.
 
 

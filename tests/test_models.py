@@ -105,6 +105,43 @@ def test_zero_logits_give_the_anchors_back():
         np.testing.assert_allclose(getattr(out, name), getattr(cloud, name), rtol=2e-4, atol=1e-6)
 
 
+def test_turn_logits_turn_the_anchors():
+    anchors, turn = _cloud(30, batch=(2,)), jnp.asarray([[0.2, -0.1, 0.15], [-0.05, 0.2, 0.1]])
+    turned = recm.activate(recm.turn_logits(turn, anchors), anchors, recm.ANCHORED_STEP_MM)
+    wanted = gaussians.move(anchors, rigid.transform(rigid.exp_so3(turn), jnp.zeros((2, 3))))
+    np.testing.assert_allclose(turned.mean, wanted.mean, atol=1e-4)
+    cosine = jnp.abs(jnp.sum(turned.quaternion * wanted.quaternion, -1))
+    np.testing.assert_allclose(cosine, 1.0, atol=1e-5)
+    np.testing.assert_allclose(turned.scale, anchors.scale, rtol=1e-4)
+    np.testing.assert_allclose(turned.density, anchors.density, rtol=1e-4)
+
+
+def test_turned_priors_are_those_of_the_turned_cloud():
+    """The one for +y is what a cloud turned by TURN_RAD about the box's y axis projects to."""
+    anchors, (E, k) = _cloud(30, batch=(1,)), _views(1)
+    priors = recm.turned_priors(anchors, k, E, 32, 32)
+    for place, w in ((2, [0.0, recm.TURN_RAD, 0.0]), (5, [0.0, 0.0, -recm.TURN_RAD])):
+        moved = gaussians.move(anchors, rigid.transform(rigid.exp_so3(jnp.asarray([w])), jnp.zeros((1, 3))))
+        wanted = gaussians.project(gaussians.views(moved, 2), E, k, 32, 32)
+        np.testing.assert_allclose(priors[:, :, place], wanted, atol=1e-4)
+
+
+def test_matching_finds_shift_and_turn_by_construction():
+    """With the same features on both sides: where a template was shifted to, and which turned one it is."""
+    rng = np.random.default_rng(0)
+    templates = np.zeros((1, 2, 7, 32, 32, 2), np.float32)
+    templates[..., 8:22, 10:24, :] = rng.normal(size=(1, 2, 7, 14, 14, 2))
+    model = recm.Matching(3, 6, 2)
+    params = model.init(jax.random.key(0), jnp.asarray(templates[:, :, 0]), jnp.asarray(templates))
+    weights = params["params"]
+    weights |= {f"Conv_{i + 3}": weights[f"Conv_{i}"] for i in range(3)} | {"sharpness": jnp.full(3, 5.0)}
+    for place, axis, sign in ((1, 0, 1.0), (4, 1, -1.0), (5, 2, 1.0)):
+        xray = np.roll(templates[:, :, place], (-4, 6), (2, 3))
+        _, shift, turn = model.apply(params, jnp.asarray(xray), jnp.asarray(templates))
+        np.testing.assert_allclose(shift, np.broadcast_to([6.0, -4.0], shift.shape), atol=0.2)
+        np.testing.assert_allclose(turn[..., axis], sign * recm.TURN_RAD, atol=0.01)
+
+
 def test_counterfactual_draws_have_the_mean_that_inference_uses():
     draws = attention.counterfactual_maps(jax.random.key(0), (40, 40, 3), 8)
     assert draws.shape == (8, 40, 40, 3) and draws.min() >= 0 and draws.max() < 2

@@ -6,6 +6,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels import symmetric
 from radgs_jax import camera
@@ -24,6 +25,8 @@ HIGH_PASS_PX = 4
 MATCHING_CELL_MM = 3.0
 MATCHING_REACH_MM = 27.0
 """Resolution and reach, at the isocentre, of the correlation between X-ray and prior."""
+TURN_RAD = 0.22
+"""Angle by which the prior is turned to see which way it fits better."""
 ANCHORED_STEP_MM = 10.0
 PAPER_STEP_MM = 30.0
 """What a mean's logit of 1 moves a Gaussian by."""
@@ -112,11 +115,27 @@ def image_channels(xrays, prior, intrinsics, camera_from_box):
     )
 
 
-class Matching(nn.Module):
-    """Where in the X-ray the prior's projection fits: learned features of both, correlated over all shifts in reach.
+def turned_priors(anchors, intrinsics, camera_from_box, height, width):
+    """Projections (B, V, 6, height, width) of the prior turned by +-`TURN_RAD` about the box's axes: +x, -x, +y, -y, +z, -z.
 
-    A network that has to find a displacement by convolutions alone needs many more examples; correlation is
-    equivariant to it by construction.
+    Args:
+      anchors: Gaussians (B, N), box frame; intrinsics (B, V, 4); camera_from_box (B, V, 4, 4).
+    """
+    axes = TURN_RAD * jnp.asarray([sign * np.eye(3)[axis] for axis in range(3) for sign in (1.0, -1.0)])
+    turns = rigid.transform(rigid.exp_so3(axes), jnp.zeros_like(axes))
+    camera_from_turned = rigid.matmul(camera_from_box[:, :, None], turns)
+    views = camera_from_turned.shape[1:3]
+    clouds = gaussians.views(gaussians.views(anchors, views[0]), views[1])
+    intrinsics = jnp.broadcast_to(intrinsics[:, :, None], (*camera_from_turned.shape[:3], 4))
+    return gaussians.project(clouds, camera_from_turned, intrinsics, height, width)
+
+
+class Matching(nn.Module):
+    """Where in the X-ray, and turned which way, the prior's projection fits: learned features correlated over all shifts.
+
+    A network that has to find a displacement by convolutions alone needs many more examples; correlation is equivariant
+    to it by construction. Turns out of the image plane have no such structure, so the prior is projected a little turned
+    about each axis, and the views' evidence for each turn is added.
 
     heads: number of feature pairs; reach: largest shift on either axis, in cells of `cell` pixels.
     """
@@ -126,37 +145,59 @@ class Matching(nn.Module):
     cell: int
 
     @nn.compact
-    def __call__(self, xray, prior):
-        """Features of the fit of each view.
+    def __call__(self, xray, templates):
+        """Features of the fit.
 
         Args:
-          xray: (..., H, W, C) channels of the X-ray; prior: (..., H, W, D) channels of the prior's projection.
+          xray: (B, V, H, W, C) channels of the X-ray; templates: (B, V, 7, H, W, D) channels of the prior's projection as
+            it stands, then turned as in `turned_priors`.
         Returns:
-          code (..., F); shift (..., heads, 2) in pixels, columns first: where the prior has to go, by each head's
-          soft maximum.
+          code (B, V, F); shift (B, V, heads, 2) in pixels, columns first: where the prior has to go, the mean of each head's
+          softmax over shifts and turns; turn (B, heads, 3): rotation vector in the box frame, rad, each axis the mean over
+          turning one way, the other, or not at all.
         """
-        batch = xray.shape[:-3]
+        b, v, t = templates.shape[:3]
 
         def features(x):
             x = backbones.space_to_depth(x.reshape(-1, *x.shape[-3:]), self.cell)
-            x = nn.Conv(self.heads, (3, 3))(nn.relu(nn.Conv(2 * self.heads, (3, 3))(x)))
+            for _ in range(2):
+                x = nn.relu(nn.Conv(2 * self.heads, (3, 3))(x))
+            x = nn.Conv(self.heads, (3, 3))(x)
             x = x - jnp.mean(x, (1, 2), keepdims=True)
             return x * jax.lax.rsqrt(jnp.mean(x**2, (1, 2), keepdims=True) + 1e-4)
 
-        found, template = features(xray), features(prior)
+        found, template = features(xray), features(templates)
         height, width = found.shape[1:3]
-        size = [2 ** (n + 2 * self.reach - 1).bit_length() for n in (height, width)]
-        spectrum = jnp.fft.rfft2(found, size, (1, 2)) * jnp.conj(jnp.fft.rfft2(template, size, (1, 2)))
-        scores = jnp.fft.irfft2(spectrum, size, (1, 2)) / (height * width)
+        template = template.reshape(b * v, t, height, width, self.heads)
+        # Padded so far that no shift in reach wraps round into the image, to a multiple of 8, which FFTs like.
+        size = [8 * -(-(n + self.reach) // 8) for n in (height, width)]
+        spectrum = jnp.fft.rfft2(found, size, (1, 2))[:, None] * jnp.conj(jnp.fft.rfft2(template, size, (2, 3)))
+        scores = jnp.fft.irfft2(spectrum, size, (2, 3)) / (height * width)
         order = jnp.arange(-self.reach, self.reach + 1)
-        scores = scores[:, order][:, :, order]  # negative shifts wrap round to the end
+        scores = scores[:, :, order][:, :, :, order]  # negative shifts wrap round to the end
         sharpness = self.param("sharpness", nn.initializers.constant(3.0), (self.heads,))
-        logits = (scores * jnp.exp(sharpness)).reshape(-1, len(order) ** 2, self.heads)
-        chance = jax.nn.softmax(logits, 1).reshape(scores.shape)
-        shift = jnp.stack([jnp.einsum("nyxh,x->nh", chance, order), jnp.einsum("nyxh,y->nh", chance, order)], -1)
-        code = nn.relu(nn.Dense(64)(scores.reshape(scores.shape[0], -1)))
-        code = jnp.concatenate([code, shift.reshape(-1, 2 * self.heads) / self.reach, jnp.max(chance, (1, 2))], -1)
-        return code.reshape(*batch, -1), self.cell * shift.reshape(*batch, self.heads, 2)
+        logits = (scores * jnp.exp(sharpness)).reshape(b, v, t, -1, self.heads)
+        evidence = jax.nn.logsumexp(logits, 3)
+        chance = jnp.exp(logits - jax.nn.logsumexp(evidence, 2)[:, :, None, None])
+        chance = jnp.sum(chance, 2).reshape(b, v, len(order), len(order), self.heads)
+        shift = jnp.stack([jnp.einsum("bvyxh,x->bvh", chance, order), jnp.einsum("bvyxh,y->bvh", chance, order)], -1)
+        code = nn.relu(nn.Dense(64)(scores[:, 0].reshape(b, v, -1)))
+        relative = (evidence[:, :, 1:] - evidence[:, :, :1]).reshape(b, v, -1)
+        code = [code, shift.reshape(b, v, -1) / self.reach, jnp.max(chance, (2, 3)), relative]
+        still, one_way, other = (jnp.sum(evidence[:, :, first::2], 1) for first in (0, 1, 2))
+        still = jnp.broadcast_to(still[:, :1], one_way.shape)
+        odds = jax.nn.softmax(jnp.stack([still, one_way, other]), 0)
+        turn = TURN_RAD * jnp.swapaxes(odds[1] - odds[2], -1, -2)
+        return jnp.concatenate(code, -1), self.cell * shift, turn
+
+
+def turn_logits(turn, anchors):
+    """Logits (..., B, N, 11) of `activate` that turn the anchors (B, N) by rotation vectors (..., B, 3) about the origin."""
+    arm = rigid.apply_rotation(rigid.exp_so3(turn)[..., None, :, :], anchors.mean) - anchors.mean
+    zeros = jnp.zeros_like(arm)
+    # `activate` adds a tenth of these to a unit quaternion; its vector part is half the angle for turns this small.
+    spin = jnp.broadcast_to(5.0 * turn[..., None, :], arm.shape)
+    return jnp.concatenate([arm / ANCHORED_STEP_MM, zeros, zeros[..., :1], spin, zeros[..., :1]], -1)
 
 
 class AnchoredHead(nn.Module):
@@ -254,6 +295,11 @@ def carry_detail(reconstruction, anchors, fine, radius_mm=6.0):
     )
 
 
+def effect(answers):
+    """Eq. 1 on the head's logits (K, ...), factual first, then the draws: factual and effect Y(A) - E[Y(do(A))], (2, ...)."""
+    return jnp.stack([answers[0], answers[0] - jnp.mean(answers[1:], 0)])
+
+
 class PaperHead(nn.Module):
     """The paper's GSHead: Linear, ReLU, Linear from the attention-pooled features of all views to N x 11 numbers."""
 
@@ -298,10 +344,12 @@ class RecM(nn.Module):
         maps = jnp.concatenate([factual_maps[None], intervened])
         gated, pooled = attention.attend(features[None], maps)
         level = jnp.mean(maps, (-3, -2, -1))[..., None]
-        sharp_prior = channels[..., 2:3] - camera.box_blur(channels[..., 2], HIGH_PASS_PX)[..., None]
+        turned = turned_priors(anchors, intrinsics, camera_from_box, height, width)
+        templates = 2.0 * jax.lax.stop_gradient(jnp.concatenate([prior[:, :, None], turned], 2))
+        templates = jnp.stack([templates, templates - camera.box_blur(templates, HIGH_PASS_PX)], -1)
         cell = max(1, round(MATCHING_CELL_MM / c.pixel_mm))
         matching = Matching(c.attention_maps, round(MATCHING_REACH_MM / (cell * c.pixel_mm)), cell)
-        fit, shift = matching(channels[..., :2], jnp.concatenate([channels[..., 2:3], sharp_prior], -1))
+        fit, shift, turn = matching(channels[..., :2], templates)
         pooled = jnp.concatenate([pooled, level * fit], -1)
         if c.head == "anchored":
             rotation = view_from_box(camera_from_box)
@@ -311,11 +359,15 @@ class RecM(nn.Module):
             mm_per_px = camera_from_box[..., 2, 3] / intrinsics[..., 0]
             shift = level[..., None] * shift * mm_per_px[..., None, None]
             answers = AnchoredHead(c.hidden, c.context)(gated, pooled, weights, rotation, anchors, shift)
-            fused = fuse_views(jnp.stack([answers[0], answers[0] - jnp.mean(answers[1:], 0)]), rotation)
+            # As the shift: a way of its own to the answer, and from the start the mean of the heads' in the effect.
+            share = self.param("turn_share", nn.initializers.constant(0.5 / c.attention_maps), (c.attention_maps, 1))
+            turn = jnp.mean(level, 2)[..., None] * turn
+            turn = jnp.sum(share * turn, -2)
+            fused = fuse_views(effect(answers), rotation) + turn_logits(effect(turn), anchors)
             base, step_mm = anchors, ANCHORED_STEP_MM
         elif c.head == "paper":
             answers = PaperHead(c.hidden, c.gaussians)(pooled)
-            fused = jnp.stack([answers[0], answers[0] - jnp.mean(answers[1:], 0)])
+            fused = effect(answers)
             base = gaussians.uniform_cloud(1, 8.0, DENSITY_UNIT * math.log(2.0))
             base = jax.tree.map(lambda a: jnp.broadcast_to(a, (b, c.gaussians, *a.shape[1:])), base)
             step_mm = PAPER_STEP_MM
