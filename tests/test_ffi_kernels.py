@@ -1,4 +1,4 @@
-"""The C++ backends of `splat` and `voxelize` against the float64 oracles."""
+"""The C++ backends of `splat`, `voxelize` and `drr` against the float64 oracles."""
 
 import os
 import pathlib
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.drr import api as drr_api
+from kernels.drr import oracle as drr_oracle
 from kernels.splat import api as splat_api
 from kernels.splat import oracle as splat_oracle
 from kernels.voxelize import api as voxelize_api
@@ -17,6 +19,7 @@ from kernels.voxelize import oracle as voxelize_oracle
 
 HEIGHT, WIDTH = 45, 61
 SHAPE = (11, 21, 26)
+DRR_SHAPE, DRR_SIZE = (37, 25, 30), (19, 35)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,6 +27,7 @@ def _compiled():
     try:
         splat_api.splat(*_splat_inputs(4), 8, 8, implementation="ffi_cpu")
         voxelize_api.voxelize(*_voxelize_inputs(4), (4, 4, 4), implementation="ffi_cpu")
+        drr_api.drr(*_drr_inputs(), 8, 8, implementation="ffi_cpu")
     except NotImplementedError as reason:
         pytest.skip(f"ffi_cpu: {reason}")
 
@@ -68,6 +72,20 @@ def _voxelize_inputs(n, seed=1):
     if n > 4:
         sigma[:, 4] = 0.5, 0.6, 9.0  # a needle
     return tuple(jnp.asarray(a, jnp.float32) for a in (density, mean, _precision(sigma, rng)))
+
+
+def _drr_inputs():
+    """A smooth volume of voxels of 0.8, 1.1 and 1.9 mm, rotated, off the axis, before two cameras of different pixels."""
+    axes = np.meshgrid(*[np.arange(n, dtype=float) for n in DRR_SHAPE], indexing="ij")
+    x, y, z = ((a - c) / s for a, c, s in zip(axes, (15.2, 14.1, 13.3), (0.2 * n for n in DRR_SHAPE)))
+    volume = 0.03 * np.exp(-0.5 * (x**2 + y**2 + z**2 + 0.6 * x * y - 0.5 * y * z))
+    rng = np.random.default_rng(2)
+    affines = []
+    for shift in ([4.0, -3.0, 690.0], [-5.0, 2.0, 655.0]):
+        A = np.diag([1 / 0.8, 1 / 1.1, 1 / 1.9]) @ np.linalg.qr(rng.normal(size=(3, 3)))[0]
+        affines.append(np.concatenate([A, ((np.array(DRR_SHAPE) - 1) / 2 - A @ shift)[:, None]], 1))
+    intrinsics = np.array([[540.0, 480.0, 17.3, 8.2], [450.0, 505.0, 15.9, 10.0]])
+    return tuple(jnp.asarray(a, jnp.float32) for a in (volume, np.stack(affines), intrinsics))
 
 
 def _with_nan(arrays):
@@ -139,6 +157,54 @@ def test_voxelize_agrees_with_the_oracle_and_repeats_bitwise():
     )
 
 
+def test_drr_agrees_with_the_oracle_and_repeats_bitwise():
+    arrays = _drr_inputs()
+    run = lambda *a: drr_api.drr(*a, *DRR_SIZE, step_mm=0.7, implementation="ffi_cpu")
+    value, gradients = _value_and_gradients(run, arrays, 7)
+    with jax.enable_x64(True):
+        exact = tuple(np.asarray(a, np.float64) for a in arrays)
+        true_value, true_gradients = _value_and_gradients(
+            lambda *a: drr_oracle.drr(*a, *DRR_SIZE, 0.7, 760.0), exact, 7
+        )
+    assert _relative(value, true_value) < 1e-5
+    for ours, truth in zip(gradients, true_gradients, strict=True):
+        assert _relative(ours, truth) < 1e-4
+    for _ in range(3):
+        again, more = _value_and_gradients(run, arrays, 7)
+        assert np.array_equal(again, value)
+        assert all(np.array_equal(a, b) for a, b in zip(more, gradients, strict=True))
+
+
+def test_drr_bits_do_not_depend_on_threads(tmp_path):
+    """One processor cuts the volume into other slabs than two or more do."""
+    script = (
+        "import os, sys; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])\n"
+        "import jax, numpy as np; from kernels.drr import api\n"
+        "d = np.load(sys.argv[1]); a = [jax.numpy.asarray(d[f'arr_{i}']) for i in range(4)]\n"
+        "value, pull = jax.vjp(lambda *x: api.drr(*x, 19, 35, implementation='ffi_cpu'), *a[:3])\n"
+        "np.savez(sys.argv[2], value, *pull(a[3]))"
+    )
+    arrays = _drr_inputs()
+    cotangent = np.random.default_rng(5).normal(1.0, 1.0, (2, *DRR_SIZE)).astype(np.float32)
+    np.savez(tmp_path / "in.npz", *arrays, cotangent)
+    subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "in.npz", tmp_path / "out.npz"],
+        check=True,
+        cwd=pathlib.Path(__file__).parents[1],
+    )
+    value, pull = jax.vjp(lambda *a: drr_api.drr(*a, *DRR_SIZE, implementation="ffi_cpu"), *arrays)
+    with np.load(tmp_path / "out.npz") as out:
+        for i, ours in enumerate((value, *pull(jnp.asarray(cotangent)))):
+            assert np.any(ours) and np.array_equal(out[f"arr_{i}"], ours)
+
+
+@pytest.mark.parametrize("argument,kept,dropped", [(0, "volume", "rays"), (1, "rays", "volume")])
+def test_drr_pays_only_for_the_gradient_it_needs(argument, kept, dropped):
+    total = lambda *a: jnp.sum(drr_api.drr(*a, *DRR_SIZE, implementation="ffi_cpu"))
+    program = jax.jit(jax.grad(total, argument)).lower(*_drr_inputs()).compile().as_text()
+    assert f"radgs_drr_{kept}" in program and f"radgs_drr_{dropped}" not in program
+
+
 @pytest.mark.parametrize("index", [3, 4, 6])
 def test_splat_gradients_of_a_single_gaussian(index):
     """Below a pixel, larger than the image, needle: each alone, so that no other hides its error."""
@@ -175,6 +241,20 @@ def test_vmap_is_a_batch_axis():
     assert np.array_equal(jax.vmap(shared)(arrays[0])[0], draw(*arrays)[0])
 
 
+def test_drr_vmap_is_a_loop():
+    volume, affine, intrinsics = _drr_inputs()
+    run = lambda *a: drr_api.drr(*a, *DRR_SIZE, implementation="ffi_cpu")
+    poses = jnp.stack([affine, affine[::-1]])
+    images = jax.vmap(lambda pose: run(volume, pose, intrinsics))(poses)
+    assert np.array_equal(images, np.stack([run(volume, pose, intrinsics) for pose in poses]))
+    volumes = jnp.stack([volume, 2.0 * volume[::-1]])
+    total = lambda *a: jnp.sum(run(*a) ** 2)
+    gradients = jax.vmap(jax.grad(total, (0, 1)), (0, 0, None))(volumes, poses, intrinsics)
+    for i in range(2):
+        wanted = jax.grad(total, (0, 1))(volumes[i], poses[i], intrinsics)
+        assert all(_relative(g[i], w) < 1e-6 for g, w in zip(gradients, wanted, strict=True))
+
+
 def test_no_gaussians_and_no_images():
     for batch, n in (((2,), 0), ((0,), 5), ((), 0)):
         zeros = [np.zeros((*batch, n, *tail), np.float32) for tail in ((), (3,), (6,))]
@@ -197,6 +277,11 @@ def test_other_dtypes_are_left_to_xla():
         with pytest.raises(NotImplementedError, match="float32 only"):
             splat_api.splat(*arrays, 8, 8, implementation="ffi_cpu")
         assert splat_api.splat(*arrays, 8, 8).dtype == np.float64
+        volume, affine, intrinsics = (a.astype(jnp.float64) for a in _drr_inputs())
+        with pytest.raises(NotImplementedError, match="float32 only"):
+            drr_api.drr(volume, affine, intrinsics, 8, 8, implementation="ffi_cpu")
+        to_pose = jax.grad(lambda pose: jnp.sum(drr_api.drr(volume, pose, intrinsics, 8, 8)))
+        assert jax.eval_shape(to_pose, affine).dtype == np.float64
 
 
 def test_without_ffi_xla_gives_the_same(tmp_path):

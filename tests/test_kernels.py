@@ -15,6 +15,7 @@ from kernels import dispatch
 from kernels import support
 from kernels import symmetric
 from kernels.drr import api as drr_api
+from kernels.drr import geometry as drr_geometry
 from kernels.drr import oracle as drr_oracle
 from kernels.splat import api as splat_api
 from kernels.splat import oracle as splat_oracle
@@ -274,6 +275,45 @@ def test_drr_gradients_of_a_rough_volume():
     assert_gradients_close([g.ravel() for g in gradients], [g.ravel() for g in wanted_gradients], 1e-8, 1e-8)
 
 
+def _drr_rays(arrays, size):
+    """Origins and directions (float32) of the rays of `drr`'s arrays, as its backends take them."""
+    return _single(*drr_geometry.voxel_rays(*_single(*arrays[1:]), *size))
+
+
+def _drr_backend(implementation, volume, origin, direction, step_mm, cotangent):
+    """Image and gradients to volume, origins and directions by one backend alone, or a skip with its own reason."""
+
+    @jax.jit
+    def run(volume, origin, direction, cotangent):
+        image = drr_api.FORWARD[implementation](volume, origin, direction, step_mm)
+        return image, drr_api.BACKWARD[implementation](volume, origin, direction, step_mm, cotangent)
+
+    try:
+        return jax.tree.map(np.asarray, run(volume, origin, direction, cotangent))
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+
+
+@_over(drr_api.BACKWARD)
+@pytest.mark.parametrize("step_mm", [0.3, 2.7])
+def test_drr_gradients_of_every_ray(implementation, step_mm):
+    """Ray by ray, not summed into a pose; a larger volume and image, which backends cut into parts. The truth is XLA's
+    backward in float64, which `test_drr_gradients_of_a_rough_volume` holds to the oracle."""
+    size, shape = (21, 37), (31, 22, 27)
+    volume, *view = _single(2.0 * _smooth_volume(shape), _voxel_from_camera(shape), 1.7 * DRR_CAMERAS)
+    origin, direction = _drr_rays((volume, *view), size)
+    cotangent = np.float32(_cotangent((2, *size), 4))
+    cotangent[:, 5:8, 9:30] = 0.0
+    with jax.enable_x64(True):
+        exact = (jnp.asarray(a, jnp.float64) for a in (volume, origin, direction, cotangent))
+        wanted_image, wanted = _drr_backend("xla", *(a for a in list(exact)[:3]), step_mm, np.float64(cotangent))
+    image, gradients = _drr_backend(implementation, volume, origin, direction, step_mm, cotangent)
+    assert _relative(image, wanted_image) < IMAGE_TOLERANCE
+    assert [g.shape for g in gradients] == [(31, 22, 27), (2, 3), (2, *size, 3)]
+    assert not np.any(gradients[2][cotangent == 0])
+    assert_gradients_close(gradients, wanted)
+
+
 @_over(drr_api.FORWARD)
 def test_drr_follows_its_step(implementation):
     arrays = _single(_smooth_volume(), _voxel_from_camera(), DRR_CAMERAS)
@@ -483,6 +523,47 @@ def test_drr_near_and_behind_the_source(implementation, depth_mm):
     assert _finite(gradients) and (np.any(wanted) if depth_mm > 0 else not np.any(image))
 
 
+@_over(drr_api.BACKWARD)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_drr_ignores_rays_that_are_not_finite(implementation, value):
+    """Bad directions in view 0 and a bad origin of view 1: no image, no gradients; the other rays keep theirs."""
+    volume, *view = _single(_smooth_volume(), _voxel_from_camera(), DRR_CAMERAS)
+    origin, direction = _drr_rays((volume, *view), DRR_SIZE)
+    cotangent = np.float32(_cotangent((2, *DRR_SIZE)))
+    bad = np.zeros((2, *DRR_SIZE), bool)
+    bad[0, [5, 7, 9], [6, 8, 10]], bad[1] = True, True
+    wanted_image, wanted = _drr_backend(implementation, volume, origin, direction, 1.0, np.where(bad, 0, cotangent))
+    origin, direction = origin.copy(), direction.copy()
+    direction[0, [5, 7, 9], [6, 8, 10], [0, 1, 2]] = value
+    origin[1, 2] = value
+    image, gradients = _drr_backend(implementation, volume, origin, direction, 1.0, cotangent)
+    np.testing.assert_array_equal(image, np.where(bad, 0, wanted_image))
+    assert np.all(wanted_image[0][bad[0]] > 0) and np.any(wanted_image[1])
+    for gradient, truth in zip(gradients, wanted):
+        np.testing.assert_array_equal(gradient, truth)
+
+
+@_over(drr_api.BACKWARD)
+@pytest.mark.parametrize(
+    "shape,batch,size",
+    [
+        ((4, 5, 6), 0, (3, 4)),
+        ((4, 5, 6), 2, (0, 4)),
+        ((4, 5, 6), 2, (3, 0)),
+        ((4, 0, 6), 2, (3, 4)),
+        ((1, 1, 1), 2, (3, 4)),
+    ],
+    ids=["no views", "no rows", "no columns", "no voxels", "one voxel"],
+)
+def test_drr_of_nothing(implementation, shape, batch, size):
+    """Shapes without elements, and one voxel that no ray meets: zeros."""
+    affine = np.zeros((batch, 3, 4)) + np.concatenate([np.eye(3), [[90.0], [70.0], [-600.0]]], 1)
+    arrays = np.ones(shape), affine, np.zeros((batch, 4)) + [500.0, 450.0, 1.5, 1.0]
+    image, gradients = _run_single("drr", implementation, size, np.ones((batch, *size)), *arrays)
+    assert image.shape == (batch, *size) and not np.any(image)
+    assert [g.shape for g in gradients] == [a.shape for a in arrays] and not any(np.any(g) for g in gradients)
+
+
 # Arguments and dispatch.
 
 
@@ -522,6 +603,29 @@ def test_wrong_shapes_are_refused(index, shape):
 def test_drr_refuses_wrong_shapes(shapes):
     with pytest.raises(ValueError, match="drr"):
         drr_api.drr(*(jnp.ones(s) for s in shapes), 5, 6)
+
+
+@pytest.mark.parametrize("step_mm", [0.0, -1.0, np.nan])
+def test_drr_refuses_steps_that_are_not_positive(step_mm):
+    with pytest.raises(ValueError, match="step_mm"):
+        drr_api.drr(jnp.ones((4, 5, 6)), jnp.ones((1, 3, 4)), jnp.ones((1, 4)), 5, 6, step_mm=step_mm)
+
+
+def test_drr_honours_its_implementation_backward(monkeypatch):
+    def unable(*_):
+        raise NotImplementedError("no such device")
+
+    for name, backward in (("ffi_cpu", unable), ("xla", lambda *a: tuple(jnp.full_like(x, 2.0) for x in a[:3]))):
+        monkeypatch.setitem(drr_api.FORWARD, name, lambda volume, origin, direction, step_mm: direction[..., 0])
+        monkeypatch.setitem(drr_api.BACKWARD, name, backward)
+    arrays = _single(_smooth_volume(), _voxel_from_camera(), DRR_CAMERAS)
+    to_volume = lambda implementation: jax.grad(
+        lambda volume: jnp.sum(drr_api.drr(volume, *arrays[1:], *DRR_SIZE, implementation=implementation))
+    )(arrays[0])
+    with pytest.raises(NotImplementedError, match="no such device"):
+        to_volume("ffi_cpu")
+    for implementation in ("xla", None, ["ffi_cpu", "xla"]):
+        assert np.all(to_volume(implementation) == 2.0)
 
 
 def test_dispatch_falls_back_in_order():

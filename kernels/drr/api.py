@@ -11,7 +11,7 @@ from kernels.drr import geometry
 from kernels.drr import xla
 
 FORWARD = {"ffi_cpu": ffi_cpu.forward, "xla": xla.forward}
-BACKWARD = {"xla": xla.backward}
+BACKWARD = {"ffi_cpu": ffi_cpu.backward, "xla": xla.backward}
 
 
 def drr(volume, voxel_from_camera, intrinsics, height, width, *, step_mm=1.0, implementation=None):
@@ -24,12 +24,12 @@ def drr(volume, voxel_from_camera, intrinsics, height, width, *, step_mm=1.0, im
       volume: (X, Y, Z) attenuation, 1/mm.
       voxel_from_camera: (B, 3, 4) affine from camera mm to voxel indices (voxel i has its centre at i).
       intrinsics: (B, 4) fx, fy, cx, cy in pixels.
-      height, width: static image size; step_mm: static sample distance, mm.
+      height, width: static image size; step_mm: static sample distance, mm, above 0.
       implementation: backend name, order of names, or None for the best available.
     Returns:
-      (B, height, width) line integrals, no unit.
+      (B, height, width) line integrals, no unit. A view whose pose is not finite is 0 and gives the volume no gradient.
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
+      ValueError: shapes that do not fit, a step that is not positive, or an unknown implementation.
     """
     if volume.ndim != 3:
         raise ValueError(f"drr: volume has shape {volume.shape}, wanted (X, Y, Z)")
@@ -39,10 +39,14 @@ def drr(volume, voxel_from_camera, intrinsics, height, width, *, step_mm=1.0, im
             f"drr: voxel_from_camera {voxel_from_camera.shape} and intrinsics {intrinsics.shape}, "
             "wanted (B, 3, 4) and (B, 4)"
         )
+    if not step_mm > 0:
+        raise ValueError(f"drr: step_mm is {step_mm}, wanted more than 0")
     implementation = (
         implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
     )
     dtype = jnp.result_type(volume, voxel_from_camera, intrinsics)
+    if volume.size == 0:
+        return jnp.zeros((*batch, height, width), dtype)
     origin, direction = geometry.voxel_rays(
         jnp.asarray(voxel_from_camera, dtype), jnp.asarray(intrinsics, dtype), height, width
     )
@@ -59,8 +63,7 @@ def _drr_fwd(step_mm, implementation, *arrays):
 
 
 def _drr_bwd(step_mm, implementation, arrays, cotangent):
-    del implementation  # one backward so far
-    return dispatch.run("drr", BACKWARD, None, *arrays, step_mm, cotangent)
+    return dispatch.run("drr", BACKWARD, implementation, *arrays, step_mm, cotangent)
 
 
 _drr.defvjp(_drr_fwd, _drr_bwd)

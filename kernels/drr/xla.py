@@ -69,7 +69,8 @@ def backward(volume, origin, direction, step_mm, cotangent):
             value = jnp.where(use, flat[index], 0.0)
             slope = [total + value * part for total, part in zip(slope, slopes)]
             d_volume = d_volume.at[index].add(jnp.where(use, weight * scaled, 0.0))
-        slope = jnp.stack(slope, -1) * scaled[..., None]
+        # Selected, because the weights of a ray that is not finite are not.
+        slope = jnp.where(active[..., None], jnp.stack(slope, -1) * scaled[..., None], 0.0)
         return d_volume, d_origin + slope, d_direction + t[..., None] * slope
 
     start = (jnp.zeros_like(flat), jnp.zeros_like(direction), jnp.zeros_like(direction))

@@ -5,11 +5,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels import batching
 from kernels import dispatch
 from kernels.splat import ffi_cpu
+from kernels.splat import pallas_triton
 from kernels.splat import xla
 
-BACKENDS = {"ffi_cpu": (ffi_cpu.forward, ffi_cpu.backward), "xla": (xla.forward, xla.backward)}
+BACKENDS = {
+    "pallas_triton": (pallas_triton.forward, pallas_triton.backward),
+    "ffi_cpu": (ffi_cpu.forward, ffi_cpu.backward),
+    "xla": (xla.forward, xla.backward),
+}
 
 
 def splat(density, mean, precision, intrinsics, height, width, *, implementation=None):
@@ -49,7 +55,11 @@ def splat(density, mean, precision, intrinsics, height, width, *, implementation
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _splat(height, width, implementation, density, mean, precision, intrinsics):
     forwards = {name: pair[0] for name, pair in BACKENDS.items()}
-    return dispatch.run("splat", forwards, implementation, density, mean, precision, intrinsics, height, width)
+
+    def run(*arrays):
+        return (dispatch.run("splat", forwards, implementation, *arrays, height, width),)
+
+    return batching.along_batch(run, (1, 2, 2, 1), density, mean, precision, intrinsics)[0]
 
 
 def _splat_fwd(height, width, implementation, *arrays):
@@ -58,7 +68,8 @@ def _splat_fwd(height, width, implementation, *arrays):
 
 def _splat_bwd(height, width, implementation, arrays, cotangent):
     backwards = {name: pair[1] for name, pair in BACKENDS.items()}
-    return dispatch.run("splat", backwards, implementation, *arrays, cotangent)
+    run = functools.partial(dispatch.run, "splat", backwards, implementation)
+    return batching.along_batch(run, (1, 2, 2, 1, 2), *arrays, cotangent)
 
 
 _splat.defvjp(_splat_fwd, _splat_bwd)

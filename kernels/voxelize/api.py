@@ -5,11 +5,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels import batching
 from kernels import dispatch
 from kernels.voxelize import ffi_cpu
+from kernels.voxelize import pallas_triton
 from kernels.voxelize import xla
 
-BACKENDS = {"ffi_cpu": (ffi_cpu.forward, ffi_cpu.backward), "xla": (xla.forward, xla.backward)}
+BACKENDS = {
+    "pallas_triton": (pallas_triton.forward, pallas_triton.backward),
+    "ffi_cpu": (ffi_cpu.forward, ffi_cpu.backward),
+    "xla": (xla.forward, xla.backward),
+}
 
 
 def voxelize(density, mean, precision, shape, *, implementation=None):
@@ -44,7 +50,11 @@ def voxelize(density, mean, precision, shape, *, implementation=None):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _voxelize(shape, implementation, density, mean, precision):
     forwards = {name: pair[0] for name, pair in BACKENDS.items()}
-    return dispatch.run("voxelize", forwards, implementation, density, mean, precision, shape)
+
+    def run(*arrays):
+        return (dispatch.run("voxelize", forwards, implementation, *arrays, shape),)
+
+    return batching.along_batch(run, (1, 2, 2), density, mean, precision)[0]
 
 
 def _voxelize_fwd(shape, implementation, *arrays):
@@ -53,7 +63,8 @@ def _voxelize_fwd(shape, implementation, *arrays):
 
 def _voxelize_bwd(shape, implementation, arrays, cotangent):
     backwards = {name: pair[1] for name, pair in BACKENDS.items()}
-    return dispatch.run("voxelize", backwards, implementation, *arrays, cotangent)
+    run = functools.partial(dispatch.run, "voxelize", backwards, implementation)
+    return batching.along_batch(run, (1, 2, 2, 3), *arrays, cotangent)
 
 
 _voxelize.defvjp(_voxelize_fwd, _voxelize_bwd)

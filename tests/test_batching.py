@@ -1,0 +1,54 @@
+"""A batch that is split over devices stays split through the kernels: no gather, and the values of one device."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import os
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from kernels.splat import splat
+from kernels.voxelize import voxelize
+
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+split = NamedSharding(mesh, PartitionSpec("data"))
+rng = np.random.default_rng(0)
+density, offset = rng.uniform(0.01, 0.03, (8, 2, 9)), rng.normal(size=(8, 2, 9, 3)) * [9, 6, 5]
+precision = np.tile([0.1, 0.01, 0.0, 0.2, 0.02, 0.15], (8, 2, 9, 1))
+intrinsics = np.tile([400.0, 380.0, 15.0, 11.0], (8, 2, 1))
+image = [np.float32(a) for a in (density, offset + [0, 0, 700], precision, intrinsics)]
+volume = [np.float32(a) for a in (density, offset / 3 + [4, 5, 3], precision)]
+
+
+def energy(*arrays):
+    return jnp.sum((splat(*arrays, 21, 30) if len(arrays) == 4 else voxelize(*arrays, (8, 11, 7))) ** 2)
+
+
+for arrays in (image, volume):
+    every = tuple(range(len(arrays)))
+    for function in (jax.grad(energy, every), jax.vmap(jax.grad(energy, every))):
+        compiled = jax.jit(function, in_shardings=(split,) * len(arrays)).lower(*arrays).compile()
+        assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
+        sharded = compiled(*[jax.device_put(a, split) for a in arrays])
+        for one, other in zip(sharded, jax.jit(function)(*arrays)):
+            assert np.abs(other).max() > 0
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * np.abs(other).max())
+print("the same")
+"""
+
+
+@pytest.mark.parametrize("without_ffi", ["0", "1"])
+def test_a_split_batch_is_not_gathered(without_ffi):
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**os.environ, "RADGS_NO_FFI": without_ffi, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.endswith("the same\n"), run.stderr
