@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from kernels import batching
 from kernels import dispatch
 from kernels.splat import ffi_cpu
+from kernels.splat import pallas_tpu
 from kernels.splat import pallas_triton
 from kernels.splat import xla
 
 BACKENDS = {
     "pallas_triton": (pallas_triton.forward, pallas_triton.backward),
+    "pallas_tpu": (pallas_tpu.forward, pallas_tpu.backward),
     "ffi_cpu": (ffi_cpu.forward, ffi_cpu.backward),
     "xla": (xla.forward, xla.backward),
 }

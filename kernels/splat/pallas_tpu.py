@@ -1,0 +1,319 @@
+"""`splat` and its gradient on a TPU: two Pallas kernels, compiled by Mosaic.
+
+A tile is TILE x TILE px, so that its pixels in row-major order are the lanes of one vector register, VECTOR. The image stays
+in fast memory, a band of whole tile rows of it where it is large, while all Gaussians pass by, BLOCK of them a program.
+A core runs its programs one after another. So a forward program adds each Gaussian to the tiles of its box in place, and a
+backward one walks through the same tiles and keeps a Gaussian's sums in registers: nothing is sorted, nothing is scattered,
+no list grows with Gaussians times pixels, and equal inputs give equal bits. What a Gaussian needs is read as scalars. To
+interleave several Gaussians would gain nothing: all would go on for as long as the one with most tiles.
+
+The forms and what is computed once per Gaussian are those of `pallas_triton`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels import support
+from kernels.splat import pallas_triton as shared
+
+TILE = 32
+VECTOR = (8, 128)
+BLOCK = 128  # Gaussians of a program: the sums of each are a lane
+BAND = 1024  # most tiles in fast memory: 4 MB, twice, as the next band is on its way
+SUMS = shared.SUMS
+
+_SHIFT = TILE.bit_length() - 1
+_ROWS = 16  # of the sums in a block, whole registers
+
+
+def _check(interpret, arrays):
+    if not interpret and jax.default_backend() != "tpu":
+        raise NotImplementedError(f"the device is {jax.default_backend()}, not tpu")
+    wrong = [str(a.dtype) for a in arrays if a.dtype != jnp.float32]
+    if wrong:
+        raise NotImplementedError(f"float32 only, not {wrong[0]}")
+
+
+# How images and Gaussians lie in memory.
+
+
+def _bands(height, width):
+    """Bands of an image, tile rows of a band, tiles of a row."""
+    down, across = pl.cdiv(height, TILE), pl.cdiv(width, TILE)
+    bands = pl.cdiv(down, max(1, BAND // across))
+    return bands, pl.cdiv(down, bands), across
+
+
+def _to_tiles(images):
+    """Images (B, height, width) as (B, bands, tiles of a band, *VECTOR), zeros beyond the borders."""
+    b, height, width = images.shape
+    bands, rows, across = _bands(height, width)
+    images = jnp.pad(images, ((0, 0), (0, bands * rows * TILE - height), (0, across * TILE - width)))
+    images = images.reshape(b, bands, rows, TILE, across, TILE).transpose(0, 1, 2, 4, 3, 5)
+    return images.reshape(b, bands, rows * across, *VECTOR)
+
+
+def _from_tiles(tiles, height, width):
+    """The inverse of `_to_tiles`."""
+    bands, rows, across = _bands(height, width)
+    images = tiles.reshape(-1, bands, rows, across, TILE, TILE).transpose(0, 1, 2, 4, 3, 5)
+    return images.reshape(-1, bands * rows * TILE, across * TILE)[:, :height, :width]
+
+
+def _blocks(columns, n, empty=0):
+    """Columns (M,), one number per Gaussian, as (images, blocks, columns, BLOCK), filled up with `empty`."""
+    rows = jnp.stack(columns).reshape(len(columns), -1, n)
+    # Whole groups of 8 rows are how a TPU holds an array anyway.
+    fill = ((0, -len(columns) % 8), (0, 0), (0, -n % BLOCK))
+    rows = jnp.pad(rows, fill, constant_values=empty)
+    return rows.reshape(rows.shape[0], rows.shape[1], -1, BLOCK).transpose(1, 2, 0, 3)
+
+
+def _launch(kernel, name, boxes, table, images, result, interpret):
+    """One launch of `kernel`, a program for each image, band and block of Gaussians.
+
+    Args:
+      kernel: (boxes, table, images, out); blocks of boxes and table hold scalars.
+      boxes: (B, blocks, 8, BLOCK) int32; table: (B, blocks, fields, BLOCK) float32.
+      images: (B, bands, tiles, *VECTOR) to read, or None: then the kernel has no such argument.
+      result: the shape of what it writes: (B, bands, tiles, *VECTOR), or (B, bands, blocks, rows, BLOCK).
+    """
+    gaussians = lambda a: pl.BlockSpec(
+        (None, None, *a.shape[2:]), lambda i, j, k: (i, k, 0, 0), memory_space=pltpu.SMEM
+    )
+    band = lambda shape: pl.BlockSpec((None, None, *shape[2:]), lambda i, j, k: (i, j, 0, 0, 0))
+    sums = pl.BlockSpec((None, None, None, *result[3:]), lambda i, j, k: (i, j, k, 0, 0))
+    operands = [boxes, table] + ([] if images is None else [images])
+    launch = pl.pallas_call(
+        kernel,
+        grid=(boxes.shape[0], result[1], boxes.shape[1]),
+        in_specs=[gaussians(boxes), gaussians(table)] + ([] if images is None else [band(images.shape)]),
+        out_specs=band(result) if images is None else sums,
+        out_shape=jax.ShapeDtypeStruct(result, jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        name=name,
+        interpret=interpret,
+    )
+    # Mosaic counts loops in int32 only.
+    with jax.enable_x64(False):
+        return launch(*operands)
+
+
+# What both kernels do.
+
+
+def _pixels():
+    """Row and column of each lane's pixel in its tile, float32."""
+    place = lax.broadcasted_iota(jnp.int32, VECTOR, 0) * VECTOR[1] + lax.broadcasted_iota(jnp.int32, VECTOR, 1)
+    return (place >> _SHIFT).astype(jnp.float32), (place & (TILE - 1)).astype(jnp.float32)
+
+
+def _corner(tile):
+    """The first pixel of a row or column of tiles, a scalar float32."""
+    return (tile * TILE).astype(jnp.float32)
+
+
+def _walk(boxes, i, top, rows, visit, carry):
+    """Leads Gaussian i of a block through its tiles in a band.
+
+    Args:
+      boxes: scalars (8, BLOCK): first and last pixel row, first and last column.
+      top: first tile row of the band, of `rows`.
+      visit: (row, column, carry) -> carry, for each tile.
+    """
+    v_first, v_last, u_first, u_last = (boxes[k, i] >> _SHIFT for k in range(4))
+    along = lambda row, carry: lax.fori_loop(u_first, u_last + 1, functools.partial(visit, row), carry)
+    return lax.fori_loop(jnp.maximum(v_first, top), jnp.minimum(v_last + 1, top + rows), along, carry)
+
+
+def _draw(rows, across, boxes, table, out):
+    """Adds a block of Gaussians to a band."""
+    top = pl.program_id(1) * rows
+    v, u = _pixels()
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        out[...] = jnp.zeros(out.shape, jnp.float32)
+
+    def gaussian(i, nothing):
+        amplitude, u0, u1, v0, v1, ss, st2, tt, sz2, tz2, nss, nst2, ntt = (table[f, i] for f in range(13))
+
+        def visit(row, column, nothing):
+            s, t = (u + (_corner(column) - u0)) - u1, (v + (_corner(row) - v0)) - v1
+            alpha = (1.0 + t * (tz2 + t * tt)) + s * ((sz2 + t * st2) + s * ss)
+            root = lax.rsqrt(jnp.maximum(alpha, shared.ALPHA_MIN))
+            q = (t * t * ntt + s * (t * nst2 + s * nss)) * (root * root)
+            tile = (row - top) * across + column
+            out[tile] = out[tile] + amplitude * root * support.weight(q)
+            return nothing
+
+        return _walk(boxes, i, top, rows, visit, nothing)
+
+    lax.fori_loop(0, BLOCK, gaussian, ())
+
+
+def forward(density, mean, precision, intrinsics, height, width, *, interpret=False):
+    """As `xla.forward`, float32 only; a precision that is not positive definite adds nothing.
+
+    Args:
+      interpret: run the kernel as plain JAX, on any device (slow; for tests).
+    Raises:
+      NotImplementedError: the device is no TPU, or an array is not float32.
+    """
+    arrays = (density, mean, precision, intrinsics)
+    _check(interpret, arrays)
+    return shared.with_batch_axes(functools.partial(_forward, height, width, interpret), *arrays)
+
+
+def _forward(height, width, interpret, density, mean, precision, intrinsics):
+    batch, n = density.shape[:-1], density.shape[-1]
+    if density.size == 0 or height * width == 0:
+        return jnp.zeros((*batch, height, width), jnp.float32)
+    density, mean, precision = density.reshape(-1), mean.reshape(-1, 3), precision.reshape(-1, 6)
+    intrinsics = intrinsics.reshape(-1, 4)
+    g = shared._prepare(mean, precision, intrinsics, n, height, width)
+    # The length of the ray is a factor of the pixel, so it is left to the end.
+    amplitude = jnp.where(g.drawn, density * jnp.sqrt(2.0 * jnp.pi / g.m_zz), 0.0)
+    fields = (amplitude, g.u0, g.u1, g.v0, g.v1, g.ss, 2 * g.st, g.tt, 2 * g.sz, 2 * g.tz, g.nss, 2 * g.nst, g.ntt)
+    bands, rows, across = _bands(height, width)
+    tiles = _launch(
+        functools.partial(_draw, rows, across),
+        "splat_forward",
+        _blocks((*g.rows, *g.columns), n, empty=-1),
+        _blocks(fields, n),
+        None,
+        (intrinsics.shape[0], bands, rows * across, *VECTOR),
+        interpret,
+    )
+    fx, fy, cx, cy = intrinsics.T[..., None]
+    x = (jnp.arange(width, dtype=jnp.float32) - cx) / fx
+    y = (jnp.arange(height, dtype=jnp.float32) - cy) / fy
+    length = jnp.sqrt(1.0 + jnp.square(x)[:, None, :] + jnp.square(y)[:, :, None])
+    return (_from_tiles(tiles, height, width) * length).reshape(*batch, height, width)
+
+
+def _terms(s, t, c, ss, st, tt, sz, tz, nss, nst, ntt, ls, lt, lss, ltt, scale):
+    """What each pixel at offset (s, t) with cotangent c adds to the SUMS sums of a Gaussian, those of splat.cc's Gather."""
+    bend_s, bend_t = sz + t * st + s * ss, tz + t * tt + s * st
+    alpha = jnp.maximum(1.0 + s * (sz + bend_s) + t * (tz + bend_t), shared.ALPHA_MIN)
+    length_s, length_t = ls + s * lss, lt + t * ltt
+    length = 1.0 + s * (ls + length_s) + t * (lt + length_t)
+    both = 1.0 / (alpha * length)
+    inverse = length * both
+    w, dw = support.weight_and_slope((t * t * ntt + s * (2.0 * t * nst + s * nss)) * inverse)
+    h = c * jnp.sqrt(length * inverse)
+    unit, slope = h * w, scale * h * dw
+    ez = -(s * bend_s + t * bend_t) * inverse
+    d = 1.0 + ez
+    es, et = d * s, d * t
+    ks, kt, kz = slope * es, slope * et, slope * ez
+    unit_a, turn, span = unit * inverse, 2.0 * slope * d, unit * (alpha * both)
+    along = -0.5 * unit_a
+    bs = span * length_s - unit_a * bend_s + turn * (ss * es + st * et + sz * ez)
+    bt = span * length_t - unit_a * bend_t + turn * (st * es + tt * et + tz * ez)
+    first = (unit, ks, kt, kz)
+    second = (
+        ks * es + along * s * s,
+        ks * et + along * s * t,
+        ks * ez + along * s,
+        kt * et + along * t * t,
+        kt * ez + along * t,
+        kz * ez + along,
+    )
+    return (*first, *second, bs * s, bt * t, bs, bt)
+
+
+def _gather(rows, across, boxes, table, cotangent, out):
+    """The sums of a block of Gaussians over their tiles in a band, a column each."""
+    top = pl.program_id(1) * rows
+    v, u = _pixels()
+    row_of, column_of = (lax.broadcasted_iota(jnp.int32, (_ROWS, BLOCK), axis) for axis in range(2))
+
+    def gaussian(i, block):
+        v_first, v_last, u_first, u_last = (boxes[k, i].astype(jnp.float32) for k in range(4))
+        u0, u1, v0, v1, *fields = (table[f, i] for f in range(17))
+
+        def visit(row, column, sums):
+            pixel_v, pixel_u = v + _corner(row), u + _corner(column)
+            # Evaluated within the box only, where nothing overflows: what is outside counts as a pixel on its border.
+            near_v, near_u = jnp.clip(pixel_v, v_first, v_last), jnp.clip(pixel_u, u_first, u_last)
+            inside = (near_v == pixel_v) & (near_u == pixel_u)
+            c = jnp.where(inside, cotangent[(row - top) * across + column], 0.0)
+            terms = _terms((near_u - u0) - u1, (near_v - v0) - v1, c, *fields)
+            return tuple(total + term for total, term in zip(sums, terms))
+
+        zeros = tuple(jnp.zeros(VECTOR, jnp.float32) for _ in range(SUMS))
+        lanes = jnp.zeros((_ROWS, BLOCK), jnp.float32)
+        for f, total in enumerate(_walk(boxes, i, top, rows, visit, zeros)):
+            lanes = jnp.where(row_of == f, jnp.sum(total, 0, keepdims=True), lanes)
+        return jnp.where(column_of == i, jnp.sum(lanes, 1, keepdims=True), block)
+
+    out[...] = lax.fori_loop(0, BLOCK, gaussian, jnp.zeros((_ROWS, BLOCK), jnp.float32))
+
+
+def backward(density, mean, precision, intrinsics, cotangent, *, interpret=False):
+    """As `xla.backward`, float32 only; `interpret` and errors as in `forward`."""
+    arrays = (density, mean, precision, intrinsics, cotangent)
+    _check(interpret, arrays)
+    return shared.with_batch_axes(functools.partial(_backward, interpret), *arrays)
+
+
+def _backward(interpret, *arrays):
+    shapes = [a.shape for a in arrays[:4]]
+    density, mean, precision, intrinsics, cotangent = arrays
+    (height, width), n = cotangent.shape[-2:], density.shape[-1]
+    if density.size == 0 or cotangent.size == 0:
+        return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+    density, mean, precision = density.reshape(-1), mean.reshape(-1, 3), precision.reshape(-1, 6)
+    intrinsics = intrinsics.reshape(-1, 4)
+    b = intrinsics.shape[0]
+    g = shared._prepare(mean, precision, intrinsics, n, height, width)
+    fx, fy, _, _ = jnp.repeat(intrinsics, n, 0).T
+    depth, x, y, m_zz = jnp.where(g.drawn, mean[:, 2], 1.0), g.x, g.y, jnp.where(g.drawn, g.m_zz, 1.0)
+    length2 = 1.0 + x * x + y * y
+    lengths = x / (fx * length2), y / (fy * length2), 1.0 / (fx * fx * length2), 1.0 / (fy * fy * length2)
+    fields = (g.u0, g.u1, g.v0, g.v1, g.ss, g.st, g.tt, g.sz, g.tz, g.nss, g.nst, g.ntt, *lengths, depth * depth * m_zz)
+    bands, rows, across = _bands(height, width)
+    boxes = _blocks((*g.rows, *g.columns), n, empty=-1)
+    sums = _launch(
+        functools.partial(_gather, rows, across),
+        "splat_backward",
+        boxes,
+        _blocks(fields, n),
+        _to_tiles(cotangent.reshape(-1, height, width)),
+        (b, bands, boxes.shape[1], _ROWS, BLOCK),
+        interpret,
+    )
+    sums = jnp.sum(sums, 1).transpose(2, 0, 1, 3).reshape(_ROWS, b, -1)[:SUMS, :, :n].reshape(SUMS, -1)
+
+    thickness = jnp.sqrt(2.0 * jnp.pi * length2 / m_zz)
+    amplitude = density * thickness
+    turn = -2.0 * amplitude / (depth * m_zz)
+    rz = turn * sums[3]
+    rx, ry = turn * sums[1] / fx + x * rz, turn * sums[2] / fy + y * rz
+    kxx, kxy, kxz, kyy, kyz, kzz = precision.T
+    to_mean = kxx * rx + kxy * ry + kxz * rz, kxy * rx + kyy * ry + kyz * rz, kxz * rx + kyz * ry + kzz * rz
+
+    scale = amplitude / m_zz
+    xx, xy, xz = scale * sums[4] / (fx * fx), scale * sums[5] / (fx * fy), scale * sums[6] / fx
+    yy, yz, zz = scale * sums[7] / (fy * fy), scale * sums[8] / fy, scale * sums[9]
+    to_precision = (
+        xx + 2.0 * x * xz + x * x * zz,
+        2.0 * (xy + x * yz + y * xz + x * y * zz),
+        2.0 * (xz + x * zz),
+        yy + 2.0 * y * yz + y * y * zz,
+        2.0 * (yz + y * zz),
+        zz,
+    )
+    to_camera = (x * sums[12] + sums[10] / fx, y * sums[13] + sums[11] / fy, sums[12], sums[13])
+    gradients = (thickness * sums[0], *to_mean, *to_precision, *(-amplitude * part for part in to_camera))
+    # A Gaussian that is not drawn has no sums, but 0 * nan is nan.
+    gradients = jnp.where(g.drawn[:, None], jnp.stack(gradients, -1), 0.0)
+    to_camera = jnp.sum(gradients[:, 10:].reshape(-1, n, 4), 1)
+    parts = gradients[:, 0], gradients[:, 1:4], gradients[:, 4:10], to_camera
+    return tuple(part.reshape(shape) for part, shape in zip(parts, shapes))
