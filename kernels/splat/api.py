@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from kernels import batching
 from kernels import dispatch
 from kernels.splat import ffi_cpu
+from kernels.splat import oracle
 from kernels.splat import pallas_tpu
 from kernels.splat import pallas_triton
 from kernels.splat import xla
@@ -35,7 +36,7 @@ def splat(density, mean, precision, intrinsics, height, width, *, implementation
       implementation: backend name, order of names, or None for the best available.
     Returns:
       (..., height, width) line integrals (no unit). Gaussians that reach behind the source, or whose mean or precision is
-      not finite, add nothing and get zero gradients.
+      not finite, add nothing and get zero gradients; nor does a camera see anything that `oracle.usable_camera` refuses.
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.
     """
@@ -50,8 +51,10 @@ def splat(density, mean, precision, intrinsics, height, width, *, implementation
         implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
     )
     dtype = jnp.result_type(density, mean, precision, intrinsics)
-    arrays = (jnp.asarray(a, dtype) for a in (density, mean, precision, intrinsics))
-    return _splat(height, width, implementation, *arrays)
+    density, mean, precision, intrinsics = (jnp.asarray(a, dtype) for a in (density, mean, precision, intrinsics))
+    seen = oracle.usable_camera(intrinsics)[..., None]
+    density, intrinsics = jnp.where(seen, density, 0.0), jnp.where(seen, intrinsics, 1.0)
+    return _splat(height, width, implementation, density, mean, precision, intrinsics)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

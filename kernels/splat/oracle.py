@@ -6,6 +6,12 @@ from kernels import support
 from kernels import symmetric
 
 
+def usable_camera(intrinsics):
+    """True (...) for intrinsics (..., 4) that are finite and below 1e7 px, with focal lengths above 1e-3 px."""
+    size = jnp.abs(intrinsics)
+    return jnp.all(size < 1e7, -1) & jnp.all(size[..., :2] > 1e-3, -1)
+
+
 def rays(intrinsics, height, width):
     """Ray directions (x, y, 1) in the camera frame, (..., height, width, 3), for intrinsics (..., 4) = fx, fy, cx, cy.
 

@@ -139,7 +139,9 @@ def backward(density, mean, precision, intrinsics, cotangent):
             ddx,
             ddy,
         ]
-        return sums.at[owner].add(jnp.stack([jnp.sum(term, (1, 2)) for term in terms], -1))
+        # Idle lanes compute with some owner, and its NaN times 0 would be NaN.
+        terms = jnp.stack([jnp.sum(term, (1, 2)) for term in terms], -1)
+        return sums.at[owner].add(jnp.where(valid[:, None], terms, 0.0))
 
     sums = instances.for_each_chunk(counts, low, TILE, body, jnp.zeros((density.shape[0], 14), mean.dtype))
     per_camera = jnp.sum(sums[:, 10:].reshape(-1, n, 4), 1)

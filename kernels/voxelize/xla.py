@@ -82,7 +82,9 @@ def backward(density, mean, precision, cotangent):
             2.0 * slope * r[1] * r[2],
             slope * r[2] * r[2],
         ]
-        return sums.at[owner].add(jnp.stack([jnp.sum(term, (1, 2, 3)) for term in terms], -1))
+        # Idle lanes compute with some owner, and its NaN times 0 would be NaN.
+        terms = jnp.stack([jnp.sum(term, (1, 2, 3)) for term in terms], -1)
+        return sums.at[owner].add(jnp.where(valid[:, None], terms, 0.0))
 
     sums = instances.for_each_chunk(
         instances.tile_counts(low, high, BRICK), low, BRICK, body, jnp.zeros((density.shape[0], 10), mean.dtype)
