@@ -40,11 +40,10 @@ def _volume_scores(outcome, prepared, start, truth):
 
 @dataclasses.dataclass(frozen=True)
 class Registered:
-    """One registered case: `volume` names its `cases.Volume`, truth is world_from_ct (4, 4)."""
+    """One registered case; truth is world_from_ct (4, 4)."""
 
     case: cases.Case
     scene: cases.Scene
-    volume: str
     prepared: patients.Prepared
     images: list
     truth: np.ndarray
@@ -64,7 +63,7 @@ def _registered(case_file, case_list, variant, passes, prepare):
         if first:  # it compiles, which is not part of a case's time
             registering.register(ready, scene.views, images, case.world_from_ct, passes)
         outcome = registering.register(ready, scene.views, images, case.world_from_ct, passes)
-        yield Registered(case, scene, volume.name, ready, images, cases.truth(case_file, scene), outcome)
+        yield Registered(case, scene, ready, images, cases.truth(case_file, scene), outcome)
 
 
 def evaluate(case_file, variant, workdir, passes, picture_folder=None, score_volumes=True):
@@ -88,7 +87,7 @@ def evaluate(case_file, variant, workdir, passes, picture_folder=None, score_vol
     with progress.bar(len(case_file.cases), f"evaluate {variant}") as bar:
         for one in _registered(case_file, case_file.cases, variant, passes, prepare):
             start, outcome = one.case.world_from_ct, one.outcome
-            points = np.asarray(case_file.raw["volumes"][one.volume]["points"])
+            points = np.asarray(case_file.raw["volumes"][one.scene.volume]["points"])
             passes_mm.append([metrics.mtre(points, T, one.truth) for T in outcome.trajectory])
             times = {"runtime_s": outcome.runtime_s, "cpu_s": outcome.cpu_s}
             results.append({"id": one.case.name, "T": outcome.world_from_ct.tolist(), **times})
@@ -96,8 +95,8 @@ def evaluate(case_file, variant, workdir, passes, picture_folder=None, score_vol
                 for name, scores in _volume_scores(outcome, one.prepared, start, one.truth).items():
                     for score, value in scores.items():
                         volumes.setdefault(name, {}).setdefault(score, []).append(value)
-            if picture_folder is not None and one.volume not in shown:
-                shown.add(one.volume)
+            if picture_folder is not None and one.scene.volume not in shown:
+                shown.add(one.scene.volume)
                 registering.write(
                     picture_folder, one.case.name, outcome, one.prepared, one.scene.views, one.images, start, one.truth
                 )

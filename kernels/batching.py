@@ -1,6 +1,7 @@
 """Batches split over devices: the leading axes of an operator stay where they are, without a gather."""
 
 import jax
+import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
@@ -27,7 +28,7 @@ def along_batch(function, events, *arrays):
 
     @call.def_vmap
     def _(size, batched, *arrays):
-        whole = (a if b else jax.numpy.broadcast_to(a, (size, *a.shape)) for a, b in zip(arrays, batched))
+        whole = (a if b else jnp.broadcast_to(a, (size, *a.shape)) for a, b in zip(arrays, batched))
         results = along_batch(function, events, *whole)
         return results, (True,) * len(results)
 

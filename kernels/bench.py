@@ -741,19 +741,29 @@ def _check():
             raise flags.Error(f"--plots={PLOTS.value}: {error.strerror}") from error
 
 
-def main():
-    """Reads the flags; bad ones end the program with one line on standard error and status 2."""
+def read_flags(flag_values, help_flag, text, check):
+    """Reads a program's flags, then calls `check`, which may raise flags.Error; False after --help, which prints `text`.
+
+    Bad flags end the program with one line on standard error and status 2.
+    """
     try:
-        rest = FLAGS(sys.argv)[1:]
-        if HELP.value:
-            print(f"{__doc__}\n{FLAGS.get_help()}")
-            return
+        rest = flag_values(sys.argv)[1:]
+        if help_flag.value:
+            print(f"{text}\n{flag_values.get_help()}")
+            return False
         if rest:
             raise flags.Error(f"found the argument {rest[0]!r}, wanted flags only")
-        _check()
+        check()
     except flags.Error as error:
         print("error: flags: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    return True
+
+
+def main():
+    """Reads the flags, measures and prints; bad flags end the program with one line and status 2."""
+    if not read_flags(FLAGS, HELP, __doc__, _check):
+        return
     python = DIFFDRR_PYTHON.value
     if SUITE.value is not None:
         result = summary(Suite(seconds=SECONDS.value), diffdrr_python=python, plots=PLOTS.value)

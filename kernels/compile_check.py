@@ -764,17 +764,8 @@ def _check_flags():
 
 def main():
     """Reads the flags and checks all targets; bad flags end the program with one line and status 2, a failure with 1."""
-    try:
-        rest = FLAGS(sys.argv)[1:]
-        if HELP.value:
-            print(f"{__doc__}\n{FLAGS.get_help()}")
-            return
-        if rest:
-            raise flags.Error(f"found the argument {rest[0]!r}, wanted flags only")
-        _check_flags()
-    except flags.Error as error:
-        print("error: flags: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    if not bench.read_flags(FLAGS, HELP, __doc__, _check_flags):
+        return
     # Only clouds are counted in this process, which the processor can do.
     jax.config.update("jax_platforms", "cpu")
     result = check(WHEELS.value, LIBTPU.value)

@@ -1,5 +1,6 @@
 """Choice of a backend: a name, an order of names, or None for the best that this machine can run."""
 
+import jax
 from absl import logging
 
 
@@ -35,3 +36,18 @@ def run(op, backends, implementation, *args, **kwargs):
                 logging.INFO, "%s: %s is not available (%s); trying the next backend", 3, op, name, reason
             )
     raise ExceptionGroup(f"{op}: no implementation can run here", reasons)
+
+
+def require(device, arrays, interpret=False):
+    """What a float32 backend for one kind of device asks first.
+
+    Args:
+      device: cpu, gpu or tpu; arrays: the arguments; interpret: the kernel is interpreted, which any device can do.
+    Raises:
+      NotImplementedError: the default device is another, or an array is not float32.
+    """
+    if not interpret and jax.default_backend() != device:
+        raise NotImplementedError(f"the device is {jax.default_backend()}, not {device}")
+    wrong = [str(a.dtype) for a in arrays if a.dtype != "float32"]
+    if wrong:
+        raise NotImplementedError(f"float32 only, not {wrong[0]}")

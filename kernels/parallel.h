@@ -7,7 +7,6 @@
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <mutex>
 
@@ -55,45 +54,6 @@ inline int64_t SlabsPerImage(const xla::ffi::ThreadPool& pool, int64_t images, i
 constexpr int kLanes = 8;
 
 constexpr float kQFade = 12.25f, kQMax = 16.0f;
-
-// q clipped to the range where the weight varies; NaN counts as outside, where the weight is 0.
-inline float ClipQ(float q) {
-  q = q < kQMax ? q : kQMax;
-  return q > 0.0f ? q : 0.0f;
-}
-
-// exp(-q / 2) for q in [0, 16], relative error below 2e-7: argument reduction by a two-part ln 2, then a polynomial
-// (a minimax fit of (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2).
-inline float ExpMinusHalf(float q) {
-  const float n = std::nearbyint(q * -0.72134752f);
-  const float r = (q * -0.5f - n * 0.693359375f) + n * 2.12194440e-4f;
-  const float r2 = r * r;  // Estrin's order, for its shorter chain
-  const float p = (0.49999994f + 0.1666652f * r) + r2 * ((0.0416684f + 0.008368852f * r) + r2 * 0.0013814318f);
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  return (p * r2 + (1.0f + r)) * scale;
-}
-
-// support.weight for a clipped q.
-inline float Weight(float q) {
-  float s = (kQMax - q) * (1.0f / (kQMax - kQFade));
-  s = s < 1.0f ? s : 1.0f;
-  return ExpMinusHalf(q) * (s * s * (3.0f - 2.0f * s));
-}
-
-// support.weight_and_slope for a clipped q.
-inline void WeightAndSlope(float q, float& weight, float& slope) {
-  float s = (kQMax - q) * (1.0f / (kQMax - kQFade));
-  s = s < 1.0f ? s : 1.0f;
-  const float gaussian = ExpMinusHalf(q), fade = s * s * (3.0f - 2.0f * s);
-  weight = gaussian * fade;
-  slope = gaussian * (s * (s - 1.0f) * (6.0f / (kQMax - kQFade)) - 0.5f * fade);
-}
-
-inline bool AllFinite(const float* values, int64_t count) {
-  return std::all_of(values, values + count, [](float value) { return std::isfinite(value); });
-}
 
 // Integers in [low, high] and [0, size), from real bounds; empty (last < first) where a bound is NaN. The margin keeps
 // samples that rounding would push over the edge of the support, where the weight is close to 0 anyway.

@@ -7,16 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels import dispatch
 from kernels import ffi_build
 
 
 def _call(target, symbol, volume_shape, results, arrays, step_mm):
     """Calls `symbol` of drr.cc; a vmap is a loop around it, since every call feeds all threads."""
-    if jax.default_backend() != "cpu":
-        raise NotImplementedError(f"the device is {jax.default_backend()}, not cpu")
-    wrong = [str(a.dtype) for a in arrays if a.dtype != jnp.float32]
-    if wrong:
-        raise NotImplementedError(f"float32 only, not {wrong[0]}")
+    dispatch.require("cpu", arrays)
     if math.prod(n + 2 for n in volume_shape) >= 2**31:
         raise NotImplementedError(f"fewer than 2^31 voxels only, with a border of one, not {volume_shape}")
     ffi_build.register(pathlib.Path(__file__).with_name("drr.cc"), target, symbol)

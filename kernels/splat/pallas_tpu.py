@@ -7,7 +7,7 @@ backward one walks through the same tiles and keeps a Gaussian's sums in registe
 no list grows with Gaussians times pixels, and equal inputs give equal bits. What a Gaussian needs is read as scalars. To
 interleave several Gaussians would gain nothing: all would go on for as long as the one with most tiles.
 
-The forms and what is computed once per Gaussian are those of `pallas_triton`.
+The forms and what is computed once per Gaussian are those of footprint.py.
 """
 
 import functools
@@ -18,25 +18,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels import dispatch
 from kernels import support
-from kernels.splat import pallas_triton as shared
+from kernels.splat import footprint
 
 TILE = 32
 VECTOR = (8, 128)
 BLOCK = 128  # Gaussians of a program: the sums of each are a lane
 BAND = 1024  # most tiles in fast memory: 4 MB, twice, as the next band is on its way
-SUMS = shared.SUMS
 
 _SHIFT = TILE.bit_length() - 1
 _ROWS = 16  # of the sums in a block, whole registers
-
-
-def _check(interpret, arrays):
-    if not interpret and jax.default_backend() != "tpu":
-        raise NotImplementedError(f"the device is {jax.default_backend()}, not tpu")
-    wrong = [str(a.dtype) for a in arrays if a.dtype != jnp.float32]
-    if wrong:
-        raise NotImplementedError(f"float32 only, not {wrong[0]}")
 
 
 # How images and Gaussians lie in memory.
@@ -146,7 +138,7 @@ def _draw(rows, across, boxes, table, out):
         def visit(row, column, nothing):
             s, t = (u + (_corner(column) - u0)) - u1, (v + (_corner(row) - v0)) - v1
             alpha = (1.0 + t * (tz2 + t * tt)) + s * ((sz2 + t * st2) + s * ss)
-            root = lax.rsqrt(jnp.maximum(alpha, shared.ALPHA_MIN))
+            root = lax.rsqrt(jnp.maximum(alpha, footprint.ALPHA_MIN))
             q = (t * t * ntt + s * (t * nst2 + s * nss)) * (root * root)
             tile = (row - top) * across + column
             out[tile] = out[tile] + amplitude * root * support.weight(q)
@@ -166,20 +158,14 @@ def forward(density, mean, precision, intrinsics, height, width, *, interpret=Fa
       NotImplementedError: the device is no TPU, or an array is not float32.
     """
     arrays = (density, mean, precision, intrinsics)
-    _check(interpret, arrays)
-    return shared.with_batch_axes(functools.partial(_forward, height, width, interpret), *arrays)
-
-
-def _forward(height, width, interpret, density, mean, precision, intrinsics):
+    dispatch.require("tpu", arrays, interpret)
     batch, n = density.shape[:-1], density.shape[-1]
     if density.size == 0 or height * width == 0:
         return jnp.zeros((*batch, height, width), jnp.float32)
     density, mean, precision = density.reshape(-1), mean.reshape(-1, 3), precision.reshape(-1, 6)
     intrinsics = intrinsics.reshape(-1, 4)
-    g = shared._prepare(mean, precision, intrinsics, n, height, width)
-    # The length of the ray is a factor of the pixel, so it is left to the end.
-    amplitude = jnp.where(g.drawn, density * jnp.sqrt(2.0 * jnp.pi / g.m_zz), 0.0)
-    fields = (amplitude, g.u0, g.u1, g.v0, g.v1, g.ss, 2 * g.st, g.tt, 2 * g.sz, 2 * g.tz, g.nss, 2 * g.nst, g.ntt)
+    g = footprint.prepare(mean, precision, intrinsics, n, height, width)
+    fields = footprint.draw_fields(g, density)
     bands, rows, across = _bands(height, width)
     tiles = _launch(
         functools.partial(_draw, rows, across),
@@ -190,42 +176,8 @@ def _forward(height, width, interpret, density, mean, precision, intrinsics):
         (intrinsics.shape[0], bands, rows * across, *VECTOR),
         interpret,
     )
-    fx, fy, cx, cy = intrinsics.T[..., None]
-    x = (jnp.arange(width, dtype=jnp.float32) - cx) / fx
-    y = (jnp.arange(height, dtype=jnp.float32) - cy) / fy
-    length = jnp.sqrt(1.0 + jnp.square(x)[:, None, :] + jnp.square(y)[:, :, None])
+    length = footprint.ray_lengths(intrinsics, height, width)
     return (_from_tiles(tiles, height, width) * length).reshape(*batch, height, width)
-
-
-def _terms(s, t, c, ss, st, tt, sz, tz, nss, nst, ntt, ls, lt, lss, ltt, scale):
-    """What each pixel at offset (s, t) with cotangent c adds to the SUMS sums of a Gaussian, those of splat.cc's Gather."""
-    bend_s, bend_t = sz + t * st + s * ss, tz + t * tt + s * st
-    alpha = jnp.maximum(1.0 + s * (sz + bend_s) + t * (tz + bend_t), shared.ALPHA_MIN)
-    length_s, length_t = ls + s * lss, lt + t * ltt
-    length = 1.0 + s * (ls + length_s) + t * (lt + length_t)
-    both = 1.0 / (alpha * length)
-    inverse = length * both
-    w, dw = support.weight_and_slope((t * t * ntt + s * (2.0 * t * nst + s * nss)) * inverse)
-    h = c * jnp.sqrt(length * inverse)
-    unit, slope = h * w, scale * h * dw
-    ez = -(s * bend_s + t * bend_t) * inverse
-    d = 1.0 + ez
-    es, et = d * s, d * t
-    ks, kt, kz = slope * es, slope * et, slope * ez
-    unit_a, turn, span = unit * inverse, 2.0 * slope * d, unit * (alpha * both)
-    along = -0.5 * unit_a
-    bs = span * length_s - unit_a * bend_s + turn * (ss * es + st * et + sz * ez)
-    bt = span * length_t - unit_a * bend_t + turn * (st * es + tt * et + tz * ez)
-    first = (unit, ks, kt, kz)
-    second = (
-        ks * es + along * s * s,
-        ks * et + along * s * t,
-        ks * ez + along * s,
-        kt * et + along * t * t,
-        kt * ez + along * t,
-        kz * ez + along,
-    )
-    return (*first, *second, bs * s, bt * t, bs, bt)
 
 
 def _gather(rows, across, boxes, table, cotangent, out):
@@ -244,10 +196,10 @@ def _gather(rows, across, boxes, table, cotangent, out):
             near_v, near_u = jnp.clip(pixel_v, v_first, v_last), jnp.clip(pixel_u, u_first, u_last)
             inside = (near_v == pixel_v) & (near_u == pixel_u)
             c = jnp.where(inside, cotangent[(row - top) * across + column], 0.0)
-            terms = _terms((near_u - u0) - u1, (near_v - v0) - v1, c, *fields)
+            terms = footprint.terms((near_u - u0) - u1, (near_v - v0) - v1, c, *fields)
             return tuple(total + term for total, term in zip(sums, terms))
 
-        zeros = tuple(jnp.zeros(VECTOR, jnp.float32) for _ in range(SUMS))
+        zeros = tuple(jnp.zeros(VECTOR, jnp.float32) for _ in range(footprint.SUMS))
         lanes = jnp.zeros((_ROWS, BLOCK), jnp.float32)
         for f, total in enumerate(_walk(boxes, i, top, rows, visit, zeros)):
             lanes = jnp.where(row_of == f, jnp.sum(total, 0, keepdims=True), lanes)
@@ -259,25 +211,16 @@ def _gather(rows, across, boxes, table, cotangent, out):
 def backward(density, mean, precision, intrinsics, cotangent, *, interpret=False):
     """As `xla.backward`, float32 only; `interpret` and errors as in `forward`."""
     arrays = (density, mean, precision, intrinsics, cotangent)
-    _check(interpret, arrays)
-    return shared.with_batch_axes(functools.partial(_backward, interpret), *arrays)
-
-
-def _backward(interpret, *arrays):
+    dispatch.require("tpu", arrays, interpret)
     shapes = [a.shape for a in arrays[:4]]
-    density, mean, precision, intrinsics, cotangent = arrays
     (height, width), n = cotangent.shape[-2:], density.shape[-1]
     if density.size == 0 or cotangent.size == 0:
         return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
     density, mean, precision = density.reshape(-1), mean.reshape(-1, 3), precision.reshape(-1, 6)
     intrinsics = intrinsics.reshape(-1, 4)
     b = intrinsics.shape[0]
-    g = shared._prepare(mean, precision, intrinsics, n, height, width)
-    fx, fy, _, _ = jnp.repeat(intrinsics, n, 0).T
-    depth, x, y, m_zz = jnp.where(g.drawn, mean[:, 2], 1.0), g.x, g.y, jnp.where(g.drawn, g.m_zz, 1.0)
-    length2 = 1.0 + x * x + y * y
-    lengths = x / (fx * length2), y / (fy * length2), 1.0 / (fx * fx * length2), 1.0 / (fy * fy * length2)
-    fields = (g.u0, g.u1, g.v0, g.v1, g.ss, g.st, g.tt, g.sz, g.tz, g.nss, g.nst, g.ntt, *lengths, depth * depth * m_zz)
+    g = footprint.prepare(mean, precision, intrinsics, n, height, width)
+    fields = footprint.gather_fields(g, mean, intrinsics, n)
     bands, rows, across = _bands(height, width)
     boxes = _blocks((*g.rows, *g.columns), n, empty=-1)
     sums = _launch(
@@ -289,31 +232,12 @@ def _backward(interpret, *arrays):
         (b, bands, boxes.shape[1], _ROWS, BLOCK),
         interpret,
     )
-    sums = jnp.sum(sums, 1).transpose(2, 0, 1, 3).reshape(_ROWS, b, -1)[:SUMS, :, :n].reshape(SUMS, -1)
-
-    thickness = jnp.sqrt(2.0 * jnp.pi * length2 / m_zz)
-    amplitude = density * thickness
-    turn = -2.0 * amplitude / (depth * m_zz)
-    rz = turn * sums[3]
-    rx, ry = turn * sums[1] / fx + x * rz, turn * sums[2] / fy + y * rz
-    kxx, kxy, kxz, kyy, kyz, kzz = precision.T
-    to_mean = kxx * rx + kxy * ry + kxz * rz, kxy * rx + kyy * ry + kyz * rz, kxz * rx + kyz * ry + kzz * rz
-
-    scale = amplitude / m_zz
-    xx, xy, xz = scale * sums[4] / (fx * fx), scale * sums[5] / (fx * fy), scale * sums[6] / fx
-    yy, yz, zz = scale * sums[7] / (fy * fy), scale * sums[8] / fy, scale * sums[9]
-    to_precision = (
-        xx + 2.0 * x * xz + x * x * zz,
-        2.0 * (xy + x * yz + y * xz + x * y * zz),
-        2.0 * (xz + x * zz),
-        yy + 2.0 * y * yz + y * y * zz,
-        2.0 * (yz + y * zz),
-        zz,
+    sums = (
+        jnp.sum(sums, 1)
+        .transpose(2, 0, 1, 3)
+        .reshape(_ROWS, b, -1)[: footprint.SUMS, :, :n]
+        .reshape(footprint.SUMS, -1)
     )
-    to_camera = (x * sums[12] + sums[10] / fx, y * sums[13] + sums[11] / fy, sums[12], sums[13])
-    gradients = (thickness * sums[0], *to_mean, *to_precision, *(-amplitude * part for part in to_camera))
-    # A Gaussian that is not drawn has no sums, but 0 * nan is nan.
-    gradients = jnp.where(g.drawn[:, None], jnp.stack(gradients, -1), 0.0)
-    to_camera = jnp.sum(gradients[:, 10:].reshape(-1, n, 4), 1)
-    parts = gradients[:, 0], gradients[:, 1:4], gradients[:, 4:10], to_camera
+
+    parts = footprint.gradients(g, sums, density, mean, precision, intrinsics, n)
     return tuple(part.reshape(shape) for part, shape in zip(parts, shapes))

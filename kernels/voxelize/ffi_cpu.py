@@ -5,16 +5,13 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
+from kernels import dispatch
 from kernels import ffi_build
 
 
 def _call(target, symbol, results, arrays):
     """Calls `symbol` of voxelize.cc; leading axes are a batch there too, so vmap only adds one."""
-    if jax.default_backend() != "cpu":
-        raise NotImplementedError(f"the device is {jax.default_backend()}, not cpu")
-    wrong = [str(a.dtype) for a in arrays if a.dtype != jnp.float32]
-    if wrong:
-        raise NotImplementedError(f"float32 only, not {wrong[0]}")
+    dispatch.require("cpu", arrays)
     ffi_build.register(pathlib.Path(__file__).with_name("voxelize.cc"), target, symbol)
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
     return jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")(*arrays)

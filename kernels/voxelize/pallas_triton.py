@@ -12,7 +12,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kernels import dispatch
 from kernels import support
+from kernels.splat import footprint
 from kernels.splat import pallas_triton as tiles
 
 BRICK = (8, 8, 4)  # voxels of a forward program
@@ -23,13 +25,13 @@ SUMS = 10
 def _prepare(mean, precision, shape):
     """Fields (M, 9) that place and shape every Gaussian (zeros where it is not drawn), and its first and last voxels (M, 3)."""
     _, _, xz, _, yz, zz = precision.T
-    (a_xx, a_xy, _, a_yy, _, a_zz), det = tiles.adjugate(precision)
+    (a_xx, a_xy, _, a_yy, _, a_zz), det = footprint.adjugate(precision)
     a, b = det / a_xx, a_xx / zz
     halves = [support.SIGMA_MAX * jnp.sqrt(minor / det) for minor in (a_xx, a_yy, a_zz)]
     fields = (*mean.T, a, b, -a_xy / a_xx, xz / zz, yz / zz, zz)
-    drawn = tiles.usable((zz > 0, a_xx > 0, det > 0), *fields, *halves)
+    drawn = footprint.usable((zz > 0, a_xx > 0, det > 0), *fields, *halves)
     fields, halves = ([jnp.where(drawn, value, 0.0) for value in values] for values in (fields, halves))
-    boxes = [tiles.box(m - half, m + half, size) for m, half, size in zip(fields[:3], halves, shape)]
+    boxes = [footprint.box(m - half, m + half, size) for m, half, size in zip(fields[:3], halves, shape)]
     first, last = (jnp.stack(ends, -1) for ends in zip(*boxes))
     return jnp.stack(fields, -1), first, jnp.where(drawn[:, None], last, -1)
 
@@ -69,11 +71,7 @@ def forward(density, mean, precision, shape, *, interpret=False):
       NotImplementedError: the device is no GPU, or an array is not float32.
     """
     arrays = (density, mean, precision)
-    tiles.check(interpret, arrays)
-    return tiles.with_batch_axes(functools.partial(_forward, tuple(shape), interpret), *arrays)
-
-
-def _forward(shape, interpret, density, mean, precision):
+    dispatch.require("gpu", arrays, interpret)
     batch, n = density.shape[:-1], density.shape[-1]
     if density.size == 0 or 0 in shape:
         return jnp.zeros((*batch, *shape), jnp.float32)
@@ -135,13 +133,8 @@ def _gather(split, shape, n, boxes, table, cotangent, out):
 def backward(density, mean, precision, cotangent, *, interpret=False):
     """As `xla.backward`, float32 only; `interpret` and errors as in `forward`."""
     arrays = (density, mean, precision, cotangent)
-    tiles.check(interpret, arrays)
-    return tiles.with_batch_axes(functools.partial(_backward, interpret), *arrays)
-
-
-def _backward(interpret, *arrays):
+    dispatch.require("gpu", arrays, interpret)
     shapes = [a.shape for a in arrays[:3]]
-    density, mean, precision, cotangent = arrays
     shape, n, m = cotangent.shape[-3:], density.shape[-1], density.size
     if density.size == 0 or cotangent.size == 0:
         return tuple(jnp.zeros(s, jnp.float32) for s in shapes)
