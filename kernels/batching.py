@@ -1,5 +1,7 @@
 """Batches split over devices: the leading axes of an operator stay where they are, without a gather."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
@@ -8,62 +10,78 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 
-def along_batch(function, events, *arrays):
-    """`function(*arrays)`, whose arguments and results all lead with the same batch axes, computed shard by shard.
+def along_batch(function, events, *arrays, shared=0, summed=False):
+    """`function(*arrays)`, whose arguments and results lead with the same batch axes, computed shard by shard.
 
     XLA cannot look into a kernel, so by itself it gathers a sharded batch on every device before the call. Here it is told
-    that batch axes are independent. vmap adds one more of them.
+    that batch axes are independent. vmap adds one more of them; where it maps a shared array or a sum, it is a loop.
 
     Args:
       function: arrays -> tuple of arrays; must accept any number and size of leading axes.
-      events: trailing axes of each array that are no batch axes; all arrays have the same batch axes.
+      events: trailing axes of each array that are no batch axes; all arrays but the shared ones have the same batch axes.
       arrays: the arguments.
+      shared: so many of the first arrays have no batch axes; every device holds them whole.
+      summed: the results have no batch axes either: they are sums over the batch, and are added up over devices.
     Returns:
       the tuple of results.
     """
+    again = functools.partial(along_batch, function, events, shared=shared, summed=summed)
 
     @custom_vmap
     def call(*arrays):
-        return _partitioned(function, events, arrays)
+        return _partitioned(function, events, arrays, shared, summed)
 
     @call.def_vmap
     def _(size, batched, *arrays):
-        whole = (a if b else jnp.broadcast_to(a, (size, *a.shape)) for a, b in zip(arrays, batched))
-        results = along_batch(function, events, *whole)
+        if summed or any(batched[:shared]):
+            mapped = [a for a, b in zip(arrays, batched) if b]
+
+            def one(mapped):
+                rest = iter(mapped)
+                return again(*(next(rest) if b else a for a, b in zip(arrays, batched)))
+
+            results = jax.lax.map(one, mapped)
+        else:
+            batches = zip(arrays[shared:], batched[shared:])
+            whole = (a if b else jnp.broadcast_to(a, (size, *a.shape)) for a, b in batches)
+            results = again(*arrays[:shared], *whole)
         return results, (True,) * len(results)
 
     return call(*arrays)
 
 
-def _partitioned(function, events, arrays):
-    batch = arrays[0].ndim - events[0]
+def _partitioned(function, events, arrays, shared, summed):
+    batch = arrays[shared].ndim - events[shared]
     if batch == 0 or jax.device_count() == 1:
         return function(*arrays)
     results = jax.eval_shape(function, *arrays)
+    leading = [0] * shared + [batch] * (len(arrays) - shared), [0 if summed else batch] * len(results)
 
-    def shardings(mesh, first):
-        spec = tuple(first.sharding.spec)[:batch]
+    def shardings(mesh, operands):
+        spec = tuple(operands[shared].sharding.spec)[:batch]
         spec += (None,) * (batch - len(spec))
-        return tuple(
-            tuple(NamedSharding(mesh, PartitionSpec(*spec, *[None] * (a.ndim - batch))) for a in group)
-            for group in (results, arrays)
+        of_operands, of_results = (
+            tuple(NamedSharding(mesh, PartitionSpec(*spec[:axes])) for axes in group) for group in leading
         )
+        return spec, of_operands, of_results
 
     def partition(mesh, operands, _):
-        of_results, of_operands = shardings(mesh, operands[0])
-        return mesh, function, of_results, of_operands
+        spec, of_operands, of_results = shardings(mesh, operands)
+        split = [name for names in spec if names for name in (names if isinstance(names, tuple) else (names,))]
+        whole = jax.jit(lambda *shards: jax.lax.psum(function(*shards), tuple(split)))
+        return mesh, whole if summed and split else function, of_results, of_operands
 
     def infer(mesh, operands, _):
-        return shardings(mesh, operands[0])[0]
+        return shardings(mesh, operands)[2]
 
-    # Einsum-like: b0, b1, ... are shared by all arrays; every other axis is its own and must be whole.
+    # Einsum-like: b0, b1, ... are the batch axes of all arrays; every other axis is its own and must be whole.
     own, sides = [], []
-    for group in (arrays, results):
+    for group, counts in zip((arrays, results), leading):
         mappings = []
-        for a in group:
-            names = [f"e{len(own) + i}" for i in range(a.ndim - batch)]
+        for a, axes in zip(group, counts):
+            names = [f"e{len(own) + i}" for i in range(a.ndim - axes)]
             own += names
-            mappings.append(" ".join([*(f"b{i}" for i in range(batch)), *names]))
+            mappings.append(" ".join([*(f"b{i}" for i in range(axes)), *names]))
         sides.append(", ".join(mappings))
     # Under jit of its own, because constants that a function closes over are refused here.
     call = custom_partitioning(jax.jit(function))
@@ -72,5 +90,6 @@ def _partitioned(function, events, arrays):
         infer_sharding_from_operands=infer,
         sharding_rule=" -> ".join(sides),
         need_replication_factors=tuple(own),
+        reduction_factors=tuple(f"b{i}" for i in range(batch)) if summed else (),
     )
     return call(*arrays)

@@ -54,6 +54,8 @@ inline int64_t SlabsPerImage(const xla::ffi::ThreadPool& pool, int64_t images, i
 constexpr int kLanes = 8;
 
 constexpr float kQFade = 12.25f, kQMax = 16.0f;
+// And of kernels/symmetric.py.
+constexpr float kTraceMax = 1e12f;
 
 // Integers in [low, high] and [0, size), from real bounds; empty (last < first) where a bound is NaN. The margin keeps
 // samples that rounding would push over the edge of the support, where the weight is close to 0 anyway.

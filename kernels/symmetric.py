@@ -2,6 +2,9 @@
 
 import jax.numpy as jnp
 
+TRACE_MAX = 1e12
+"""Of precisions: determinants of such matrices fit a float, and no sample meets a Gaussian of sigma 1e-6."""
+
 
 def to_matrix(packed):
     """(..., 6) -> (..., 3, 3)."""
@@ -30,3 +33,11 @@ def inverse(packed):
     c_xx, c_xy, c_xz = yy * zz - yz * yz, xz * yz - xy * zz, xy * yz - xz * yy
     det = xx * c_xx + xy * c_xy + xz * c_xz
     return jnp.stack([c_xx, c_xy, c_xz, xx * zz - xz * xz, xy * xz - xx * yz, xx * yy - xy * xy], -1) / det[..., None]
+
+
+def is_positive(packed):
+    """True (...) for a positive definite matrix (..., 6), by the pivots of its elimination, whose trace is below TRACE_MAX."""
+    xx, xy, xz, yy, yz, zz = (packed[..., i] for i in range(6))
+    b = yy - yz * yz / zz
+    cross = xy - xz * yz / zz
+    return (zz > 0.0) & (b > 0.0) & (xx - xz * xz / zz - cross * cross / b > 0.0) & (xx + yy + zz < TRACE_MAX)

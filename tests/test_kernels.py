@@ -285,8 +285,10 @@ def _drr_backend(implementation, volume, origin, direction, step_mm, cotangent):
 
     @jax.jit
     def run(volume, origin, direction, cotangent):
+        rays = origin, direction, cotangent
         image = drr_api.FORWARD[implementation](volume, origin, direction, step_mm)
-        return image, drr_api.BACKWARD[implementation](volume, origin, direction, step_mm, cotangent)
+        to_volume = drr_api.TO_VOLUME[implementation](volume.shape, *rays, step_mm)
+        return image, (to_volume, *drr_api.TO_RAYS[implementation](volume, *rays, step_mm))
 
     try:
         return jax.tree.map(np.asarray, run(volume, origin, direction, cotangent))
@@ -294,7 +296,7 @@ def _drr_backend(implementation, volume, origin, direction, step_mm, cotangent):
         pytest.skip(str(reason))
 
 
-@_over(drr_api.BACKWARD)
+@_over(drr_api.TO_RAYS)
 @pytest.mark.parametrize("step_mm", [0.3, 2.7])
 def test_drr_gradients_of_every_ray(implementation, step_mm):
     """Ray by ray, not summed into a pose; a larger volume and image, which backends cut into parts. The truth is XLA's
@@ -523,7 +525,7 @@ def test_drr_near_and_behind_the_source(implementation, depth_mm):
     assert _finite(gradients) and (np.any(wanted) if depth_mm > 0 else not np.any(image))
 
 
-@_over(drr_api.BACKWARD)
+@_over(drr_api.TO_RAYS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_drr_ignores_rays_that_are_not_finite(implementation, value):
     """Bad directions in view 0 and a bad origin of view 1: no image, no gradients; the other rays keep theirs."""
@@ -543,7 +545,7 @@ def test_drr_ignores_rays_that_are_not_finite(implementation, value):
         np.testing.assert_array_equal(gradient, truth)
 
 
-@_over(drr_api.BACKWARD)
+@_over(drr_api.TO_RAYS)
 @pytest.mark.parametrize(
     "shape,batch,size",
     [
@@ -615,9 +617,9 @@ def test_drr_honours_its_implementation_backward(monkeypatch):
     def unable(*_):
         raise NotImplementedError("no such device")
 
-    for name, backward in (("ffi_cpu", unable), ("xla", lambda *a: tuple(jnp.full_like(x, 2.0) for x in a[:3]))):
+    for name, backward in (("ffi_cpu", unable), ("xla", lambda shape, *_: jnp.full(shape, 2.0, jnp.float32))):
         monkeypatch.setitem(drr_api.FORWARD, name, lambda volume, origin, direction, step_mm: direction[..., 0])
-        monkeypatch.setitem(drr_api.BACKWARD, name, backward)
+        monkeypatch.setitem(drr_api.TO_VOLUME, name, backward)
     arrays = _single(_smooth_volume(), _voxel_from_camera(), DRR_CAMERAS)
     to_volume = lambda implementation: jax.grad(
         lambda volume: jnp.sum(drr_api.drr(volume, *arrays[1:], *DRR_SIZE, implementation=implementation))

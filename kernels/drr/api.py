@@ -1,17 +1,20 @@
 """Public `drr`: one definition, one custom gradient, several backends."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
+from kernels import batching
 from kernels import dispatch
 from kernels.drr import ffi_cpu
 from kernels.drr import geometry
 from kernels.drr import xla
 
 FORWARD = {"ffi_cpu": ffi_cpu.forward, "xla": xla.forward}
-BACKWARD = {"ffi_cpu": ffi_cpu.backward, "xla": xla.backward}
+TO_RAYS = {"ffi_cpu": ffi_cpu.to_rays, "xla": xla.to_rays}
+TO_VOLUME = {"ffi_cpu": ffi_cpu.to_volume, "xla": xla.to_volume}
 
 
 def drr(volume, voxel_from_camera, intrinsics, height, width, *, step_mm=1.0, implementation=None):
@@ -27,7 +30,7 @@ def drr(volume, voxel_from_camera, intrinsics, height, width, *, step_mm=1.0, im
       height, width: static image size; step_mm: static sample distance, mm, above 0.
       implementation: backend name, order of names, or None for the best available.
     Returns:
-      (B, height, width) line integrals, no unit. A view whose pose is not finite is 0 and gives the volume no gradient.
+      (B, height, width) line integrals, no unit. A view that `geometry.usable_views` refuses is 0 and has no gradients.
     Raises:
       ValueError: shapes that do not fit, a step that is not positive, or an unknown implementation.
     """
@@ -47,15 +50,17 @@ def drr(volume, voxel_from_camera, intrinsics, height, width, *, step_mm=1.0, im
     dtype = jnp.result_type(volume, voxel_from_camera, intrinsics)
     if volume.size == 0:
         return jnp.zeros((*batch, height, width), dtype)
-    origin, direction = geometry.voxel_rays(
-        jnp.asarray(voxel_from_camera, dtype), jnp.asarray(intrinsics, dtype), height, width
-    )
+    views = geometry.usable_views(jnp.asarray(voxel_from_camera, dtype), jnp.asarray(intrinsics, dtype))
+    origin, direction = geometry.voxel_rays(*views, height, width)
     return _drr(float(step_mm), implementation, jnp.asarray(volume, dtype), origin, direction)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _drr(step_mm, implementation, volume, origin, direction):
-    return dispatch.run("drr", FORWARD, implementation, volume, origin, direction, step_mm)
+    def run(volume, *views):
+        return _one_batch(lambda *views: (_run(FORWARD, implementation, volume, *views, step_mm),), (1, 3), *views)
+
+    return batching.along_batch(run, (3, 1, 3), volume, origin, direction, shared=1)[0]
 
 
 def _drr_fwd(step_mm, implementation, *arrays):
@@ -63,7 +68,34 @@ def _drr_fwd(step_mm, implementation, *arrays):
 
 
 def _drr_bwd(step_mm, implementation, arrays, cotangent):
-    return dispatch.run("drr", BACKWARD, implementation, *arrays, step_mm, cotangent)
+    # Apart, so that XLA drops the one whose gradient nobody uses.
+    volume, *views = *arrays, cotangent
+    events = (1, 3, 2)
+
+    def to_rays(volume, *views):
+        return _one_batch(lambda *views: _run(TO_RAYS, implementation, volume, *views, step_mm), events, *views)
+
+    def to_volume(*views):
+        return (_run(TO_VOLUME, implementation, volume.shape, *_one_axis(events, views), step_mm),)
+
+    (d_volume,) = batching.along_batch(to_volume, events, *views, summed=True)
+    return d_volume, *batching.along_batch(to_rays, (3, *events), volume, *views, shared=1)
 
 
 _drr.defvjp(_drr_fwd, _drr_bwd)
+
+
+def _run(backends, implementation, *arguments):
+    return dispatch.run("drr", backends, implementation, *arguments)
+
+
+def _one_axis(events, views):
+    """`views` with all their leading axes as one, which is what backends take."""
+    size = math.prod(views[0].shape[: views[0].ndim - events[0]])
+    return tuple(a.reshape(size, *a.shape[a.ndim - event :]) for a, event in zip(views, events))
+
+
+def _one_batch(function, events, *views):
+    """`function(*views)` with leading axes as one; the results have them all."""
+    batch = views[0].shape[: views[0].ndim - events[0]]
+    return tuple(a.reshape(*batch, *a.shape[1:]) for a in function(*_one_axis(events, views)))

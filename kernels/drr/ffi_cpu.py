@@ -27,10 +27,12 @@ def forward(volume, origin, direction, step_mm):
     return _call("radgs_drr_forward", "RadgsDrr", volume.shape, results, (volume, origin, direction), step_mm)[0]
 
 
-def backward(volume, origin, direction, step_mm, cotangent):
-    """As `xla.backward`, float32 only. Two calls, so that XLA drops the one whose gradient nobody uses."""
-    rays, shape = (origin, direction, cotangent), volume.shape
-    results = [origin.shape, direction.shape]
-    d_origin, d_direction = _call("radgs_drr_rays", "RadgsDrrRays", shape, results, (volume, *rays), step_mm)
-    (d_volume,) = _call("radgs_drr_volume", "RadgsDrrVolume", shape, [shape], rays, step_mm)
-    return d_volume, d_origin, d_direction
+def to_rays(volume, origin, direction, cotangent, step_mm):
+    """As `xla.to_rays`, float32 only."""
+    arrays, results = (volume, origin, direction, cotangent), [origin.shape, direction.shape]
+    return tuple(_call("radgs_drr_rays", "RadgsDrrRays", volume.shape, results, arrays, step_mm))
+
+
+def to_volume(shape, origin, direction, cotangent, step_mm):
+    """As `xla.to_volume`, float32 only."""
+    return _call("radgs_drr_volume", "RadgsDrrVolume", shape, [shape], (origin, direction, cotangent), step_mm)[0]

@@ -3,6 +3,22 @@
 import jax.numpy as jnp
 
 from kernels.splat.oracle import rays
+from kernels.splat.oracle import usable_camera
+
+FAR_MM = 1e8
+"""A ray that is still in the volume there does not leave it; it has no samples."""
+
+
+def usable_views(voxel_from_camera, intrinsics):
+    """The views, with one that sees nothing in place of those whose numbers float32 cannot follow.
+
+    Usable are cameras that `splat.oracle.usable_camera` takes, with affines whose entries are finite and below 1e7.
+    """
+    camera = usable_camera(intrinsics)
+    seen = camera & jnp.all(jnp.abs(voxel_from_camera) < 1e7, (-2, -1))
+    outside = jnp.array([0.0, 0.0, 0.0, -2.0], voxel_from_camera.dtype)
+    affine = jnp.where(seen[..., None, None], voxel_from_camera, outside)
+    return affine, jnp.where(camera[..., None], intrinsics, 1.0)
 
 
 def voxel_rays(voxel_from_camera, intrinsics, height, width):
@@ -22,7 +38,7 @@ def sample_range(origin, direction, shape, step_mm):
     t_b = (size - origin[:, None, None]) / slope
     near = jnp.maximum(jnp.max(jnp.minimum(t_a, t_b), -1), 0.0)
     far = jnp.min(jnp.maximum(t_a, t_b), -1)
-    first = jnp.floor(jnp.clip(near / step_mm - 0.5, -1e8, 1e8)).astype(jnp.int32)
-    first = jnp.maximum(first, 0)
-    last = jnp.ceil(jnp.clip(far / step_mm - 0.5, -1e8, 1e8)).astype(jnp.int32)
-    return first, jnp.where(far > near, jnp.maximum(last - first + 1, 0), 0)
+    # A step below FAR_MM / 2^31 would overflow the index.
+    first = jnp.floor(jnp.clip(near / step_mm - 0.5, 0.0, 1e9)).astype(jnp.int32)
+    last = jnp.ceil(jnp.clip(far / step_mm - 0.5, -1.0, 1e9)).astype(jnp.int32)
+    return first, jnp.where((far > near) & (far < FAR_MM), jnp.maximum(last - first + 1, 0), 0)

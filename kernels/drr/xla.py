@@ -1,5 +1,7 @@
 """`drr` in plain XLA: all rays march together, one lattice step at a time; hand-written backward; any device."""
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -56,23 +58,34 @@ def forward(volume, origin, direction, step_mm):
     )
 
 
-def backward(volume, origin, direction, step_mm, cotangent):
-    """Gradients to volume, origin and direction."""
-    flat = volume.reshape(-1)
-    scaled = cotangent * step_mm
+def to_rays(volume, origin, direction, cotangent, step_mm):
+    """Gradients to origin (B, 3) and direction (B, H, W, 3)."""
+    flat, scaled = volume.reshape(-1), (cotangent * step_mm)[..., None]
 
     def body(position, t, active, carry):
-        d_volume, d_origin, d_direction = carry
+        d_origin, d_direction = carry
         slope = [0.0, 0.0, 0.0]
-        for index, inside, weight, slopes in _corners(position, volume.shape):
-            use = inside & active
-            value = jnp.where(use, flat[index], 0.0)
+        for index, inside, _, slopes in _corners(position, volume.shape):
+            value = jnp.where(inside & active, flat[index], 0.0)
             slope = [total + value * part for total, part in zip(slope, slopes)]
-            d_volume = d_volume.at[index].add(jnp.where(use, weight * scaled, 0.0))
         # Selected, because the weights of a ray that is not finite are not.
-        slope = jnp.where(active[..., None], jnp.stack(slope, -1) * scaled[..., None], 0.0)
-        return d_volume, d_origin + slope, d_direction + t[..., None] * slope
+        slope = jnp.where(active[..., None], jnp.stack(slope, -1) * scaled, 0.0)
+        return d_origin + slope, d_direction + t[..., None] * slope
 
-    start = (jnp.zeros_like(flat), jnp.zeros_like(direction), jnp.zeros_like(direction))
-    d_volume, d_origin, d_direction = _march(origin, direction, volume.shape, step_mm, body, start)
-    return d_volume.reshape(volume.shape), jnp.sum(d_origin, (1, 2)), d_direction
+    start = (jnp.zeros_like(direction), jnp.zeros_like(direction))
+    d_origin, d_direction = _march(origin, direction, volume.shape, step_mm, body, start)
+    return jnp.sum(d_origin, (1, 2)), d_direction
+
+
+def to_volume(shape, origin, direction, cotangent, step_mm):
+    """Gradient to the volume of that shape, summed over views."""
+    scaled = cotangent * step_mm
+
+    def body(position, t, active, d_volume):
+        del t
+        for index, inside, weight, _ in _corners(position, shape):
+            d_volume = d_volume.at[index].add(jnp.where(inside & active, weight * scaled, 0.0))
+        return d_volume
+
+    start = jnp.zeros(math.prod(shape), direction.dtype)
+    return _march(origin, direction, shape, step_mm, body, start).reshape(shape)

@@ -35,8 +35,9 @@ def splat(density, mean, precision, intrinsics, height, width, *, implementation
       height, width: static image size.
       implementation: backend name, order of names, or None for the best available.
     Returns:
-      (..., height, width) line integrals (no unit). Gaussians that reach behind the source, or whose mean or precision is
-      not finite, add nothing and get zero gradients; nor does a camera see anything that `oracle.usable_camera` refuses.
+      (..., height, width) line integrals (no unit). Gaussians of infinite or NaN density, or not `oracle.visible` (behind
+      the source, not finite, precision not positive definite), add nothing and get zero gradients; nor does a camera see
+      anything that `oracle.usable_camera` refuses.
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.
     """
@@ -53,7 +54,7 @@ def splat(density, mean, precision, intrinsics, height, width, *, implementation
     dtype = jnp.result_type(density, mean, precision, intrinsics)
     density, mean, precision, intrinsics = (jnp.asarray(a, dtype) for a in (density, mean, precision, intrinsics))
     seen = oracle.usable_camera(intrinsics)[..., None]
-    density, intrinsics = jnp.where(seen, density, 0.0), jnp.where(seen, intrinsics, 1.0)
+    density, intrinsics = jnp.where(seen & jnp.isfinite(density), density, 0.0), jnp.where(seen, intrinsics, 1.0)
     return _splat(height, width, implementation, density, mean, precision, intrinsics)
 
 

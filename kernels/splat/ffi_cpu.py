@@ -18,7 +18,7 @@ def _call(target, symbol, results, arrays):
 
 
 def forward(density, mean, precision, intrinsics, height, width):
-    """As `xla.forward`, float32 only; a precision that is not positive definite adds nothing."""
+    """As `xla.forward`, float32 only."""
     arrays = (density, mean, precision, intrinsics)
     return _call("radgs_splat_forward", "RadgsSplatForward", [(*density.shape[:-1], height, width)], arrays)[0]
 

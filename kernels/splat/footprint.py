@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import support
+from kernels import symmetric
 
 SUMS = 14
 """Sums over its pixels that a Gaussian's gradients are linear in."""
@@ -128,7 +129,7 @@ def prepare(mean, precision, intrinsics, n, height, width):
     before = depth > support.SIGMA_MAX * jnp.sqrt(jnp.maximum(a_zz / det, 0.0))
     bounds = (s_middle, s_half, t_middle, t_half)
     drawn = usable(
-        (before, m_zz > 0, det > 0, a_zz > 0, nss > 0, css > 0, area > 0),
+        (before, xx + yy + zz < symmetric.TRACE_MAX, m_zz > 0, det > 0, a_zz > 0, nss > 0, css > 0, area > 0),
         *(*bounds, u0, u1, v0, v1, ss, st, tt, sz, tz, nss, nst, ntt),
     )
     clean = lambda value: jnp.where(drawn, value, 0)

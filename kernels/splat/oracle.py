@@ -26,9 +26,10 @@ def rays(intrinsics, height, width):
 
 
 def visible(mean, precision):
-    """True for a Gaussian whose 4-sigma ellipsoid lies wholly before the source plane (camera z > 0), (..., N)."""
+    """True (..., N) for a finite Gaussian whose 4-sigma ellipsoid lies wholly before the source plane (camera z > 0)."""
     covariance_zz = symmetric.inverse(precision)[..., 5]
-    return mean[..., 2] > support.SIGMA_MAX * jnp.sqrt(jnp.maximum(covariance_zz, 0.0))
+    before = mean[..., 2] > support.SIGMA_MAX * jnp.sqrt(jnp.maximum(covariance_zz, 0.0))
+    return before & symmetric.is_positive(precision) & jnp.all(jnp.isfinite(mean), -1)
 
 
 def splat(density, mean, precision, intrinsics, height, width, *, use_support=True):

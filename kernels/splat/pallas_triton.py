@@ -178,7 +178,7 @@ def _draw(across, tiles, starts, owners, table, images, out):
 
 
 def forward(density, mean, precision, intrinsics, height, width, *, interpret=False):
-    """As `xla.forward`, float32 only; a precision that is not positive definite adds nothing.
+    """As `xla.forward`, float32 only.
 
     Args:
       interpret: run the kernel as plain JAX, on any device (slow; for tests).

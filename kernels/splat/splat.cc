@@ -130,8 +130,8 @@ void Prepare(const float* mean, const float* precision, int count, const float* 
     // Only a precision that is not positive definite, or a mean on the border of `visible`, fails beside `visible`.
     const double finite = 0.0 * (p[0][l] + p[1][l] + depth + xx + xy + xz + yy + yz + zz);
     const bool drawn = (finite == 0.0) & (depth > 0.0) & (depth * depth > q * covariance_zz) & (m_zz > 0.0) &
-                       (css > 0.0) & (area > 0.0) & (size > 0.0) & (first_column[l] <= last_column[l]) &
-                       (first_row[l] <= last_row[l]);
+                       (css > 0.0) & (area > 0.0) & (size > 0.0) & (xx + yy + zz < radgs::kTraceMax) &
+                       (first_column[l] <= last_column[l]) & (first_row[l] <= last_row[l]);
     first_row[l] = drawn ? first_row[l] : 0.0, last_row[l] = drawn ? last_row[l] : -1.0;
     first_column[l] = drawn ? first_column[l] : 0.0, last_column[l] = drawn ? last_column[l] : -1.0;
     const double length2 = 1.0 + x * x + y * y, per_length2 = 1.0 / length2;

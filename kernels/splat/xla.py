@@ -31,7 +31,7 @@ def pixel_boxes(mean, precision, intrinsics, height, width):
     fx, fy, cx, cy = (intrinsics[..., i, None] for i in range(4))
     u0, u1 = extent(tau2 * S[..., 0] - mean[..., 0] ** 2, tau2 * S[..., 2] - mean[..., 0] * p_z, fx, cx, width)
     v0, v1 = extent(tau2 * S[..., 3] - mean[..., 1] ** 2, tau2 * S[..., 4] - mean[..., 1] * p_z, fy, cy, height)
-    shown = oracle.visible(mean, precision) & jnp.all(jnp.isfinite(mean), -1) & jnp.all(jnp.isfinite(precision), -1)
+    shown = oracle.visible(mean, precision)
     low, high = jnp.stack([v0, u0], -1), jnp.stack([v1, u1], -1)
     return jnp.where(shown[..., None], low, 0), jnp.where(shown[..., None], high, -1)
 

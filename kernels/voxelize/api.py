@@ -30,7 +30,8 @@ def voxelize(density, mean, precision, shape, *, implementation=None):
       shape: three static sizes.
       implementation: backend name, order of names, or None for the best available.
     Returns:
-      (..., *shape) density, 1/mm. Gaussians whose mean or precision is not finite add nothing.
+      (..., *shape) density, 1/mm. Gaussians that are not finite, or whose precision is not positive
+      definite, add nothing and get zero gradients.
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.
     """
@@ -44,7 +45,9 @@ def voxelize(density, mean, precision, shape, *, implementation=None):
         implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
     )
     dtype = jnp.result_type(density, mean, precision)
-    return _voxelize(tuple(shape), implementation, *(jnp.asarray(a, dtype) for a in (density, mean, precision)))
+    density, mean, precision = (jnp.asarray(a, dtype) for a in (density, mean, precision))
+    density = jnp.where(jnp.isfinite(density), density, 0.0)
+    return _voxelize(tuple(shape), implementation, density, mean, precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -18,7 +18,7 @@ def _call(target, symbol, results, arrays):
 
 
 def forward(density, mean, precision, shape):
-    """As `xla.forward`, float32 only; a precision that is not positive definite adds nothing."""
+    """As `xla.forward`, float32 only."""
     arrays = (density, mean, precision)
     return _call("radgs_voxelize_forward", "RadgsVoxelizeForward", [(*density.shape[:-1], *shape)], arrays)[0]
 

@@ -19,7 +19,8 @@ def voxelize(density, mean, precision, shape, *, use_support=True):
       shape: three static sizes.
       use_support: False gives the unlimited sum.
     Returns:
-      (..., *shape) density, 1/mm: sum of density * weight(r'Kr), r = index - mean.
+      (..., *shape) density, 1/mm: sum of density * weight(r'Kr), r = index - mean, over Gaussians that are finite and whose
+      precision is positive definite.
     """
     axes = [jnp.arange(n, dtype=mean.dtype) for n in shape]
     index = jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1)
@@ -27,4 +28,5 @@ def voxelize(density, mean, precision, shape, *, use_support=True):
     K = symmetric.to_matrix(precision)[..., None, None, None, :, :]
     q = jnp.sum(r * jnp.sum(K * r[..., None, :], -1), -1)
     w = support.weight(q) if use_support else jnp.exp(-0.5 * q)
-    return jnp.sum(density[..., None, None, None] * w, -4)
+    drawn = symmetric.is_positive(precision) & jnp.all(jnp.isfinite(mean), -1)
+    return jnp.sum(jnp.where(drawn[..., None, None, None], density[..., None, None, None] * w, 0.0), -4)

@@ -14,6 +14,7 @@ from jax.experimental.pallas import triton as plt
 
 from kernels import dispatch
 from kernels import support
+from kernels import symmetric
 from kernels.splat import footprint
 from kernels.splat import pallas_triton as tiles
 
@@ -24,12 +25,12 @@ SUMS = 10
 
 def _prepare(mean, precision, shape):
     """Fields (M, 9) that place and shape every Gaussian (zeros where it is not drawn), and its first and last voxels (M, 3)."""
-    _, _, xz, _, yz, zz = precision.T
+    xx, _, xz, yy, yz, zz = precision.T
     (a_xx, a_xy, _, a_yy, _, a_zz), det = footprint.adjugate(precision)
     a, b = det / a_xx, a_xx / zz
     halves = [support.SIGMA_MAX * jnp.sqrt(minor / det) for minor in (a_xx, a_yy, a_zz)]
     fields = (*mean.T, a, b, -a_xy / a_xx, xz / zz, yz / zz, zz)
-    drawn = footprint.usable((zz > 0, a_xx > 0, det > 0), *fields, *halves)
+    drawn = footprint.usable((zz > 0, a_xx > 0, det > 0, xx + yy + zz < symmetric.TRACE_MAX), *fields, *halves)
     fields, halves = ([jnp.where(drawn, value, 0.0) for value in values] for values in (fields, halves))
     boxes = [footprint.box(m - half, m + half, size) for m, half, size in zip(fields[:3], halves, shape)]
     first, last = (jnp.stack(ends, -1) for ends in zip(*boxes))
@@ -63,7 +64,7 @@ def _draw(across, starts, owners, table, volumes, out):
 
 
 def forward(density, mean, precision, shape, *, interpret=False):
-    """As `xla.forward`, float32 only; a precision that is not positive definite adds nothing.
+    """As `xla.forward`, float32 only.
 
     Args:
       interpret: run the kernel as plain JAX, on any device (slow; for tests).

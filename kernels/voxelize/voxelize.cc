@@ -59,7 +59,7 @@ void Prepare(float density, const float* mean, const float* precision, const Siz
   g.a = xx - xz * g.shift_zx - g.b * g.shift_y * g.shift_y;
   // Shifts have to fit a float; only a precision that is singular in float has larger ones.
   const bool fits = std::abs(g.shift_zx) < 1e30 && std::abs(g.shift_zy) < 1e30;
-  if (!(zz > 0.0 && g.b > 0.0 && g.a > 0.0 && fits)) return;
+  if (!(zz > 0.0 && g.b > 0.0 && g.a > 0.0 && fits && xx + yy + zz < kScale * radgs::kTraceMax)) return;
   const double variance_x = 1.0 / g.a, tilt = g.shift_zx - g.shift_zy * g.shift_y;
   const auto misses = [](double mean, int64_t size, double variance) {
     const double past = std::max({-mean, mean - static_cast<double>(size - 1), 0.0});

@@ -17,7 +17,7 @@ def voxel_boxes(mean, precision, shape):
     size = jnp.asarray(np.array(shape), mean.dtype)
     low = jnp.clip(jnp.ceil(mean - half - 1e-3), 0, size).astype(jnp.int32)
     high = jnp.clip(jnp.floor(mean + half + 1e-3), -1, size - 1).astype(jnp.int32)
-    shown = (jnp.all(jnp.isfinite(mean), -1) & jnp.all(jnp.isfinite(precision), -1))[..., None]
+    shown = (symmetric.is_positive(precision) & jnp.all(jnp.isfinite(mean), -1))[..., None]
     return jnp.where(shown, low, 0), jnp.where(shown, high, -1)
 
 
