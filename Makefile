@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/demo
+COMPILERS ?= .compilers
 BIN := $(VENV)/bin
 
-.PHONY: train test lint setup
+.PHONY: train test compile-check lint setup
 
 train: setup
 	$(BIN)/python -m experiments.train --stage=full --workdir=$(WORKDIR)
@@ -12,6 +13,11 @@ train: setup
 test: setup
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest -q
+
+# Where the compilers cannot be installed, the check says what it skips and why.
+compile-check: setup
+	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(COMPILERS) -r requirements-aot.txt
+	$(BIN)/python -m kernels.compile_check --wheels=$(COMPILERS) --libtpu=$(COMPILERS)
 
 lint: setup
 	$(BIN)/python -m ruff check .
