@@ -26,14 +26,15 @@ def pixel_boxes(mean, precision, intrinsics, height, width):
         # c_zz < 0 for a visible Gaussian, so the + root is the lower bound.
         low = jnp.ceil((c_iz + root) / c_zz * focal + centre - 1e-3)
         high = jnp.floor((c_iz - root) / c_zz * focal + centre + 1e-3)
-        return jnp.clip(low, 0, size).astype(jnp.int32), jnp.clip(high, -1, size - 1).astype(jnp.int32)
+        return jnp.clip(low, 0, size), jnp.clip(high, -1, size - 1)
 
     fx, fy, cx, cy = (intrinsics[..., i, None] for i in range(4))
     u0, u1 = extent(tau2 * S[..., 0] - mean[..., 0] ** 2, tau2 * S[..., 2] - mean[..., 0] * p_z, fx, cx, width)
     v0, v1 = extent(tau2 * S[..., 3] - mean[..., 1] ** 2, tau2 * S[..., 4] - mean[..., 1] * p_z, fy, cy, height)
-    shown = oracle.visible(mean, precision)
     low, high = jnp.stack([v0, u0], -1), jnp.stack([v1, u1], -1)
-    return jnp.where(shown[..., None], low, 0), jnp.where(shown[..., None], high, -1)
+    # Bounds are NaN where a mean is so far away that its square overflows.
+    shown = oracle.visible(mean, precision)[..., None] & ~jnp.any(jnp.isnan(low + high), -1, keepdims=True)
+    return jnp.where(shown, low, 0).astype(jnp.int32), jnp.where(shown, high, -1).astype(jnp.int32)
 
 
 def _pairs(owner, corner, mean, precision, density, intrinsics, n):
