@@ -218,9 +218,11 @@ def _to_pose(op, function):
             offset = affine[..., :3] @ shift + affine[..., 3]
             return volume, jnp.concatenate([turned, offset[..., None]], -1), intrinsics
         density, mean, precision, intrinsics = arrays
+        # Homogeneous, so that the sums over Gaussians behind R and shift are one product.
+        mean = jnp.concatenate([mean, jnp.ones_like(mean[..., :1])], -1)
         # K -> R K R' is linear in the six numbers: one product with a 6x6 matrix, whose rows are the turned unit matrices.
         turn = symmetric.from_matrix(R @ symmetric.to_matrix(jnp.eye(6, dtype=pose.dtype)) @ R.T)
-        return density, mean @ R.T + shift, precision @ turn, intrinsics
+        return density, mean @ jnp.concatenate([R.T, shift[None]]), precision @ turn, intrinsics
 
     def run(cotangent, pose, *arrays):
         value, pullback = jax.vjp(lambda pose: function(*moved(pose, arrays)), pose)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -203,6 +204,17 @@ def test_drr_pays_only_for_the_gradient_it_needs(argument, kept, dropped):
     total = lambda *a: jnp.sum(drr_api.drr(*a, *DRR_SIZE, implementation="ffi_cpu"))
     program = jax.jit(jax.grad(total, argument)).lower(*_drr_inputs()).compile().as_text()
     assert f"radgs_drr_{kept}" in program and f"radgs_drr_{dropped}" not in program
+
+
+@pytest.mark.parametrize("arguments,kept", [((0, 1, 2), "backward_of_cloud"), ((3,), "backward")])
+def test_splat_pays_for_a_camera_gradient_only_where_it_is_needed(arguments, kept):
+    arrays = _splat_inputs(40)
+    total = lambda *a: jnp.sum(splat_api.splat(*a, HEIGHT, WIDTH, implementation="ffi_cpu") ** 2)
+    some = jax.jit(jax.grad(total, arguments))
+    assert re.findall(r'"radgs_splat_(backward\w*)"', some.lower(*arrays).compile().as_text()) == [kept]
+    every = jax.grad(total, (0, 1, 2, 3))(*arrays)
+    for gradient, i in zip(some(*arrays), arguments, strict=True):
+        assert _relative(gradient, every[i]) < 1e-6
 
 
 @pytest.mark.parametrize("index", [3, 4, 6])

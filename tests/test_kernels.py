@@ -233,6 +233,18 @@ def test_splat(implementation, seed):
     assert_gradients_close(gradients, wanted_gradients)
 
 
+@_over(splat_api.BACKENDS)
+def test_splat_of_a_camera_that_is_not_learned(implementation):
+    arrays, cotangent, (_, wanted_gradients) = _splat_case(10)
+    *cloud, camera = _single(*arrays)
+    run = lambda *cloud: splat_api.splat(*cloud, camera, HEIGHT, WIDTH, implementation=implementation)
+    try:
+        gradients = jax.vjp(run, *cloud)[1](jnp.asarray(cotangent, jnp.float32))
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    assert_gradients_close(gradients, wanted_gradients[:3])
+
+
 @pytest.mark.parametrize("seed", [12, 13])
 @_over(voxelize_api.BACKENDS)
 def test_voxelize(implementation, seed):

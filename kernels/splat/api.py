@@ -68,14 +68,22 @@ def _splat(height, width, implementation, density, mean, precision, intrinsics):
     return batching.along_batch(run, (1, 2, 2, 1), density, mean, precision, intrinsics)[0]
 
 
-def _splat_fwd(height, width, implementation, *arrays):
-    return _splat(height, width, implementation, *arrays), arrays
+def _splat_fwd(height, width, implementation, *primals):
+    arrays = tuple(primal.value for primal in primals)
+    # Cameras are seldom learned, and their gradient costs. Residuals hold arrays only, so the length of a tuple tells.
+    to_camera = (None,) * primals[3].perturbed
+    return _splat(height, width, implementation, *arrays), (arrays, to_camera)
 
 
-def _splat_bwd(height, width, implementation, arrays, cotangent):
+def _splat_bwd(height, width, implementation, residuals, cotangent):
+    arrays, to_camera = residuals
     backwards = {name: pair[1] for name, pair in BACKENDS.items()}
-    run = functools.partial(dispatch.run, "splat", backwards, implementation)
-    return batching.along_batch(run, (1, 2, 2, 1, 2), *arrays, cotangent)
+
+    def run(*arrays):
+        return dispatch.run("splat", backwards, implementation, *arrays, to_camera=bool(to_camera))
+
+    gradients = batching.along_batch(run, (1, 2, 2, 1, 2), *arrays, cotangent)
+    return gradients if to_camera else (*gradients, jnp.zeros_like(arrays[3]))
 
 
-_splat.defvjp(_splat_fwd, _splat_bwd)
+_splat.defvjp(_splat_fwd, _splat_bwd, symbolic_zeros=True)

@@ -23,9 +23,11 @@ def forward(density, mean, precision, intrinsics, height, width):
     return _call("radgs_splat_forward", "RadgsSplatForward", [(*density.shape[:-1], height, width)], arrays)[0]
 
 
-def backward(density, mean, precision, intrinsics, cotangent):
+def backward(density, mean, precision, intrinsics, cotangent, to_camera=True):
     """As `xla.backward`, float32 only."""
     arrays = (density, mean, precision, intrinsics, cotangent)
-    results = [density.shape, mean.shape, precision.shape, (*density.shape, 4)]
-    to_density, to_mean, to_precision, to_camera = _call("radgs_splat_backward", "RadgsSplatBackward", results, arrays)
-    return to_density, to_mean, to_precision, jnp.sum(to_camera, -2)
+    cloud = [density.shape, mean.shape, precision.shape]
+    if not to_camera:
+        return tuple(_call("radgs_splat_backward_of_cloud", "RadgsSplatBackwardOfCloud", cloud, arrays))
+    *gradients, each = _call("radgs_splat_backward", "RadgsSplatBackward", [*cloud, (*density.shape, 4)], arrays)
+    return *gradients, jnp.sum(each, -2)

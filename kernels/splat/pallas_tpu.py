@@ -208,14 +208,14 @@ def _gather(rows, across, boxes, table, cotangent, out):
     out[...] = lax.fori_loop(0, BLOCK, gaussian, jnp.zeros((_ROWS, BLOCK), jnp.float32))
 
 
-def backward(density, mean, precision, intrinsics, cotangent, *, interpret=False):
+def backward(density, mean, precision, intrinsics, cotangent, to_camera=True, *, interpret=False):
     """As `xla.backward`, float32 only; `interpret` and errors as in `forward`."""
     arrays = (density, mean, precision, intrinsics, cotangent)
     dispatch.require("tpu", arrays, interpret)
     shapes = [a.shape for a in arrays[:4]]
     (height, width), n = cotangent.shape[-2:], density.shape[-1]
     if density.size == 0 or cotangent.size == 0:
-        return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+        return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes[: 3 + to_camera])
     density, mean, precision = density.reshape(-1), mean.reshape(-1, 3), precision.reshape(-1, 6)
     intrinsics = intrinsics.reshape(-1, 4)
     b = intrinsics.shape[0]
@@ -240,4 +240,4 @@ def backward(density, mean, precision, intrinsics, cotangent, *, interpret=False
     )
 
     parts = footprint.gradients(g, sums, density, mean, precision, intrinsics, n)
-    return tuple(part.reshape(shape) for part, shape in zip(parts, shapes))
+    return tuple(part.reshape(shape) for part, shape in zip(parts, shapes[: 3 + to_camera]))

@@ -243,14 +243,14 @@ def _gather(split, height, width, n, boxes, table, cotangent, out):
         out[program * footprint.SUMS + k] = jnp.sum(total)
 
 
-def backward(density, mean, precision, intrinsics, cotangent, *, interpret=False):
+def backward(density, mean, precision, intrinsics, cotangent, to_camera=True, *, interpret=False):
     """As `xla.backward`, float32 only; `interpret` and errors as in `forward`."""
     arrays = (density, mean, precision, intrinsics, cotangent)
     dispatch.require("gpu", arrays, interpret)
     shapes = [a.shape for a in arrays[:4]]
     (height, width), n = cotangent.shape[-2:], density.shape[-1]
     if density.size == 0 or cotangent.size == 0:
-        return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+        return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes[: 3 + to_camera])
     density, mean, precision = density.reshape(-1), mean.reshape(-1, 3), precision.reshape(-1, 6)
     intrinsics = intrinsics.reshape(-1, 4)
     m = density.shape[0]
@@ -261,4 +261,4 @@ def backward(density, mean, precision, intrinsics, cotangent, *, interpret=False
     kernel = functools.partial(_gather, shares(m), height, width, n)
     sums = sum_boxes(kernel, "splat_backward", m, footprint.SUMS, boxes, table, cotangent.reshape(-1), interpret).T
     parts = footprint.gradients(g, sums, density, mean, precision, intrinsics, n)
-    return tuple(part.reshape(shape) for part, shape in zip(parts, shapes))
+    return tuple(part.reshape(shape) for part, shape in zip(parts, shapes[: 3 + to_camera]))

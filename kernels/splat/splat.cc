@@ -30,7 +30,6 @@ using radgs::Interval;
 using radgs::kLanes;
 
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
-typedef float Half __attribute__((vector_size(2 * kLanes)));
 typedef int32_t Bits __attribute__((vector_size(4 * kLanes)));
 
 constexpr double kHalfLog2E = 0.72134752044448170368;  // exp(-q / 2) = 2^-(kHalfLog2E q)
@@ -73,9 +72,38 @@ struct Footprint {
   float thickness;              // sqrt(2 pi |d|^2 / d'Kd) on the ray through the mean
 };
 
+// Exchanges the rows and columns of kLanes x kLanes numbers.
+inline void Transpose(Lanes* x) {
+#ifdef __AVX__
+  Lanes pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m256d a = _mm256_castps_pd(pairs[i + j]), b = _mm256_castps_pd(pairs[i + j + 2]);
+      fours[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+      fours[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float kept = x[i][j];
+      x[i][j] = x[j][i], x[j][i] = kept;
+    }
+  }
+#endif
+}
+
 // The same forms of kLanes Gaussians, for their gradients.
 struct Forms {
-  double x[kLanes], y[kLanes], depth[kLanes], m_zz[kLanes], thickness[kLanes];
+  double K[6][kLanes], x[kLanes], y[kLanes], depth[kLanes], m_zz[kLanes], thickness[kLanes];
   double ss[kLanes], st[kLanes], tt[kLanes], sz[kLanes], tz[kLanes];  // M / M_zz
   double ls[kLanes], lt[kLanes], lss[kLanes], ltt[kLanes];
 };
@@ -91,7 +119,7 @@ inline void Clip(double low, double high, double size, double& first, double& la
 // Footprints of `count` <= kLanes Gaussians: `mean` (count, 3), `precision` (count, 6), `camera` fx, fy, cx, cy.
 void Prepare(const float* mean, const float* precision, int count, const float* camera, int64_t height, int64_t width,
              Footprint* footprints, Forms& f) {
-  alignas(32) double p[3][kLanes], K[6][kLanes];
+  alignas(32) float p[3][kLanes], K[6][kLanes];
   for (int l = 0; l < kLanes; ++l) {
     const int own = std::min(l, count - 1);
     for (int i = 0; i < 3; ++i) p[i][l] = mean[3 * own + i];
@@ -136,6 +164,7 @@ void Prepare(const float* mean, const float* precision, int count, const float* 
     first_column[l] = drawn ? first_column[l] : 0.0, last_column[l] = drawn ? last_column[l] : -1.0;
     const double length2 = 1.0 + x * x + y * y, per_length2 = 1.0 / length2;
     f.thickness[l] = std::sqrt(2.0 * M_PI * length2 * per_m);
+    f.K[0][l] = xx, f.K[1][l] = xy, f.K[2][l] = xz, f.K[3][l] = yy, f.K[4][l] = yz, f.K[5][l] = zz;
     f.x[l] = x, f.y[l] = y, f.depth[l] = depth, f.m_zz[l] = m_zz;
     f.ss[l] = ss, f.st[l] = st, f.tt[l] = tt, f.sz[l] = sz, f.tz[l] = tz;
     f.ls[l] = x * ifx * per_length2, f.lt[l] = y * ify * per_length2;
@@ -249,14 +278,16 @@ inline void Draw(const Footprint& g, float amplitude, Interval band, int64_t wid
 
 // The gradients are linear in moments, sums over pixels of a cotangent times s^i t^j. With h = c sqrt(lambda / alpha)
 // for the image's cotangent c: `turn` of h w'(q) / alpha^2 (i + j <= 4), `pull` of h w / alpha and `span` of
-// h w / lambda (i + j <= 2).
-constexpr int kTurn = 15, kPull = 6, kSpan = 6, kMoments = kTurn + kPull + kSpan;
+// h w / lambda (i + j <= 2), which only the gradient to the camera needs.
+constexpr int kTurn = 15, kPull = 6, kSpan = 6;
+template <bool kCamera>
+constexpr int kMoments = kTurn + kPull + (kCamera ? kSpan : 0);
 
 // Place of s^i t^j among the moments with i + j <= degree.
 constexpr int At(int i, int j, int degree) { return i * (degree + 1) - i * (i - 1) / 2 + j; }
 
 // Adds a strip to the moments, lane by lane; without `more` it sets them.
-template <bool kBorder>
+template <bool kCamera, bool kBorder>
 inline void GatherStrip(const Footprint& g, const Strip& strip, int64_t width, const float* image, bool more,
                         Lanes* moments) {
   const StripForms f(g, strip.s);
@@ -274,12 +305,12 @@ inline void GatherStrip(const Footprint& g, const Strip& strip, int64_t width, c
       const Lanes t = g.t + row;
       const Lanes alpha = Max(f.alpha0 + t * (f.alpha1 + t * f.tt), All(kTiny));
       const Lanes lambda = f.lambda0 + t * (f.lt2 + t * f.ltt);
-      const Lanes both = 1.0f / (alpha * lambda), inverse = lambda * both;
+      const Lanes both = 1.0f / (kCamera ? alpha * lambda : alpha), inverse = kCamera ? lambda * both : both;
       xs[i] = Max(Min((f.n0 + t * (f.n1 + t * f.ntt)) * inverse, All(kXMax)), Lanes{});
       hs[i] = Load(pixels, room) * Sqrt(lambda * inverse);
       ts[i] = t;
       inverses[i] = inverse;
-      lambdas[i] = alpha * both;  // 1 / lambda
+      if (kCamera) lambdas[i] = alpha * both;  // 1 / lambda
     }
     for (int i = 0; i < count; ++i) {
       const Lanes x = xs[i], s = Min((kXMax - x) * kFadeX, All(1.0f));
@@ -288,15 +319,13 @@ inline void GatherStrip(const Footprint& g, const Strip& strip, int64_t width, c
       const Lanes inverse = inverses[i];
       turns[i] = h * inverse * (slope * inverse);
       pulls[i] = unit * inverse;
-      spans[i] = unit * lambdas[i];
+      if (kCamera) spans[i] = unit * lambdas[i];
     }
     for (int i = 0; i < count; ++i) {
-      const Lanes t = ts[i];
-      const Lanes of_turn1 = turns[i] * t, of_turn2 = of_turn1 * t, of_turn3 = of_turn2 * t;
-      const Lanes of_pull1 = pulls[i] * t, of_span1 = spans[i] * t;
-      turn0 += turns[i], turn1 += of_turn1, turn2 += of_turn2, turn3 += of_turn3, turn4 += of_turn3 * t;
-      pull0 += pulls[i], pull1 += of_pull1, pull2 += of_pull1 * t;
-      span0 += spans[i], span1 += of_span1, span2 += of_span1 * t;
+      const Lanes t = ts[i], t2 = t * t, turn = turns[i], turn_t2 = turn * t2;
+      turn0 += turn, turn1 += turn * t, turn2 += turn_t2, turn3 += turn_t2 * t, turn4 += turn_t2 * t2;
+      pull0 += pulls[i], pull1 += pulls[i] * t, pull2 += pulls[i] * t2;
+      if (kCamera) span0 += spans[i], span1 += spans[i] * t, span2 += spans[i] * t2;
     }
   }
   const Lanes turn[5] = {turn0, turn1, turn2, turn3, turn4}, pull[3] = {pull0, pull1, pull2};
@@ -307,7 +336,7 @@ inline void GatherStrip(const Footprint& g, const Strip& strip, int64_t width, c
       for (int j = 0; i + j < 5; ++j) put(moments[At(i, j, 4)], power * turn[j]);
       for (int j = 0; i + j < 3; ++j) {
         put(moments[kTurn + At(i, j, 2)], power * pull[j]);
-        put(moments[kTurn + kPull + At(i, j, 2)], power * span[j]);
+        if (kCamera) put(moments[kTurn + kPull + At(i, j, 2)], power * span[j]);
       }
     }
   };
@@ -318,34 +347,35 @@ inline void GatherStrip(const Footprint& g, const Strip& strip, int64_t width, c
   }
 }
 
-// Moments of one Gaussian, to totals[i][lane].
-inline void Gather(const Footprint& g, int64_t height, int64_t width, const float* image, int lane,
-                   double (*totals)[kLanes]) {
-  Lanes moments[kMoments];
+// Moments of one Gaussian, lane by lane.
+template <bool kCamera>
+inline void Gather(const Footprint& g, int64_t height, int64_t width, const float* image, Lanes* moments) {
   bool any = false;
   ForEachStrip(g, {0, height - 1}, width, [&](const Strip& strip) {
     if (strip.room == kLanes) {
-      GatherStrip<false>(g, strip, width, image, any, moments);
+      GatherStrip<kCamera, false>(g, strip, width, image, any, moments);
     } else {
-      GatherStrip<true>(g, strip, width, image, any, moments);
+      GatherStrip<kCamera, true>(g, strip, width, image, any, moments);
     }
     any = true;
   });
-  if (!any) return;
-  for (int i = 0; i < kMoments; ++i) {
-    Half low, high;
-    __builtin_memcpy(&low, &moments[i], sizeof low);
-    __builtin_memcpy(&high, reinterpret_cast<const float*>(&moments[i]) + 4, sizeof high);
-    const Half half = low + high;
-    totals[i][lane] = (half[0] + half[2]) + (half[1] + half[3]);
-  }
+  if (!any) std::fill_n(moments, kMoments<kCamera>, Lanes{});
 }
 
-// Gradients of kLanes Gaussians from their moments: density 1, mean 3, precision 6, camera 4.
+// The sums of the lanes of x[0], x[stride], ..., kLanes sums.
+inline Lanes SumsOfLanes(const Lanes* x, int stride) {
+  Lanes y[kLanes];
+  for (int l = 0; l < kLanes; ++l) y[l] = x[l * stride];
+  Transpose(y);
+  return ((y[0] + y[1]) + (y[2] + y[3])) + ((y[4] + y[5]) + (y[6] + y[7]));
+}
+
+// Gradients of kLanes Gaussians from their moments: density 1, mean 3, precision 6 and, with kCamera, camera 4.
 // With L = 1 + linear, Q = beta = linear + quadratic and alpha = L + Q, the closest point is r = -p_z P e / alpha with
 // e = (L s, L t, -Q), and h w' enters with the polynomials e e' / alpha^2 and e / alpha = (L + Q) e / alpha^2 only.
-void Gradients(const Forms& f, const double (*totals)[kLanes], const double* density, const double (*K)[kLanes],
-               const float* camera, double (*out)[kLanes]) {
+template <bool kCamera>
+void Gradients(const Forms& f, const double (*totals)[kLanes], const float* density, const float* camera,
+               float (*out)[kLanes]) {
   const double ifx = 1.0 / camera[0], ify = 1.0 / camera[1];
   for (int l = 0; l < kLanes; ++l) {
     const auto turn = [&](int i, int j) { return totals[At(i, j, 4)][l]; };
@@ -381,9 +411,9 @@ void Gradients(const Forms& f, const double (*totals)[kLanes], const double* den
     const double moved = -2.0 * amplitude * depth;
     const double rz = -moved * (lq + qq);
     const double rx = moved * (lls + lqs) * ifx + x * rz, ry = moved * (llt + lqt) * ify + y * rz;
-    out[1][l] = K[0][l] * rx + K[1][l] * ry + K[2][l] * rz;
-    out[2][l] = K[1][l] * rx + K[3][l] * ry + K[4][l] * rz;
-    out[3][l] = K[2][l] * rx + K[4][l] * ry + K[5][l] * rz;
+    out[1][l] = f.K[0][l] * rx + f.K[1][l] * ry + f.K[2][l] * rz;
+    out[2][l] = f.K[1][l] * rx + f.K[3][l] * ry + f.K[4][l] * rz;
+    out[3][l] = f.K[2][l] * rx + f.K[4][l] * ry + f.K[5][l] * rz;
 
     const double each = amplitude * per_m;
     const double xx = each * ifx * ifx * (scale * llss - 0.5 * pull(2, 0));
@@ -398,6 +428,7 @@ void Gradients(const Forms& f, const double (*totals)[kLanes], const double* den
     out[7][l] = yy + 2.0 * y * yz + y * y * zz;
     out[8][l] = 2.0 * (yz + y * zz);
     out[9][l] = zz;
+    if (!kCamera) continue;
 
     // The gradient b to the offset (s, t) at a fixed Gaussian: sums of b_s, b_s s, b_t and b_t t.
     const double ls = f.ls[l], lt = f.lt[l], lss = f.lss[l], ltt = f.ltt[l];
@@ -487,10 +518,14 @@ ffi::Error Forward(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> density, ffi::Buf
   return ffi::Error::Success();
 }
 
+// The gradients to a cloud and, one result more, to the camera from each of its Gaussians.
+template <bool kCamera, typename... ToCamera>
 ffi::Error Backward(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> density, ffi::Buffer<ffi::F32> mean,
                     ffi::Buffer<ffi::F32> precision, ffi::Buffer<ffi::F32> camera, ffi::Buffer<ffi::F32> cotangent,
                     ffi::ResultBuffer<ffi::F32> to_density, ffi::ResultBuffer<ffi::F32> to_mean,
-                    ffi::ResultBuffer<ffi::F32> to_precision, ffi::ResultBuffer<ffi::F32> to_camera) {
+                    ffi::ResultBuffer<ffi::F32> to_precision, ToCamera... to_camera) {
+  static_assert(sizeof...(to_camera) == kCamera);
+  constexpr int kSums = kMoments<kCamera>;
   const int64_t total = density.element_count();
   if (total == 0) return ffi::Error::Success();
   const int64_t images = camera.element_count() / 4, n = total / images, size = cotangent.element_count() / images;
@@ -499,7 +534,7 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> density, ffi::Bu
   const float* k = camera.typed_data();
   const float* c = cotangent.typed_data();
   float *drho = to_density->typed_data(), *dp = to_mean->typed_data(), *dK = to_precision->typed_data();
-  float* dk = to_camera->typed_data();
+  float* const dks[] = {to_camera->typed_data()..., nullptr};
   constexpr int64_t kGrain = 32;
   const int64_t blocks = (n + kGrain - 1) / kGrain;
   radgs::ParallelFor(pool, images * blocks, [&](int64_t block) {
@@ -509,23 +544,31 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> density, ffi::Bu
       const int count = static_cast<int>(std::min<int64_t>(kLanes, end - first));
       Footprint footprints[kLanes];
       Forms forms;
-      alignas(32) double totals[kMoments][kLanes] = {}, rhos[kLanes] = {}, Ks[6][kLanes] = {}, out[14][kLanes];
       Prepare(p + 3 * first, K + 6 * first, count, k + 4 * image, height, width, footprints, forms);
-      for (int l = 0; l < count; ++l) {
-        const Footprint& g = footprints[l];
-        if (g.top <= g.bottom) Gather(g, height, width, c + image * size, l, totals);
-        rhos[l] = rho[first + l];
-        for (int i = 0; i < 6; ++i) Ks[i][l] = K[6 * (first + l) + i];
+      Lanes moments[kLanes][kSums];
+      for (int l = 0; l < kLanes; ++l) {
+        if (l < count && footprints[l].top <= footprints[l].bottom) {
+          Gather<kCamera>(footprints[l], height, width, c + image * size, moments[l]);
+        } else {
+          std::fill_n(moments[l], kSums, Lanes{});
+        }
       }
-      Gradients(forms, totals, rhos, Ks, k + 4 * image, out);
+      alignas(32) double totals[kSums][kLanes];
+      for (int i = 0; i < kSums; ++i) {
+        const Lanes sums = SumsOfLanes(&moments[0][i], kSums);
+        for (int l = 0; l < kLanes; ++l) totals[i][l] = sums[l];
+      }
+      alignas(32) float rhos[kLanes] = {}, out[14][kLanes];
+      std::copy_n(rho + first, count, rhos);
+      Gradients<kCamera>(forms, totals, rhos, k + 4 * image, out);
       for (int l = 0; l < count; ++l) {
         const int64_t own = first + l;
         const bool drawn = footprints[l].top <= footprints[l].bottom;
-        const auto result = [&](int i) { return drawn ? static_cast<float>(out[i][l]) : 0.0f; };
+        const auto result = [&](int i) { return drawn ? out[i][l] : 0.0f; };
         drho[own] = result(0);
         for (int i = 0; i < 3; ++i) dp[3 * own + i] = result(1 + i);
         for (int i = 0; i < 6; ++i) dK[6 * own + i] = result(4 + i);
-        for (int i = 0; i < 4; ++i) dk[4 * own + i] = result(10 + i);
+        for (int i = 0; kCamera && i < 4; ++i) dks[0][4 * own + i] = result(10 + i);
       }
     }
   });
@@ -543,15 +586,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RadgsSplatForward, Forward,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(RadgsSplatBackward, Backward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+inline auto BindBackward() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::Buffer<ffi::F32>>()
+      .Arg<ffi::Buffer<ffi::F32>>()
+      .Arg<ffi::Buffer<ffi::F32>>()
+      .Arg<ffi::Buffer<ffi::F32>>()
+      .Arg<ffi::Buffer<ffi::F32>>()
+      .Ret<ffi::Buffer<ffi::F32>>()
+      .Ret<ffi::Buffer<ffi::F32>>()
+      .Ret<ffi::Buffer<ffi::F32>>();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RadgsSplatBackward, (Backward<true, ffi::ResultBuffer<ffi::F32>>),
+                              BindBackward().Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RadgsSplatBackwardOfCloud, Backward<false>, BindBackward());

@@ -92,8 +92,8 @@ def forward(density, mean, precision, intrinsics, height, width):
     return images[:, :height, :width].reshape(*batch, height, width)
 
 
-def backward(density, mean, precision, intrinsics, cotangent):
-    """Gradients to density, mean, precision and intrinsics, shaped as they are.
+def backward(density, mean, precision, intrinsics, cotangent, to_camera=True):
+    """Gradients to density, mean, precision and, if `to_camera`, intrinsics, shaped as they are.
 
     Per pair, with I = rho * thickness * w(q) and slope = rho * thickness * dw/dq:
     dI/dp = 2 slope K r; dI/dK = slope r r' - I d d' / (2 a); dI/dd = I (d / |d|^2 - K d / a) - 2 slope t* K r.
@@ -102,7 +102,7 @@ def backward(density, mean, precision, intrinsics, cotangent):
     shapes = density.shape, mean.shape, precision.shape, intrinsics.shape
     _, n, density, mean, precision, intrinsics = _flatten(density, mean, precision, intrinsics)
     if density.size == 0:
-        return tuple(jnp.zeros(shape, mean.dtype) for shape in shapes)
+        return tuple(jnp.zeros(shape, mean.dtype) for shape in shapes[: 3 + to_camera])
     counts, low = _footprints(mean, precision, intrinsics, n, height, width)
     mean, precision = instances.finite(mean, precision)
     cotangent = jnp.pad(cotangent.reshape(-1, height, width), ((0, 0), (0, TILE[0]), (0, TILE[1])))
@@ -122,8 +122,6 @@ def backward(density, mean, precision, intrinsics, cotangent):
             kxz * r[0] + kyz * r[1] + kzz * r[2],
         )
         along = -0.5 * value / a
-        ddx = value * (x / length2 - Kd[0] / a) - 2.0 * slope * depth * Kr[0]
-        ddy = value * (y / length2 - Kd[1] / a) - 2.0 * slope * depth * Kr[1]
         terms = [
             unit,
             2.0 * slope * Kr[0],
@@ -135,17 +133,19 @@ def backward(density, mean, precision, intrinsics, cotangent):
             slope * r[1] * r[1] + along * y * y,
             2.0 * (slope * r[1] * r[2] + along * y),
             slope * r[2] * r[2] + along,
-            ddx * x,
-            ddy * y,
-            ddx,
-            ddy,
         ]
+        if to_camera:
+            ddx = value * (x / length2 - Kd[0] / a) - 2.0 * slope * depth * Kr[0]
+            ddy = value * (y / length2 - Kd[1] / a) - 2.0 * slope * depth * Kr[1]
+            terms += [ddx * x, ddy * y, ddx, ddy]
         # Idle lanes compute with some owner, and its NaN times 0 would be NaN.
         terms = jnp.stack([jnp.sum(term, (1, 2)) for term in terms], -1)
         return sums.at[owner].add(jnp.where(valid[:, None], terms, 0.0))
 
-    sums = instances.for_each_chunk(counts, low, TILE, body, jnp.zeros((density.shape[0], 14), mean.dtype))
-    per_camera = jnp.sum(sums[:, 10:].reshape(-1, n, 4), 1)
-    focal = jnp.concatenate([intrinsics[:, :2], intrinsics[:, :2]], -1)
-    gradients = sums[:, 0], sums[:, 1:4], sums[:, 4:10], -per_camera / focal
+    start = jnp.zeros((density.shape[0], 14 if to_camera else 10), mean.dtype)
+    sums = instances.for_each_chunk(counts, low, TILE, body, start)
+    gradients = [sums[:, 0], sums[:, 1:4], sums[:, 4:10]]
+    if to_camera:
+        focal = jnp.concatenate([intrinsics[:, :2], intrinsics[:, :2]], -1)
+        gradients.append(-jnp.sum(sums[:, 10:].reshape(-1, n, 4), 1) / focal)
     return tuple(gradient.reshape(shape) for gradient, shape in zip(gradients, shapes))
