@@ -133,12 +133,14 @@ def from_density(density, frame_from_index, count):
 
     Args:
       density: (X, Y, Z) non-negative, 1/mm; frame_from_index: (4, 4) affine, mm; numpy arrays.
-      count: number of Gaussians; unused ones have density 0.
+      count: number of Gaussians, 27 or more: so many cells share a voxel, however large they are. Unused ones have density 0.
     Returns:
       Gaussians of numpy float32 arrays, sorted by mass.
     Raises:
-      ValueError: no positive density.
+      ValueError: no positive density, or too few Gaussians.
     """
+    if count < 27:
+        raise ValueError(f"from_density: count is {count}, wanted 27 or more")
     index = np.argwhere(density > 0)
     if len(index) == 0:
         raise ValueError("from_density: the density has no positive voxel")

@@ -313,3 +313,10 @@ def test_from_density_projects_like_the_density(fitted):
 def test_from_density_refuses_an_empty_volume():
     with pytest.raises(ValueError, match="no positive voxel"):
         gs.from_density(np.zeros((5, 6, 7), np.float32), np.eye(4), 64)
+
+
+def test_from_density_refuses_fewer_gaussians_than_cells_at_a_voxel():
+    density = np.pad(np.ones((3, 4, 2), np.float32), 2)
+    assert np.count_nonzero(gs.from_density(density, np.eye(4), 27).density)
+    with pytest.raises(ValueError, match="count is 26"):
+        gs.from_density(density, np.eye(4), 26)
