@@ -115,27 +115,32 @@ def check_rigid(path, where, value):
 
 
 def decompose(path, where, P):
-    """K as (fx, fy, cx, cy) and E (4, 4) of a 3x4 projection in mm, with P = K E[:3] up to scale.
+    """K as (fx, fy, cx, cy) and E (4, 4) of a 3x4 projection of world mm, with P = K E[:3] up to scale and sign.
+
+    The world's origin, the isocentre, lies before the source: that settles the sign.
 
     Raises:
-      InputError: a singular, skewed or mirrored projection.
+      InputError: a singular, skewed or mirrored projection, or one with the isocentre in the source's plane.
     """
-    A = P[:, :3]
-    if abs(np.linalg.det(A)) < 1e-12:
+    size = np.linalg.norm(P[2, :3])
+    if size < 1e-30 or np.linalg.cond(P[:, :3] / size) > 1e12:
         files.fail(path, where, "a singular left 3x3 block", "a projection of a finite camera")
-    if np.linalg.det(A) < 0:
-        P, A = -P, -A
+    P = P / size
+    if abs(P[2, 3]) < 1e-6:
+        files.fail(path, where, "the world's origin in the source's plane", "the isocentre before the source")
+    P = P * np.sign(P[2, 3])
+    if np.linalg.det(P[:, :3]) < 0:
+        files.fail(path, where, "a mirrored camera", "+x along +u, +y along +v, +z to the detector")
     # RQ by QR of the reversed matrix; signs chosen so that K has a positive diagonal.
-    q, r = np.linalg.qr(A[::-1].T)
+    q, r = np.linalg.qr(P[::-1, :3].T)
     K, R = r.T[::-1, ::-1], q.T[::-1]
     signs = np.sign(np.diag(K))
     K, R = K * signs, signs[:, None] * R
     t = np.linalg.solve(K, P[:, 3])
     K = K / K[2, 2]
-    if abs(K[0, 1]) > 1e-6 * K[0, 0]:
+    # As a slope: 500 rows from the middle it moves a pixel by a twentieth.
+    if abs(K[0, 1]) > 1e-4 * K[1, 1]:
         files.fail(path, where, f"a skew of {K[0, 1]:.4g} px", "square axes")
-    if np.linalg.det(R) < 0:
-        files.fail(path, where, "a mirrored camera", "+x along +u, +y along +v, +z to the detector")
     E = np.eye(4)
     E[:3, :3], E[:3, 3] = R, t
     return np.array([K[0, 0], K[1, 1], K[0, 2], K[1, 2]]), E
@@ -159,6 +164,8 @@ def read_view(path, where, value, shape=None):
         ):
             files.fail(path, f"{where}.K", K.tolist(), "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with fx, fy > 0")
         intrinsics = K[[0, 1, 0, 1], [0, 1, 2, 2]]
+        if not E[2, 3] > 0:
+            files.fail(path, f"{where}.E", f"the isocentre at depth {E[2, 3]:.4g} mm", "it before the source")
     else:
         intrinsics, E = decompose(path, f"{where}.P", check_matrix(path, f"{where}.P", value["P"], (3, 4)))
     size = (value.get("height", shape and shape[0]), value.get("width", shape and shape[1]))
