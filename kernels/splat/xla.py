@@ -7,7 +7,8 @@ from kernels import support
 from kernels import symmetric
 from kernels.splat import oracle
 
-TILE = (4, 8)
+# Scatters want large tiles; the gradient, which works more per pixel, wants few idle ones.
+DRAWN_TILE, GATHERED_TILE = (8, 16), (8, 8)
 
 
 def pixel_boxes(mean, precision, intrinsics, height, width):
@@ -37,14 +38,14 @@ def pixel_boxes(mean, precision, intrinsics, height, width):
     return jnp.where(shown, low, 0).astype(jnp.int32), jnp.where(shown, high, -1).astype(jnp.int32)
 
 
-def _pairs(owner, corner, mean, precision, density, intrinsics, n):
+def _pairs(owner, corner, tile, mean, precision, density, intrinsics, n):
     """Ray and Gaussian quantities of a chunk of tiles, each (CHUNK, tile rows, tile columns).
 
     Coordinates are shifted to the plane of the mean, so that float32 suffices at 700 mm from the source.
     """
     p, K, rho, k = mean[owner], precision[owner], density[owner], intrinsics[owner // n]
-    rows = jnp.arange(TILE[0], dtype=jnp.int32)[None, :, None]
-    columns = jnp.arange(TILE[1], dtype=jnp.int32)[None, None, :]
+    rows = jnp.arange(tile[0], dtype=jnp.int32)[None, :, None]
+    columns = jnp.arange(tile[1], dtype=jnp.int32)[None, None, :]
     px, py, pz, rho = (a[:, None, None] for a in (p[:, 0], p[:, 1], p[:, 2], rho))
     kxx, kxy, kxz, kyy, kyz, kzz = (K[:, i, None, None] for i in range(6))
     fx, fy, cx, cy = (k[:, i, None, None] for i in range(4))
@@ -67,10 +68,10 @@ def _flatten(density, mean, precision, intrinsics):
     return batch, n, density.reshape(-1), mean.reshape(-1, 3), precision.reshape(-1, 6), intrinsics.reshape(-1, 4)
 
 
-def _footprints(mean, precision, intrinsics, n, height, width):
+def _footprints(mean, precision, intrinsics, n, height, width, tile):
     low, high = pixel_boxes(mean.reshape(-1, n, 3), precision.reshape(-1, n, 6), intrinsics, height, width)
     low, high = low.reshape(-1, 2), high.reshape(-1, 2)
-    return instances.tile_counts(low, high, TILE), low
+    return instances.tile_counts(low, high, tile), low
 
 
 def forward(density, mean, precision, intrinsics, height, width):
@@ -78,17 +79,18 @@ def forward(density, mean, precision, intrinsics, height, width):
     batch, n, density, mean, precision, intrinsics = _flatten(density, mean, precision, intrinsics)
     if density.size == 0:
         return jnp.zeros((*batch, height, width), mean.dtype)
-    counts, low = _footprints(mean, precision, intrinsics, n, height, width)
+    tile = DRAWN_TILE
+    counts, low = _footprints(mean, precision, intrinsics, n, height, width, tile)
     mean, precision = instances.finite(mean, precision)
 
     def body(owner, corner, valid, images):
-        _, _, rho, _, _, _, q, _, thickness, _, _ = _pairs(owner, corner, mean, precision, density, intrinsics, n)
+        _, _, rho, _, _, _, q, _, thickness, _, _ = _pairs(owner, corner, tile, mean, precision, density, intrinsics, n)
         values = jnp.where(valid[:, None, None], rho * thickness * support.weight(q), 0.0)
         return instances.add_windows(images, owner // n, corner, values)
 
     # Tiles may hang over the lower and right borders; the margin takes what they hold there.
-    images = jnp.zeros((intrinsics.shape[0], height + TILE[0], width + TILE[1]), mean.dtype)
-    images = instances.for_each_chunk(counts, low, TILE, body, images)
+    images = jnp.zeros((intrinsics.shape[0], height + tile[0], width + tile[1]), mean.dtype)
+    images = instances.for_each_chunk(counts, low, tile, body, images)
     return images[:, :height, :width].reshape(*batch, height, width)
 
 
@@ -103,15 +105,16 @@ def backward(density, mean, precision, intrinsics, cotangent, to_camera=True):
     _, n, density, mean, precision, intrinsics = _flatten(density, mean, precision, intrinsics)
     if density.size == 0:
         return tuple(jnp.zeros(shape, mean.dtype) for shape in shapes[: 3 + to_camera])
-    counts, low = _footprints(mean, precision, intrinsics, n, height, width)
+    tile = GATHERED_TILE
+    counts, low = _footprints(mean, precision, intrinsics, n, height, width, tile)
     mean, precision = instances.finite(mean, precision)
-    cotangent = jnp.pad(cotangent.reshape(-1, height, width), ((0, 0), (0, TILE[0]), (0, TILE[1])))
+    cotangent = jnp.pad(cotangent.reshape(-1, height, width), ((0, 0), (0, tile[0]), (0, tile[1])))
 
     def body(owner, corner, valid, sums):
         x, y, rho, K, Kd, a, q, length2, thickness, r, depth = _pairs(
-            owner, corner, mean, precision, density, intrinsics, n
+            owner, corner, tile, mean, precision, density, intrinsics, n
         )
-        g = jnp.where(valid[:, None, None], instances.read_windows(cotangent, owner // n, corner, TILE), 0.0)
+        g = jnp.where(valid[:, None, None], instances.read_windows(cotangent, owner // n, corner, tile), 0.0)
         w, dw = support.weight_and_slope(q)
         unit = g * thickness * w
         value, slope = rho * unit, g * rho * thickness * dw
@@ -143,7 +146,7 @@ def backward(density, mean, precision, intrinsics, cotangent, to_camera=True):
         return sums.at[owner].add(jnp.where(valid[:, None], terms, 0.0))
 
     start = jnp.zeros((density.shape[0], 14 if to_camera else 10), mean.dtype)
-    sums = instances.for_each_chunk(counts, low, TILE, body, start)
+    sums = instances.for_each_chunk(counts, low, tile, body, start)
     gradients = [sums[:, 0], sums[:, 1:4], sums[:, 4:10]]
     if to_camera:
         focal = jnp.concatenate([intrinsics[:, :2], intrinsics[:, :2]], -1)

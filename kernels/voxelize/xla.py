@@ -7,7 +7,7 @@ from kernels import instances
 from kernels import support
 from kernels import symmetric
 
-BRICK = (4, 4, 4)
+BRICK = (4, 4, 8)
 
 
 def voxel_boxes(mean, precision, shape):
