@@ -2,22 +2,33 @@
 
 import dataclasses
 import functools
+import pathlib
 
+import nibabel
 import numpy as np
 from scipy import ndimage
 
+from data_pipelines import dicom_ct
 from data_pipelines import files
+from data_pipelines import segmentation
 from radgs_jax import attenuation
 from radgs_jax import gaussians
 
+AIR_HU = -1000.0
+"""What surrounds a scan in a cube that reaches beyond it."""
 FILL_HU = 40.0
 """What fills a vertebra's hole in the rest of the body: muscle."""
 END_MM = 60.0
 """How far a scan's end slices are repeated: the body goes on where the scan stops."""
 CLOUD_VOXEL_MM = 2.5
 """Voxels that Gaussians are fitted to; their own extent is accounted for."""
+BODY_DEPTH = 0.65
+"""Of a mask's largest depth: at half of it, the pedicles of a collapsed body still count as body."""
 GRID_SHAPE = (96, 96, 96)
 """The evaluation grid of the case format: 96^3 at 1 mm in CT axes, centred on the vertebra."""
+
+CUBE_SHAPE = (128, 128, 128)
+"""At 1 mm it holds any vertebra with its processes; a lumbar one with long ribs measures 100 mm."""
 
 
 def level_name(label):
@@ -40,38 +51,46 @@ class Scan:
     @functools.cached_property
     def boxes(self):
         """Bounding box (tuple of slices) of each label that is there, found in one pass over the scan."""
-        return {i + 1: box for i, box in enumerate(ndimage.find_objects(self.labels)) if box is not None}
+        return segmentation.boxes(self.labels)
 
 
-def read_scan(ct_path, mask_path, patient=None):
-    """Reads a CT and its label map in any orientation.
+def read_ct(path):
+    """A CT from a NIfTI file, a folder of one DICOM series, or one multi-frame DICOM file.
+
+    Returns:
+      hu: (X, Y, Z) float32, axes turned to be nearest to RAS+; oblique axes stay oblique.
+      ct_from_index: (4, 4) RAS+ mm of voxel centres.
 
     Raises:
-      InputError: unreadable files, different grids, non-finite HU, labels that are not whole numbers.
+      InputError: unreadable or damaged files, voxels that are not finite; of DICOM also what `dicom_ct.read_series` names.
     """
-    hu, ct_from_index = files.read_nifti(ct_path)
-    labels, mask_affine = files.read_nifti(mask_path)
-    if hu.dtype.kind not in "iuf":
-        files.fail(ct_path, "voxel type", hu.dtype, "real numbers (HU)")
-    if hu.shape != labels.shape:
-        files.fail(mask_path, "shape in RAS order", labels.shape, f"the CT's {hu.shape}")
-    corners = (
-        np.array([[0, 0, 0], np.array(hu.shape) - 1]) @ (ct_from_index - mask_affine)[:3, :3].T
-        + (ct_from_index - mask_affine)[:3, 3]
-    )
-    if np.abs(corners).max() > 0.1:
-        files.fail(
-            mask_path,
-            "affine",
-            f"a grid {np.abs(corners).max():.2f} mm away from the CT's",
-            "the CT's grid within 0.1 mm",
-        )
-    bad = np.count_nonzero(~np.isfinite(hu))
-    if bad:
-        files.fail(ct_path, "voxels", f"{bad} not finite", "finite HU")
-    if not np.isfinite(labels).all() or (labels != np.rint(labels)).any() or labels.min() < 0 or labels.max() > 255:
-        files.fail(mask_path, "labels", f"values in [{labels.min()}, {labels.max()}]", "whole numbers 0 to 255")
-    return Scan(patient or str(ct_path), hu.astype(np.float32), labels.astype(np.uint8), ct_from_index)
+    path = pathlib.Path(path)
+    if path.is_dir() or dicom_ct.is_dicom(path):
+        hu, ct_from_index = files.to_canonical(*dicom_ct.read_series(path))
+    else:
+        hu, ct_from_index = files.read_nifti(path)
+    if hu.dtype.kind == "f":
+        bad = hu.size - sum(int(np.count_nonzero(np.isfinite(part))) for part in hu)
+        if bad:
+            files.fail(path, "voxels", f"{bad} not finite", "finite HU")
+    return hu.astype(np.float32, copy=False), ct_from_index
+
+
+def read_scan(ct_path, mask_path, patient=None, label_map=None):
+    """Reads a CT (NIfTI or DICOM, see `read_ct`) and its label map, in any orientation.
+
+    Args:
+      label_map: which numbers the mask holds, as `segmentation.read_labels`; None finds out or refuses.
+
+    Raises:
+      InputError: as `read_ct` and `segmentation.read_labels`, or different grids.
+    """
+    # Grids are compared before the label map's voxels are read: it then is no larger than a CT that is there.
+    grid = files.read_nifti_grid(mask_path)
+    hu, ct_from_index = read_ct(ct_path)
+    segmentation.check_grid(mask_path, *grid, hu.shape, ct_from_index)
+    labels, _ = segmentation.read_labels(mask_path, label_map)
+    return Scan(patient or str(ct_path), hu, labels, ct_from_index)
 
 
 def find_label(scan, label, path):
@@ -83,6 +102,24 @@ def find_label(scan, label, path):
     box = scan.boxes.get(label)
     if box is None:
         files.fail(path, "label", sorted(scan.boxes), f"{label} among them")
+    return box
+
+
+def complete_box(scan, label, path):
+    """Bounding box of a label whose vertebra the scan shows whole, as a tuple of slices.
+
+    Raises:
+      InputError: the label is not in the mask, or its mask touches the scan's border (the vertebra is cut).
+    """
+    box = find_label(scan, label, path)
+    for axis, part in enumerate(box):
+        if part.start == 0 or part.stop == scan.labels.shape[axis]:
+            files.fail(
+                path,
+                f"label {label} ({level_name(label)})",
+                f"a mask that touches the scan's border on axis {axis}",
+                "a complete vertebra",
+            )
     return box
 
 
@@ -136,20 +173,11 @@ def extract(scan, label, count, mask_path="mask", points=500):
     Raises:
       InputError: the label is absent, or its mask touches the scan's border (the vertebra is cut).
     """
-    box = find_label(scan, label, mask_path)
-    for axis, part in enumerate(box):
-        if part.start == 0 or part.stop == scan.labels.shape[axis]:
-            files.fail(
-                mask_path,
-                f"label {label} ({level_name(label)})",
-                f"a mask that touches the scan's border on axis {axis}",
-                "a complete vertebra",
-            )
+    box = complete_box(scan, label, mask_path)
     box = tuple(slice(part.start - 1, part.stop + 1) for part in box)
     mask = scan.labels[box] == label
     density = np.where(mask, attenuation.from_hounsfield(scan.hu[box]), 0.0).astype(np.float32)
-    ct_from_index = scan.ct_from_index.copy()
-    ct_from_index[:3, 3] += scan.ct_from_index[:3, :3] @ [s.start for s in box]
+    ct_from_index = _shifted(scan.ct_from_index, [s.start for s in box])
     frame = ct_from_box(scan, label, mask_path)
     coarse, coarse_grid = block_average(density, ct_from_index, CLOUD_VOXEL_MM)
     cloud = gaussians.from_density(coarse, np.linalg.inv(frame) @ coarse_grid, count)
@@ -159,8 +187,89 @@ def extract(scan, label, count, mask_path="mask", points=500):
     return Vertebra(int(label), density, mask, ct_from_index, frame, cloud, surface_ct)
 
 
-def resample(array, ct_from_index, ct_from_grid, shape, order=1):
-    """`array` on another affine grid of the same frame, 0 outside; order 1 trilinear, 0 nearest."""
+def _shifted(ct_from_index, start):
+    """The affine of an array's part that begins at voxel `start`."""
+    affine = ct_from_index.copy()
+    affine[:3, 3] += ct_from_index[:3, :3] @ np.asarray(start)
+    return affine
+
+
+@dataclasses.dataclass(frozen=True)
+class Cube:
+    """One vertebra on a grid of its own, along the CT's RAS axes.
+
+    hu: (X, Y, Z) float32, with everything round the vertebra; air where the scan ends.
+    occupancy: (X, Y, Z) float32 in [0, 1], the share of the vertebra: its mask blurred by a Gaussian, so 0.5 at a flat
+      border, and in sum the mask's volume.
+    density: (X, Y, Z) float32, 1/mm: attenuation of `hu` times `occupancy`.
+    ct_from_index: (4, 4), voxel centres.
+    """
+
+    label: int
+    hu: np.ndarray
+    occupancy: np.ndarray
+    density: np.ndarray
+    ct_from_index: np.ndarray
+
+
+def vertebra_cube(
+    scan, label, spacing_mm=1.0, shape=CUBE_SHAPE, soften_mm=0.7, centre=None, allow_cut=False, mask_path="mask"
+):
+    """Resamples a scan to a cube round one vertebra.
+
+    Where the cube is coarser than the scan, both HU and mask are first blurred along the scan's axes by a Gaussian of
+    standard deviation sqrt(spacing^2 - scan spacing^2) / 2, which leaves 29 % of what would just begin to alias.
+
+    Args:
+      spacing_mm, shape: of the cube; the default holds the widest lumbar vertebra.
+      soften_mm: standard deviation of the Gaussian that softens the mask.
+      centre: (3,) CT mm of the cube's middle; None: the middle of the mask's extent.
+      allow_cut: takes a vertebra that the scan's border cuts.
+
+    Returns:
+      A `Cube`.
+
+    Raises:
+      InputError: the label is absent; its mask touches the scan's border; it does not fit into the cube.
+    """
+    box = find_label(scan, label, mask_path) if allow_cut else complete_box(scan, label, mask_path)
+    voxels = np.argwhere(scan.labels[box] == label) + [s.start for s in box]
+    voxels = _apply(scan.ct_from_index, voxels)
+    low, high = voxels.min(0), voxels.max(0)
+    ct_from_cube = _centred_grid(0.5 * (low + high) if centre is None else np.asarray(centre), shape, spacing_mm)
+    half = 0.5 * spacing_mm * np.array(shape)
+    middle = ct_from_cube[:3, 3] + half - 0.5 * spacing_mm
+    if (low < middle - half).any() or (high > middle + half).any():
+        size = " x ".join(f"{n:.0f}" for n in high - low)
+        wanted = f"one inside a cube of {' x '.join(f'{n * spacing_mm:g}' for n in shape)} mm round {middle.round(1).tolist()}"
+        files.fail(mask_path, f"label {label} ({level_name(label)})", f"a mask of {size} mm that does not fit", wanted)
+
+    native = np.linalg.norm(scan.ct_from_index[:3, :3], axis=0)
+    coarser = np.sqrt(np.maximum(spacing_mm**2 - native**2, 0.0)) / 2
+    softer = np.hypot(coarser, soften_mm)
+    # Only the part of the scan that the cube sees through its blur.
+    corners = np.array(np.meshgrid(*[[0, n - 1] for n in shape])).reshape(3, -1).T
+    seen = _apply(np.linalg.inv(scan.ct_from_index) @ ct_from_cube, corners)
+    margin = np.ceil(4 * softer / native) + 1
+    low = np.clip(np.floor(seen.min(0) - margin), 0, np.array(scan.hu.shape) - 1).astype(int)
+    high = np.clip(np.ceil(seen.max(0) + margin) + 1, low + 1, scan.hu.shape).astype(int)
+    part = tuple(slice(a, b) for a, b in zip(low, high))
+    affine = _shifted(scan.ct_from_index, low)
+    hu = scan.hu[part]
+    if coarser.any():
+        hu = ndimage.gaussian_filter(hu, coarser / native, mode="nearest")
+    mask = ndimage.gaussian_filter((scan.labels[part] == label).astype(np.float32), softer / native, mode="constant")
+    hu = resample(hu, affine, ct_from_cube, shape, outside=AIR_HU)
+    occupancy = np.clip(resample(mask, affine, ct_from_cube, shape), 0.0, 1.0)
+    return Cube(int(label), hu, occupancy, attenuation.from_hounsfield(hu) * occupancy, ct_from_cube)
+
+
+def _apply(matrix, points):
+    return points @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def resample(array, ct_from_index, ct_from_grid, shape, order=1, outside=0.0):
+    """`array` on another affine grid of the same frame, `outside` where it ends; order 1 trilinear, 0 nearest."""
     index_from_grid = np.linalg.inv(ct_from_index) @ ct_from_grid
     return ndimage.affine_transform(
         np.asarray(array, np.float32),
@@ -169,17 +278,19 @@ def resample(array, ct_from_index, ct_from_grid, shape, order=1):
         shape,
         order=order,
         mode="constant",
-        cval=0.0,
+        cval=outside,
     )
+
+
+def _centred_grid(centre, shape, spacing_mm):
+    affine = np.diag([spacing_mm, spacing_mm, spacing_mm, 1.0])
+    affine[:3, 3] = centre - 0.5 * spacing_mm * (np.array(shape) - 1)
+    return affine
 
 
 def evaluation_grid(vertebra, centre=None):
     """ct_from_index (4, 4) of the case format's evaluation grid: CT axes, 1 mm, centred on `centre` or the mask's centroid."""
-    affine = np.eye(4)
-    affine[:3, 3] = (vertebra.ct_from_box[:3, 3] if centre is None else np.asarray(centre)) - 0.5 * (
-        np.array(GRID_SHAPE) - 1
-    )
-    return affine
+    return _centred_grid(vertebra.ct_from_box[:3, 3] if centre is None else np.asarray(centre), GRID_SHAPE, 1.0)
 
 
 def _blocks(ct_from_index, spacing_mm):
@@ -240,3 +351,81 @@ def excess_over_fill(vertebra):
     """Attenuation (X, Y, Z) that the vertebra has above the muscle that fills its hole, on its own grid."""
     fill = attenuation.from_hounsfield(np.array(FILL_HU, np.float32))
     return np.where(vertebra.mask, vertebra.density - fill, 0.0).astype(np.float32)
+
+
+def centroids(scan):
+    """Centres of the vertebral bodies, {label: (3,) CT mm}, one for each label of a scan.
+
+    As VerSe's own they lie in the body, not at the mask's centre of mass, which the arch draws backwards: the centre,
+    weighted by depth (mm to the mask's border), of the largest connected part deeper than BODY_DEPTH of the largest depth.
+    """
+    spacing = np.linalg.norm(scan.ct_from_index[:3, :3], axis=0)
+    found = {}
+    for label, box in scan.boxes.items():
+        # A border of one voxel: the mask ends where the scan does.
+        depth = ndimage.distance_transform_edt(np.pad(scan.labels[box] == label, 1), sampling=spacing)
+        parts, _ = ndimage.label(depth > BODY_DEPTH * depth.max())
+        largest = np.bincount(parts.ravel())[1:].argmax() + 1
+        index = np.array(ndimage.center_of_mass(np.where(parts == largest, depth, 0.0)))
+        found[label] = _apply(scan.ct_from_index, index - 1 + [s.start for s in box])
+    return found
+
+
+def read_centroids(path, scan):
+    """Centres from a VerSe centroid JSON, {label: (3,) CT mm}.
+
+    Its first entry is `direction`, the axis codes of the label map as it was stored, the others give voxel coordinates on
+    those axes; `scan` is that label map's scan, in whatever order its file is stored now.
+
+    Raises:
+      InputError: unreadable JSON, missing or mistyped fields, axis codes that are none, a label given twice.
+    """
+    entries = files.read_json(path)
+    if not isinstance(entries, list) or not entries or not isinstance(entries[0], dict):
+        files.fail(path, "content", repr(entries)[:60], "a list whose first entry is an object with 'direction'")
+    direction = entries[0].get("direction")
+    axes = {"L": 0, "R": 0, "P": 1, "A": 1, "I": 2, "S": 2}
+    if (
+        not isinstance(direction, list)
+        or not all(isinstance(code, str) and code in axes for code in direction)
+        or sorted(axes[code] for code in direction) != [0, 1, 2]
+    ):
+        files.fail(path, "direction", repr(direction)[:60], "three axis codes such as ['P', 'I', 'R']")
+    ct_from_stored = scan.ct_from_index @ _index_from_stored(direction, scan.labels.shape)
+    found = {}
+    for number, entry in enumerate(entries[1:], 1):
+        if not isinstance(entry, dict):
+            files.fail(path, f"[{number}]", repr(entry)[:60], "an object with label, X, Y, Z")
+        label = entry.get("label")
+        if (
+            not isinstance(label, (int, float))
+            or isinstance(label, bool)
+            or label != int(label)
+            or not 1 <= label <= 255
+        ):
+            files.fail(path, f"[{number}].label", repr(label)[:60], "a whole number from 1 to 255")
+        if int(label) in found:
+            files.fail(path, f"[{number}].label", f"{label} a second time", "each label once")
+        for axis in "XYZ":
+            value = entry.get(axis)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                files.fail(path, f"[{number}].{axis}", repr(value)[:60], "a number")
+        found[int(label)] = _apply(ct_from_stored, np.array([entry[axis] for axis in "XYZ"], np.float64))
+    return found
+
+
+def write_centroids(path, scan, points, direction=("R", "A", "S")):
+    """Writes {label: (3,) CT mm} as a VerSe centroid JSON for a label map that is stored along `direction`, atomically."""
+    stored_from_ct = np.linalg.inv(scan.ct_from_index @ _index_from_stored(direction, scan.labels.shape))
+    entries = [{"direction": list(direction)}]
+    for label, point in sorted(points.items()):
+        voxel = _apply(stored_from_ct, np.asarray(point))
+        entries.append({"label": int(label), **{axis: round(float(v), 3) for axis, v in zip("XYZ", voxel)}})
+    files.write_json(path, entries)
+
+
+def _index_from_stored(direction, shape):
+    """(4, 4) from voxel indices along the axis codes `direction` to those in RAS order, of an array of RAS shape `shape`."""
+    orientation = nibabel.orientations.axcodes2ornt(direction)
+    stored_shape = [shape[int(axis)] for axis in orientation[:, 0]]
+    return np.linalg.inv(nibabel.orientations.inv_ornt_aff(orientation, stored_shape))
