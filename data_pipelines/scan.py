@@ -112,14 +112,10 @@ def complete_box(scan, label, path):
       InputError: the label is not in the mask, or its mask touches the scan's border (the vertebra is cut).
     """
     box = find_label(scan, label, path)
-    for axis, part in enumerate(box):
-        if part.start == 0 or part.stop == scan.labels.shape[axis]:
-            files.fail(
-                path,
-                f"label {label} ({level_name(label)})",
-                f"a mask that touches the scan's border on axis {axis}",
-                "a complete vertebra",
-            )
+    axis = segmentation.border_axis(box, scan.labels.shape)
+    if axis is not None:
+        found = f"a mask that touches the scan's border on axis {axis}"
+        files.fail(path, f"label {label} ({level_name(label)})", found, "a complete vertebra")
     return box
 
 

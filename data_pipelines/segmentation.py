@@ -92,6 +92,17 @@ def boxes(labels):
     return {label: tuple(box[axis] for axis in back) for label, box in found if box is not None}
 
 
+def complete_labels(labels):
+    """The labels of a map (X, Y, Z) whose voxels stay clear of the scan's border: wholly seen, as far as the scan can tell."""
+    return tuple(label for label, box in boxes(labels).items() if border_axis(box, labels.shape) is None)
+
+
+def border_axis(box, shape):
+    """The first axis on which a bounding box touches the border of an array of that shape; None where the box is clear of it."""
+    touched = (axis for axis, (part, size) in enumerate(zip(box, shape)) if part.start == 0 or part.stop == size)
+    return next(touched, None)
+
+
 def _heights(numbers, affine):
     """Height (mm, to the head) of the middle of each label's bounding box."""
     return {label: affine[2, :3] @ [0.5 * (s.start + s.stop - 1) for s in box] for label, box in boxes(numbers).items()}

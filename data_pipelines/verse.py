@@ -149,15 +149,6 @@ def _published_split(folder, path):
     return named.pop() if named else None
 
 
-def complete_labels(labels):
-    """The labels of a map (X, Y, Z) whose voxels stay clear of the scan's border: wholly seen, as far as the scan can tell."""
-    return tuple(
-        label
-        for label, box in segmentation.boxes(labels).items()
-        if all(part.start > 0 and part.stop < size for part, size in zip(box, labels.shape))
-    )
-
-
 def read_centroids(path, scan):
     """A VerSe centroid file as {label: (3,) CT RAS mm}.
 
@@ -346,7 +337,7 @@ class Verse(tfds.core.GeneratorBasedBuilder):
         complete = {}
         for scan in found:
             labels, _ = segmentation.read_labels(scan.mask)
-            complete[scan] = tuple(label for label in complete_labels(labels) if label in wanted)
+            complete[scan] = tuple(label for label in segmentation.complete_labels(labels) if label in wanted)
         held = figures(complete)
         if not held["scans"]:
             files.fail(dl_manager.manual_dir, "vertebrae", "none complete", f"one of {wanted} in one scan at least")
@@ -362,7 +353,7 @@ class Verse(tfds.core.GeneratorBasedBuilder):
         for member in members:
             scan = scans.read_scan(member.ct, member.mask, member.patient)
             known = read_centroids(member.centroids, scan) if member.centroids else {}
-            labels = [label for label in complete_labels(scan.labels) if label in config.labels]
+            labels = [label for label in segmentation.complete_labels(scan.labels) if label in config.labels]
             nowhere = np.full(3, np.nan)
             if config.whole_scans:
                 yield (

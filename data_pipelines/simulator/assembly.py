@@ -11,6 +11,7 @@ import numpy as np
 from data_pipelines import carm
 from data_pipelines import files
 from data_pipelines import scan as scans
+from data_pipelines import segmentation
 from data_pipelines.simulator import beam
 from data_pipelines.simulator import detector
 from data_pipelines.simulator import hardware
@@ -111,7 +112,8 @@ class Body:
         Raises:
           InputError: a scan without a complete vertebra.
         """
-        labels = [label for label in VERTEBRAE if _complete(scan, label)]
+        whole = segmentation.complete_labels(scan.labels)
+        labels = [label for label in VERTEBRAE if label in whole]
         if not labels:
             files.fail(scan.patient, "labels", sorted(scan.boxes), "a complete vertebra among them")
         frames = np.stack([scans.ct_from_box(scan, label) for label in labels])
@@ -218,11 +220,6 @@ def _float32(*arrays):
 
 def _round_up(n, step):
     return -(-int(n) // step) * step
-
-
-def _complete(scan, label):
-    box = scan.boxes.get(label)
-    return box is not None and all(s.start > 0 and s.stop < n for s, n in zip(box, scan.labels.shape))
 
 
 def _coarse(array, ct_from_index, spacing_mm):
