@@ -232,7 +232,9 @@ def dicom_mutants():
             "zeros": bytes(900),
             "jpeg_garbage": b"\xff\xd8\xff\xc3" + np.random.default_rng(2).bytes(900),
             "jpeg_huge": b"\xff\xd8\xff\xc3\x00\x0b\x10\xff\xff\xff\xff\x01\x01\x11\x00\xff\xda" + bytes(600),
-            "jpeg_header_only": b"\xff\xd8\xff\xc3\x00\x0b\x0c" + struct.pack(">HH", *SHAPE) + b"\x01\x01\x11\x00\xff\xd9",
+            "jpeg_header_only": b"\xff\xd8\xff\xc3\x00\x0b\x0c"
+            + struct.pack(">HH", *SHAPE)
+            + b"\x01\x01\x11\x00\xff\xd9",
             "j2k_huge": b"\xff\x4f\xff\x51\x00\x29\x00\x00"
             + struct.pack(">8I", 2**31, 2**31, 0, 0, 2**31, 2**31, 0, 0),
             "j2k_header_only": b"\xff\x4f\xff\x51\x00\x29\x00\x00"
