@@ -11,6 +11,7 @@ from data_pipelines import files
 CASES_FORMAT = "biplanar-vertebra-cases/1"
 RESULTS_FORMAT = "biplanar-vertebra-results/1"
 VARIANTS = ("easy", "full", "artic", "real")
+MAX_SIDE_PX = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,10 @@ def check_matrix(path, where, value, shape):
       InputError: anything else.
     """
     try:
-        array = np.asarray(value, np.float64)
+        array = np.asarray(value)
+        if array.dtype.kind not in "iuf":
+            raise TypeError
+        array = array.astype(np.float64)
     except (TypeError, ValueError):
         files.fail(path, where, repr(value)[:60], f"a {shape} matrix of numbers")
     if array.shape != shape or not np.isfinite(array).all():
@@ -169,8 +173,8 @@ def read_view(path, where, value, shape=None):
     else:
         intrinsics, E = decompose(path, f"{where}.P", check_matrix(path, f"{where}.P", value["P"], (3, 4)))
     size = (value.get("height", shape and shape[0]), value.get("width", shape and shape[1]))
-    if not all(isinstance(n, int) and n > 0 for n in size):
-        files.fail(path, f"{where}.height, width", size, "positive whole numbers")
+    if not all(type(n) is int and 0 < n <= MAX_SIDE_PX for n in size):
+        files.fail(path, f"{where}.height, width", size, f"whole numbers from 1 to {MAX_SIDE_PX}")
     if shape is not None and tuple(size) != tuple(shape):
         files.fail(path, f"{where}.height, width", size, f"the X-ray's {tuple(shape)}")
     return View(intrinsics, E, *size)
@@ -194,7 +198,7 @@ def read(path):
         full_ct = path.parent / _get(path, where, value, "full_ct", str)
         volumes[name] = Volume(
             name,
-            str(value.get("patient") or full_ct.name),
+            _get(path, where, value, "patient", str) if "patient" in value else full_ct.name,
             full_ct,
             path.parent / _get(path, where, value, "full_mask", str),
             _get(path, where, value, "full_label", int),

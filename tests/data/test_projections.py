@@ -49,3 +49,17 @@ def test_a_camera_looks_at_the_isocentre():
     behind[2, 3] = -690.0
     with pytest.raises(files.InputError, match=r"view.E: found the isocentre at depth -690"):
         cases.read_view("file", "view", {"K": K.tolist(), "E": behind.tolist(), "height": 8, "width": 9})
+
+
+@pytest.mark.parametrize(
+    "value", [[["1", "0", "0"]] * 3, [[True, False, False]] * 3, [[1, 0], [0]], None, "P", [[1e400] * 3] * 3]
+)
+def test_a_matrix_is_made_of_finite_numbers(value):
+    with pytest.raises(files.InputError, match="^file: K: found "):
+        cases.check_matrix("file", "K", value, (3, 3))
+
+
+@pytest.mark.parametrize("height", [True, 10**12, 0, 8.0, "8"])
+def test_an_image_has_a_size(height):
+    with pytest.raises(files.InputError, match="view.height, width: found"):
+        cases.read_view("file", "view", {"P": P.tolist(), "height": height, "width": 9})
