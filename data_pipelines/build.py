@@ -1,15 +1,20 @@
-"""Data on disk: phantom patients, shards of training pairs, and case files with simulated X-rays. Resumable, deterministic."""
+"""Data on disk: phantom patients, stores of training pairs, and case files with simulated X-rays. Resumable, deterministic."""
 
 import concurrent.futures
 import contextlib
+import functools
 import multiprocessing
+import os
 import pathlib
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from data_pipelines import carm
 from data_pipelines import cases
 from data_pipelines import files
+from data_pipelines import pair_store
 from data_pipelines import pairs
 from data_pipelines import phantom
 from data_pipelines import scan as scans
@@ -17,6 +22,8 @@ from data_pipelines import xray
 
 ORIENTATIONS = ("RAS", "LPS", "PIR", "LAS")
 """Storage orders that phantoms are written in, in turn: everything downstream must cope with any."""
+A_SHARD = 128
+"""Most pairs in a shard, and four times the vertebrae in one: a loader holds the files of all shards open."""
 
 
 def scan_paths(folder, subject):
@@ -54,28 +61,96 @@ def phantoms(folder, seeds, config, on_done=lambda: None):
     return [(subject, *scan_paths(folder, subject)) for subject in subjects]
 
 
-def simulated_pairs(folder, subjects, labels, count, seed, config, gaussian_count, on_done=lambda: None):
-    """Shards of simulated pairs of every (subject, label), made where they are not there yet; returns the shards.
+def simulated_pairs(folder, vertebrae, count, seed, config, gaussian_count, on_done=lambda records: None):
+    """`count` simulated pairs of every vertebra, made where they are not there yet.
 
     Args:
-      subjects: [(subject, ct path, mask path)].
+      folder: where such sets lie, each in a folder named by its content, so that none is ever taken for another.
+      vertebrae: [(patient, ct path, mask path, label)]; seed: of everything random; config: `pairs.PairConfig`.
+      on_done: called with the number of records that are there now, of 1 + count a vertebra.
+    Returns:
+      a `pairs.PairSet`.
+    Raises:
+      InputError: an unreadable scan, an absent or cut vertebra, or a damaged store.
     """
-    folder = pathlib.Path(folder) / pairs.config_hash(config, count, seed, gaussian_count)
-    shards = []
-    for number, (subject, ct, mask) in enumerate(subjects):
-        scan = whole = None
-        for label in labels:
-            path = folder / f"{subject}_{label}.npz"
-            if not path.exists():
-                if scan is None:
-                    scan = scans.read_scan(ct, mask, subject)
-                    whole = scans.WholeBody(scan, config.rest_spacing_mm)
-                # The subject's number keeps two patients from sharing random draws.
-                made = pairs.simulate(scan, whole, label, count, [seed, number], config, gaussian_count, mask)
-                pairs.save(path, made)
-            shards.append(pairs.load(path))
-            on_done()
-    return shards
+    names, places = _named(vertebrae)
+    which = pairs.Simulated(pairs.Vertebrae(names, gaussian_count), int(count), config)
+    # Whole vertebrae in a shard where they fit, so that a process prepares each once.
+    shard_size = A_SHARD // which.count * which.count or A_SHARD
+    return _pair_set(folder, which, seed, pairs.simulated, shard_size, pairs.Archive(places), on_done)
+
+
+def measured_pairs(folder, case_file, names, variant, config, gaussian_count, pixel_mm, on_done=lambda records: None):
+    """One pair of each scene of known pose in `names`, made where they are not there yet.
+
+    Args:
+      folder, on_done: as in `simulated_pairs`, of one record a vertebra and one a scene.
+      case_file: `cases.CaseFile`; names: of scenes; variant: which array of their X-ray files.
+      config: `pairs.PairConfig`; pixel_mm: what X-rays are binned to, at the isocentre.
+    Returns:
+      a `pairs.PairSet`.
+    Raises:
+      InputError: unreadable files, a scene without a true pose, an absent or cut vertebra, or a damaged store.
+    """
+    chosen = [case_file.scenes[name] for name in names]
+    volumes = [v for v in case_file.volumes.values() if any(scene.volume == v.name for scene in chosen)]
+    vertebrae, places = _named([(v.patient, v.full_ct, v.full_mask, v.full_label) for v in volumes])
+    archive = pairs.Archive(places, {scene.name: (scene, cases.truth(case_file, scene)) for scene in chosen})
+    # One volume after the other, so that each is prepared once.
+    scenes = tuple(
+        (scene.name, owner, files.sha256(scene.xrays))
+        for owner, volume in enumerate(volumes)
+        for scene in chosen
+        if scene.volume == volume.name
+    )
+    which = pairs.Measured(
+        pairs.Vertebrae(vertebrae, gaussian_count), files.sha256(case_file.path), scenes, variant, pixel_mm, config
+    )
+    return _pair_set(folder, which, 0, pairs.measured, A_SHARD, archive, on_done)
+
+
+def _named(vertebrae):
+    """((digest, label), ...) and {digest: (patient, ct path, mask path)} of [(patient, ct path, mask path, label)]."""
+    digests = {}
+    for _, ct, mask, _ in vertebrae:
+        if (ct, mask) not in digests:
+            digests[ct, mask] = pairs.scan_digest(ct, mask)
+    names = tuple((digests[ct, mask], int(label)) for _, ct, mask, label in vertebrae)
+    return names, {digests[ct, mask]: (patient, ct, mask) for patient, ct, mask, _ in vertebrae}
+
+
+def _pair_set(folder, which, seed, make_pair, shard_size, archive, on_done):
+    """The `pairs.PairSet` of `which`, a `pairs.Simulated` or `pairs.Measured`, in a folder below `folder`."""
+    folder = pathlib.Path(folder) / pairs.config_hash(which, seed)
+    shared = dict(context=archive, on_done=on_done)
+    # The vertebrae first: one that is absent or cut is found before hours of simulation.
+    count = len(which.vertebrae.names)
+    vertebrae = _store(folder / "vertebrae", pairs.vertebra, count, which.vertebrae, shard_size=A_SHARD // 4, **shared)
+    source = _store(folder / "pairs", make_pair, len(which), which, seed, shard_size=shard_size, **shared)
+    return pairs.PairSet(source, vertebrae)
+
+
+def _store(folder, make_example, count, config, seed=0, *, on_done, **rest):
+    """`pair_store.write` by all of jax's processes together, on one file system."""
+    write = functools.partial(
+        pair_store.write, folder, make_example, count, config, seed, processes=_workers(count), **rest
+    )
+    if jax.process_count() > 1:
+        write(process_index=jax.process_index(), process_count=jax.process_count(), on_done=on_done)
+        multihost_utils.sync_global_devices(str(folder))
+        return write()
+    return write(on_done=on_done)
+
+
+def _workers(count):
+    """How many processes make `count` examples.
+
+    One keeps 1.5 cores busy, since rendering is parallel in itself, and starting one takes as long as 60 pairs: one for
+    two cores and 256 pairs. An accelerator that renders is not shared.
+    """
+    if jax.default_backend() != "cpu":
+        return 1
+    return max(1, min(len(os.sched_getaffinity(0)) // 2, count // 256))
 
 
 def simulated_cases(

@@ -120,6 +120,7 @@ def write(
     process_index=0,
     process_count=1,
     on_done=lambda records: None,
+    context=None,
 ):
     """Makes the shards that are not there yet, and the manifest once all are.
 
@@ -131,6 +132,8 @@ def write(
       processes: how many work here, all cores if None; shard_size: examples a file.
       process_index, process_count: for several hosts with one file system: this one makes every process_count-th shard.
       on_done: called with the number of examples of every shard of this host's share that is there.
+      context: what else make_example takes, as its fourth argument, where the store's content does not depend on it: where
+        the files lie that `config` names by their digests, say. It is sent to every worker with every shard.
     Returns:
       the opened `Source`; None while shards of other hosts are missing.
     Raises:
@@ -161,7 +164,8 @@ def write(
             files.fail(stray, "manifest", "none beside it", "an empty folder")
         files.write_json(manifest, {**plan, "arrays": None, "shards": None})
     jobs = _jobs(folder, count, shard_size)
-    make = functools.partial(_make_shard, make_example=make_example, config=config, seed=seed)
+    more = () if context is None else (context,)
+    make = functools.partial(_make_shard, make_example=make_example, config=config, seed=seed, more=more)
     for (_, first, last), _ in _run(make, jobs[process_index::process_count], processes):
         on_done(last - first)
     if all(path.exists() for path, _, _ in jobs):
@@ -394,7 +398,7 @@ def _run(task, jobs, processes):
             raise
 
 
-def _make_shard(job, make_example, config, seed):
+def _make_shard(job, make_example, config, seed, more):
     path, first, last = job
     if path.exists() and _reader(path).num_records() == last - first:
         return
@@ -403,7 +407,7 @@ def _make_shard(job, make_example, config, seed):
         writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER)
         try:
             for index in range(first, last):
-                example = make_example(config, seed, index)
+                example = make_example(config, seed, index, *more)
                 codec = codec or Codec.of(example)
                 if Codec.of(example).arrays != codec.arrays:
                     raise ValueError(f"example {index}: arrays {Codec.of(example).arrays}, before it {codec.arrays}")

@@ -17,13 +17,17 @@ from radgs_jax.models.config import ModelConfig
 MODEL_FORMAT = "radgs-model/1"
 
 
-def save_state(folder, step, state):
-    """Saves a training state as `folder`/step_N; Orbax makes it appear whole or not at all. Older steps are removed."""
+def save_state(folder, step, state, place):
+    """Saves a training state and its place in the data as `folder`/step_N, whole or not at all. Older steps are removed.
+
+    place: plain JSON values, of `pairs.Batches.get_state`. Every one of jax's processes calls this.
+    """
     folder = pathlib.Path(folder).resolve()
-    ocp.save_pytree(folder / f"step_{step}", state, overwrite=True)
-    for old in _steps(folder):
-        if old < step:
-            shutil.rmtree(folder / f"step_{old}")
+    ocp.save_pytree(folder / f"step_{step}", state, overwrite=True, custom_metadata={"place": place})
+    if jax.process_index() == 0:
+        for old in _steps(folder):
+            if old < step:
+                shutil.rmtree(folder / f"step_{old}")
 
 
 def _steps(folder):
@@ -37,12 +41,14 @@ def latest(folder):
 
 
 def load_state(folder, like):
-    """The latest (step, state) in `folder`, restored into the shapes and shardings of `like`, or None."""
+    """The latest (step, state, place) in `folder`, the state in the shapes and shardings of `like`, or None."""
     folder = pathlib.Path(folder).resolve()
     step = latest(folder)
     if step is None:
         return None
-    return step, ocp.load_pytree(folder / f"step_{step}", jax.tree.map(_abstract, like))
+    path = folder / f"step_{step}"
+    place = (ocp.metadata(path).custom_metadata or {}).get("place")
+    return step, ocp.load_pytree(path, jax.tree.map(_abstract, like)), place
 
 
 def _abstract(x):

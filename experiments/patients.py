@@ -5,6 +5,7 @@ model and, per vertebra, what registering needs of the CT.
 """
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -48,15 +49,12 @@ class Identity:
     """Content digests of targets, each file read once."""
 
     def __init__(self):
-        self._digests = {}
+        self._sha256 = functools.cache(files.sha256)
 
     def scan(self, target):
         """Digest of a target's CT and mask."""
         paths = (pathlib.Path(target.ct).resolve(), pathlib.Path(target.mask).resolve())
-        for path in paths:
-            if path not in self._digests:
-                self._digests[path] = files.sha256(path)
-        return pairs.config_hash("scan", [self._digests[p] for p in paths])
+        return pairs.scan_digest(*paths, self._sha256)
 
 
 def prepare(config, workdir, targets, base, minutes=None, modules=training.MODULES):
@@ -120,11 +118,10 @@ def _prepare_scan(config, folder, targets, vertebrae, model, minutes, modules):
     for vertebra in vertebrae:
         save_vertebra(folder / f"vertebra_{vertebra.label}.npz", vertebra, first.patient)
     labels = [target.label for target in targets]
-    with progress.bar(len(labels), "p3 pairs") as bar:
-        shards = build.simulated_pairs(
+    with progress.bar(len(labels) * (1 + config.p3.pairs), "p3 pairs") as bar:
+        pair_set = build.simulated_pairs(
             folder / "pairs",
-            [("scan", first.ct, first.mask)],
-            labels,
+            [(first.patient, first.ct, first.mask, label) for label in labels],
             config.p3.pairs,
             config.seed + 7,
             config.pairs,
@@ -136,7 +133,7 @@ def _prepare_scan(config, folder, targets, vertebrae, model, minutes, modules):
         stage,
         folder,
         "p3",
-        pairs.gather(shards),
+        pair_set,
         model.params,
         config.p3.steps,
         config.p3.learning_rate,

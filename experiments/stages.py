@@ -1,5 +1,6 @@
 """One data stage of training: RecM, RegM, joint, each with checkpoints, restart, progress and logs."""
 
+import contextlib
 import pathlib
 import time
 import zlib
@@ -57,34 +58,43 @@ def _module(config, workdir, name, module, mesh, batch, pair_set, params, steps,
     key = jax.random.key(seed)
     # Placed before the first step: a state that moves onto the mesh by itself would compile the update twice.
     state = sharding.replicate(training.init_state(jax.tree.map(jnp.copy, params), module), mesh)
-    if budget_s is not None:
-        steps = _steps_for(folder, budget_s, lambda: _time_step(update, state, key, pair_set.batch(seed, 0, batch)))
-    found = checkpoint.load_state(folder, state)
-    first = 0
-    if found is not None:
-        first, state = found
-    if first >= steps:
-        return state["params"]
-    log = progress.Log(workdir, stage)
-    saved = time.monotonic()
-    with progress.bar(steps, stage, first) as bar:
-        for step in range(first, steps):
-            rate = np.float32(training.cosine(step, steps, learning_rate, min(50, max(1, steps // 5))))
-            state, metrics = update(state, jax.random.fold_in(key, step), rate, pair_set.batch(seed, step, batch))
-            if step % 10 == 9 or step == steps - 1:
-                values = {k: float(v) for k, v in metrics.items()}
-                log.scalars(step + 1, {**values, "learning_rate": rate})
-                bar.set_postfix(
-                    {k: f"{v:.3g}" for k, v in values.items() if k in ("loss", "points_mm", "pose_mm")}, refresh=False
-                )
-            bar.update()
-            if step == steps - 1 or time.monotonic() - saved > config.checkpoint_seconds:
-                checkpoint.save_state(folder, step + 1, state)
-                saved = time.monotonic()
+    with contextlib.closing(pair_set.batches(seed, batch)) as batches:
+        start = batches.get_state()
+        if budget_s is not None:
+            probe = lambda: _time_step(update, state, key, _split(next(batches), mesh))
+            steps = _steps_for(folder, budget_s, probe)
+        first, state, place = checkpoint.load_state(folder, state) or (0, state, start)
+        if first >= steps:
+            return state["params"]
+        batches.set_state(place)
+        log = progress.Log(workdir, stage)
+        saved = time.monotonic()
+        with progress.bar(steps, stage, first) as bar:
+            for step in range(first, steps):
+                rate = np.float32(training.cosine(step, steps, learning_rate, min(50, max(1, steps // 5))))
+                pair_batch = next(batches)
+                state, metrics = update(state, jax.random.fold_in(key, step), rate, _split(pair_batch, mesh))
+                if step % 10 == 9 or step == steps - 1:
+                    values = {k: float(v) for k, v in metrics.items()}
+                    log.scalars(step + 1, {**values, "learning_rate": rate})
+                    bar.set_postfix(
+                        {k: f"{v:.3g}" for k, v in values.items() if k in ("loss", "points_mm", "pose_mm")},
+                        refresh=False,
+                    )
+                bar.update()
+                if step == steps - 1 or time.monotonic() - saved > config.checkpoint_seconds:
+                    checkpoint.save_state(folder, step + 1, state, batches.get_state())
+                    saved = time.monotonic()
     if module != "reg":
-        _log_pictures(log, steps, config, state["params"], pair_set.batch(seed, 0, batch))
+        _log_pictures(log, steps, config, state["params"], pair_batch)
     log.close()
     return state["params"]
+
+
+def _split(batch, mesh):
+    """A batch on the mesh: every process puts its own part on its own devices."""
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(split, a), batch)
 
 
 def finished(workdir, name, module, steps):

@@ -59,11 +59,11 @@ def p1(config, workdir, modules):
     if (workdir / "p1" / "model").exists():
         return
     subjects = _phantom_scans(config, workdir, P1_SEED, config.p1_patients, "p1 phantoms")
-    with progress.bar(len(subjects) * len(config.labels), "p1 pairs") as bar:
-        shards = build.simulated_pairs(
+    vertebrae = [(*subject, label) for subject in subjects for label in config.labels]
+    with progress.bar(len(vertebrae) * (1 + config.p1.pairs), "p1 pairs") as bar:
+        pair_set = build.simulated_pairs(
             workdir / "pairs" / "p1",
-            subjects,
-            config.labels,
+            vertebrae,
             config.p1.pairs,
             config.seed + 1,
             config.pairs,
@@ -72,11 +72,9 @@ def p1(config, workdir, modules):
         )
     params = jax.jit(lambda key: radgs_reg.init(config.model, key))(jax.random.key(config.seed))
     print("parameters: " + ", ".join(f"{k} {backbones.count_parameters(v):,}" for k, v in params.items()))
-    params = stages.run(
-        config, workdir, "p1", pairs.gather(shards), params, config.p1.steps, config.p1.learning_rate, modules
-    )
+    params = stages.run(config, workdir, "p1", pair_set, params, config.p1.steps, config.p1.learning_rate, modules)
     if modules[-1] == "joint":
-        model = checkpoint.Model(jax.device_get(params), config.model, pairs.mean_shapes(shards))
+        model = checkpoint.Model(jax.device_get(params), config.model, pair_set.mean_shapes())
         checkpoint.save_model(workdir / "p1" / "model", model, "P1")
 
 
@@ -106,22 +104,20 @@ def p2(config, workdir, modules, case_path=None, variant="real"):
     names = [s.name for s in case_file.scenes.values() if fold[case_file.volumes[s.volume].patient] != config.p2_fold]
     if not names:
         files.fail(case_path, "patients", sorted(fold), "at least one outside the held-out fold")
-    path = (
-        workdir
-        / "pairs"
-        / "p2"
-        / pairs.config_hash(files.sha256(case_path), names, variant, config.pairs, model.config)
-    )
-    if not (path / "done.json").exists():
-        shards = pairs.from_cases(
-            case_file, names, variant, config.pairs, model.config.gaussians, model.config.pixel_mm
+    volumes = {case_file.scenes[name].volume for name in names}
+    with progress.bar(len(volumes) + len(names), "p2 pairs") as bar:
+        pair_set = build.measured_pairs(
+            workdir / "pairs" / "p2",
+            case_file,
+            names,
+            variant,
+            config.pairs,
+            model.config.gaussians,
+            model.config.pixel_mm,
+            bar.update,
         )
-        for name, shard in shards.items():
-            pairs.save(path / f"{name}.npz", shard)
-        files.write_json(path / "done.json", sorted(shards))
-    shards = [pairs.load(path / f"{name}.npz") for name in files.read_json(path / "done.json")]
     params = stages.run(
-        config, workdir, "p2", pairs.gather(shards), model.params, config.p2.steps, config.p2.learning_rate, modules
+        config, workdir, "p2", pair_set, model.params, config.p2.steps, config.p2.learning_rate, modules
     )
     if modules[-1] == "joint":
         trained = dataclasses.replace(model, params=jax.device_get(params))

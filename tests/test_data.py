@@ -1,9 +1,11 @@
 """Files, scans, vertebrae, cases and pairs: round trips, the C-arm's conventions, and one clear line on bad input."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 
+import jax
 import nibabel
 import numpy as np
 import pytest
@@ -32,11 +34,6 @@ def stored(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scan(stored):
     return scans.read_scan(stored[1], stored[2], stored[0])
-
-
-@pytest.fixture(scope="module")
-def whole(scan):
-    return scans.WholeBody(scan, tiny.config().pairs.rest_spacing_mm)
 
 
 @pytest.fixture(scope="module")
@@ -238,50 +235,152 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pairs_are_a_function_of_seed_and_index_and_carry_the_truth(scan, whole, tmp_path):
-    config = tiny.config().pairs
-    short = pairs.simulate(scan, whole, 21, 2, [4, 0], config, 400)
-    longer = pairs.simulate(scan, whole, 21, 4, [4, 0], config, 400)
-    for name in pairs.ARRAYS:
-        np.testing.assert_array_equal(short[name], longer[name][:2])
-    assert (
-        np.abs(short["rest"].astype(float) - pairs.simulate(scan, whole, 21, 2, [4, 1], config, 64)["rest"]).max() > 0.1
-    )
-    pairs.save(tmp_path / "s.npz", short)
-    loaded = pairs.load(tmp_path / "s.npz")
-    for name in (*pairs.ARRAYS, "shape", "cloud_mean"):
-        np.testing.assert_array_equal(loaded[name], short[name])
-    cloud = gaussians.from_arrays(
-        {k: short[f"cloud_{k}"] for k in ("format", "density", "mean", "scale", "quaternion")}
-    )
-    camera_from_box = short["camera_from_world"][0] @ short["world_from_box"][0]
-    image = gaussians.project(
-        gaussians.views(cloud, 2), camera_from_box, short["intrinsics"][0], config.window, config.window
-    )
-    target = short["vertebra"][0].astype(np.float32)
-    assert np.corrcoef(np.ravel(image), target.ravel())[0, 1] > 0.97
+def _simulated(stored, folder, labels=(21, 22), count=3, seed=4, on_done=lambda records: None, **changes):
+    config = dataclasses.replace(tiny.config().pairs, **changes)
+    vertebrae = [(*stored, label) for label in labels]
+    return build.simulated_pairs(folder, vertebrae, count, seed, config, 400, on_done)
 
 
-def test_batches_cover_an_epoch_and_repeat_by_step(scan, whole):
-    shard = pairs.simulate(scan, whole, 21, 4, [4, 0], tiny.config().pairs, 64)
-    pair_set = pairs.gather([shard, {**shard, "label": np.int32(22)}])
-    assert len(pair_set) == 8
-    one, again = pair_set.batch(3, 1, 4), pair_set.batch(3, 1, 4)
-    np.testing.assert_array_equal(one.rest, again.rest)
-    seen = np.concatenate([np.asarray(pair_set.batch(3, step, 4).world_from_box)[:, 0, 3] for step in (0, 1)])
-    assert len(np.unique(seen)) == 4  # both copies of four pairs, each once
+@pytest.fixture(scope="module")
+def pair_set(stored, tmp_path_factory):
+    """Three pairs of each of two vertebrae."""
+    return _simulated(stored, tmp_path_factory.mktemp("pairs"))
 
 
-def test_pairs_from_real_cases_are_centred_on_the_vertebra(case_path):
+def _digests(pair_set):
+    return [shard["sha256"] for source in (pair_set.source, pair_set.vertebrae) for shard in source.manifest["shards"]]
+
+
+def test_a_pair_is_a_function_of_seed_and_index(stored, pair_set):
+    """Whatever was made before it: the last first, then all of them, against the store that was written in order."""
+    subject, ct, mask = stored
+    digest = pairs.scan_digest(ct, mask)
+    which = pairs.Simulated(pairs.Vertebrae(((digest, 21), (digest, 22)), 400), 3, tiny.config().pairs)
+    archive = pairs.Archive({digest: (subject, ct, mask)})
+    for index in (5, 0, 4, 1):
+        pair = pairs.simulated(which, 4, index, archive)
+        assert set(pair) == {*pairs.ARRAYS, "owner"} and pair["owner"] == index // 3
+        for name, value in pair.items():
+            np.testing.assert_array_equal(value, pair_set.source[index][name])
+    other = pairs.simulated(which, 5, 0, archive)
+    assert np.abs(other["rest"].astype(float) - pair_set.source[0]["rest"]).max() > 0.1
+    # The two poses of a rendering share the rest of the body, the third does not, and no two vertebrae share draws.
+    same = lambda i, j, name: np.array_equal(pair_set.source[i][name], pair_set.source[j][name])
+    assert same(0, 1, "rest") and not same(0, 1, "excess") and not same(1, 2, "rest") and not same(0, 3, "intrinsics")
+
+
+def test_pairs_carry_the_truth(pair_set):
+    for index in (0, 5):
+        pair, vertebra = pair_set.source[index], pair_set.vertebrae[index // 3]
+        assert vertebra["label"] == (21, 22)[index // 3]
+        cloud = gaussians.Gaussians(*(vertebra[name] for name in pairs.CLOUD))
+        camera_from_box = pair["camera_from_world"] @ pair["world_from_box"]
+        size = pair["rest"].shape[1:]
+        image = gaussians.project(gaussians.views(cloud, 2), camera_from_box, pair["intrinsics"], *size)
+        assert np.corrcoef(np.ravel(image), pair["vertebra"].astype(float).ravel())[0, 1] > 0.97
+    shapes = pair_set.mean_shapes()
+    assert set(shapes) == {0, 21, 22}
+    np.testing.assert_array_equal(shapes[22], pair_set.vertebrae[1]["shape"])
+    both = 0.5 * (shapes[21].astype(float) + shapes[22].astype(float))
+    np.testing.assert_allclose(shapes[0].astype(float), both, atol=1e-4)
+
+
+def test_interrupted_pairs_go_on_to_the_same_bytes(stored, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "A_SHARD", 4)  # one vertebra of three pairs
+    whole = _simulated(stored, tmp_path / "whole")
+
+    class Stopped(Exception):
+        pass
+
+    done = []
+
+    def stop(records):
+        done.append(records)
+        if len(done) == 3:  # two vertebrae and the first of two shards
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        _simulated(stored, tmp_path / "again", on_done=stop)
+    assert len(list((tmp_path / "again").glob("*/pairs/examples-*"))) == 1
+    done.clear()
+    again = _simulated(stored, tmp_path / "again", on_done=done.append)
+    assert _digests(again) == _digests(whole) and sum(done) == 2 + 6
+    assert len(list((tmp_path / "again").iterdir())) == 1
+
+
+def test_worker_processes_make_the_same_pairs(stored, pair_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_workers", lambda count: 2 if count > 2 else 1)
+    monkeypatch.setattr(build, "A_SHARD", 4)
+    made = _simulated(stored, tmp_path)
+    assert len(made.source.manifest["shards"]) == 2 and len(made) == 6
+    for index in range(6):
+        for name, value in pair_set.source[index].items():
+            np.testing.assert_array_equal(made.source[index][name], value)
+
+
+def test_another_set_of_pairs_gets_another_folder_and_a_moved_scan_none(stored, pair_set, tmp_path):
+    folder = pair_set.source.folder.parent.parent
+    before = set(folder.iterdir())
+    moved = [tmp_path / pathlib.Path(path).name for path in stored[1:]]
+    for old, new in zip(stored[1:], moved):
+        new.write_bytes(pathlib.Path(old).read_bytes())
+    same = _simulated(("someone", *moved), folder)
+    assert same.source.folder == pair_set.source.folder and set(folder.iterdir()) == before
+    for changes in (dict(seed=5), dict(count=2), dict(labels=(22, 21)), dict(window=40)):
+        assert _simulated(stored, folder, **changes).source.folder not in {p / "pairs" for p in before}, changes
+    assert len(set(folder.iterdir())) == len(before) + 4
+
+
+def test_a_cut_record_file_is_one_clear_line(stored, tmp_path):
+    made = _simulated(stored, tmp_path, labels=(21,), count=2)
+    shard = next(made.source.folder.glob("examples-*"))
+    shard.write_bytes(shard.read_bytes()[:-5000])
+    with pytest.raises(files.InputError, match=f"{shard.name}: size: found .* bytes, wanted") as caught:
+        _simulated(stored, tmp_path, labels=(21,), count=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cut_vertebra_is_found_before_any_pair_is_made(stored, tmp_path):
+    with pytest.raises(files.InputError, match="wanted 9 among them"):
+        _simulated(stored, tmp_path, labels=(21, 9))
+    assert not list(tmp_path.glob("*/pairs"))
+
+
+def test_batches_join_pairs_with_their_vertebrae_and_go_on_from_a_place(pair_set):
+    def take(batches, count):
+        return [next(batches) for _ in range(count)]
+
+    with contextlib.closing(pair_set.batches(3, 4)) as batches:
+        first = take(batches, 3)
+        place = json.loads(json.dumps(batches.get_state()))
+        wanted = take(batches, 2)
+    stored = [pair_set.source[index] for index in range(len(pair_set))]
+    drawn = []
+    for batch in first:
+        for row in range(4):
+            index = next(i for i, pair in enumerate(stored) if np.array_equal(pair["excess"], batch.excess[row]))
+            assert batch.excess.dtype == np.float32 and batch.rest.shape == (4, 2, 56, 56)
+            np.testing.assert_array_equal(batch.world_from_box[row], stored[index]["world_from_box"])
+            np.testing.assert_array_equal(batch.cloud.mean[row], pair_set.vertebrae[index // 3]["mean"])
+            drawn.append(index)
+    assert sorted(drawn[:6]) == sorted(drawn[6:]) == list(range(6))  # two epochs in three batches
+    with contextlib.closing(pair_set.batches(3, 4)) as batches:
+        batches.set_state(place)
+        jax.tree.map(np.testing.assert_array_equal, take(batches, 2), wanted)
+
+
+def test_pairs_from_real_cases_are_centred_on_the_vertebra(case_path, tmp_path):
     case_file = cases.read(case_path)
     config = dataclasses.replace(tiny.config().pairs, window=40)
-    shard = next(iter(pairs.from_cases(case_file, list(case_file.scenes), "easy", config, 64, 3.0).values()))
-    assert shard["rest"].shape == (1, 2, 40, 40) and (shard["excess"] == 0).all()
-    for k, E in zip(shard["intrinsics"][0], shard["camera_from_world"][0]):
-        p = (E @ shard["world_from_box"][0])[:3, 3]
+    made = build.measured_pairs(tmp_path, case_file, list(case_file.scenes), "easy", config, 64, 3.0)
+    assert len(made) == 1 and len(made.vertebrae) == 1
+    pair = made.source[0]
+    assert pair["rest"].shape == (2, 40, 40) and (pair["excess"] == 0).all()
+    for k, E in zip(pair["intrinsics"], pair["camera_from_world"]):
+        p = (E @ pair["world_from_box"])[:3, 3]
         assert np.abs(k[:2] * p[:2] / p[2] + k[2:] - 20).max() <= 0.51
     # The `easy` X-ray shows the vertebra alone, so the measured image and the target must be one, to half a pixel and less.
-    assert np.corrcoef(shard["rest"].ravel().astype(float), shard["vertebra"].ravel().astype(float))[0, 1] > 0.995
+    assert np.corrcoef(pair["rest"].ravel().astype(float), pair["vertebra"].ravel().astype(float))[0, 1] > 0.995
 
 
 def test_degraded_xrays_keep_their_content(scan):

@@ -1,9 +1,11 @@
 """Training, preparing and registering as a user runs them: the stages, restart after SIGKILL, independence, bad input."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
+from data_pipelines import build
 from data_pipelines import cases
 from data_pipelines import files
 from data_pipelines import pairs
@@ -22,8 +25,10 @@ from experiments import configs
 from experiments import evaluate
 from experiments import patients
 from experiments import registering
+from experiments import stages
 from experiments import train
 from radgs_jax import gaussians
+from radgs_jax import training
 from radgs_jax.models import radgs_reg
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -92,7 +97,7 @@ def test_running_again_only_reads(trained):
 
 
 KILL_WHEN = (
-    "pairs/p1/*/*.npz",
+    "pairs/p1/*/pairs/*.array_record",
     "checkpoints/p1_joint/step_1",
     "checkpoints/p2_reg/step_2",
     "p3/*/checkpoints/p3_rec/step_2",
@@ -337,6 +342,64 @@ def test_a_minutes_budget_fixes_its_schedule_once(trained, tmp_path):
     patients.prepare(config, tmp_path / "w", [target], trained[0] / "p2" / "model", minutes=0.1)
     plans = sorted((tmp_path / "w").rglob("plan.json"))
     assert len(plans) == 3 and all(files.read_json(p)["steps"] >= 1 for p in plans)
+
+
+def test_a_stage_does_not_go_on_with_other_pairs(trained, tmp_path):
+    """A checkpoint's place in the data is one in its own pairs only."""
+    config = tiny.config()
+    vertebrae = [(*build.phantoms(trained[0] / "scans", [10000], config.phantom)[0], 21)]
+    params = checkpoint.load_model(trained[0] / "p1" / "model").params
+    made = [build.simulated_pairs(tmp_path / "pairs", vertebrae, 2, seed, config.pairs, 64) for seed in (1, 2)]
+    stages.run(config, tmp_path, "p1", made[0], params, (2, 0, 0), 1e-3, ("rec",))
+    with pytest.raises(files.InputError, match="loader state: store: found"):
+        stages.run(config, tmp_path, "p1", made[1], params, (4, 0, 0), 1e-3, ("rec",))
+    longer = stages.run(config, tmp_path, "p1", made[0], params, (4, 0, 0), 1e-3, ("rec",))
+    assert checkpoint.latest(tmp_path / "checkpoints" / "p1_rec") == 4
+    place = checkpoint.load_state(tmp_path / "checkpoints" / "p1_rec", training.init_state(longer, "rec"))[2]
+    assert place["step"] == 4
+
+
+HOST = """
+import contextlib, hashlib, json, sys
+sys.path[:0] = ['tests', '.']
+import jax
+port, rank, folder, *scan = sys.argv[1:]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
+import numpy as np, tiny
+from data_pipelines import build
+from experiments import stages
+from radgs_jax.models import radgs_reg
+config = tiny.config()
+made = build.simulated_pairs(folder + "/pairs", [(*scan, 21), (*scan, 22)], 3, 1, config.pairs, 64)
+params = jax.device_get(jax.jit(lambda key: radgs_reg.init(config.model, key))(jax.random.key(0)))
+for steps in (2, 4):
+    params = stages.run(config, folder, "p1", made, params, (0, steps, 0), 1e-3, ("reg",))
+with contextlib.closing(made.batches(0, 4)) as batches:
+    mine = next(batches).world_from_box[:, 0, 3].tolist()
+leaves = [np.asarray(x.addressable_data(0)).tobytes() for x in jax.tree.leaves(params)]
+print(json.dumps([made.source.identity(), hashlib.sha256(b"".join(leaves)).hexdigest(), mine]))
+"""
+
+
+@pytest.mark.slow
+def test_two_jax_processes_share_pairs_batches_and_a_training_stage(tmp_path):
+    """One store made by both, halves of one batch, the same parameters after a stage that was stopped half-way."""
+    scan = build.phantoms(tmp_path / "scans", [7], tiny.config().phantom)[0]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", HOST, str(port)]
+    hosts = [
+        subprocess.Popen([*command, str(rank), str(tmp_path), *map(str, scan)], cwd=REPOSITORY, stdout=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    stores, params, rows = zip(*(json.loads(host.communicate(timeout=300)[0].splitlines()[-1]) for host in hosts))
+    alone = build.simulated_pairs(tmp_path / "alone", [(*scan, 21), (*scan, 22)], 3, 1, tiny.config().pairs, 64)
+    assert set(stores) == {alone.source.identity()} and params[0] == params[1]
+    with contextlib.closing(alone.batches(0, 4)) as batches:
+        whole = next(batches).world_from_box[:, 0, 3].tolist()
+    assert [rows[0], rows[1]] == [whole[0::2], whole[1::2]]
 
 
 def test_model_round_trip_and_refusal_of_changed_files(tmp_path):

@@ -47,6 +47,11 @@ def dies_once(config, seed, index):
     return example(config, seed, index)
 
 
+def from_file(config, seed, index, path):
+    """As `example`, of a file that is no part of the store's identity."""
+    return {"value": np.frombuffer(path.read_bytes(), np.uint8)[index : index + 1] * config["factor"]}
+
+
 def fails_at_7(config, seed, index):
     if index == 7:
         raise ZeroDivisionError("at 7")
@@ -114,6 +119,18 @@ def test_two_processes_make_what_one_makes(source, tmp_path):
     two = pair_store.write(tmp_path / "two", example, 23, Config(), 5, processes=2, shard_size=4, on_done=done.append)
     assert shard_digests(two) == shard_digests(source) and done == [4, 4, 4, 4, 4, 3]
     assert two.identity() == source.identity()
+
+
+def test_where_files_lie_is_no_part_of_a_store(tmp_path):
+    """make_example's context reaches workers, and another one finds the same store."""
+    paths = [tmp_path / name for name in "ab"]
+    for path in paths:
+        path.write_bytes(bytes(range(8)))
+    write = functools.partial(pair_store.write, tmp_path / "store", from_file, 8, {"factor": 2}, shard_size=4)
+    made = write(processes=2, context=paths[0])
+    assert [int(made[i]["value"][0]) for i in range(8)] == list(range(0, 16, 2))
+    assert str(tmp_path) not in (made.folder / "manifest.json").read_text()
+    assert write(processes=1, context=paths[1]).identity() == made.identity()
 
 
 def test_two_hosts_make_what_one_makes(source, tmp_path):
