@@ -17,10 +17,11 @@ from radgs_jax.models.config import ModelConfig
 MODEL_FORMAT = "radgs-model/1"
 
 
-def save_state(folder, step, state, place):
+def save_state(folder, step, state, place=None):
     """Saves a training state and its place in the data as `folder`/step_N, whole or not at all. Older steps are removed.
 
-    place: plain JSON values, of `pairs.Batches.get_state`. Every one of jax's processes calls this.
+    place: plain JSON values, of `pairs.Batches.get_state`; None where the step alone says it. Every one of jax's processes
+    calls this.
     """
     folder = pathlib.Path(folder).resolve()
     ocp.save_pytree(folder / f"step_{step}", state, overwrite=True, custom_metadata={"place": place})

@@ -1,0 +1,84 @@
+"""X-ray vertebra detection: makes a detector, adapts it to a patient, and finds vertebrae with it.
+
+`python -m experiments.detect --do=generic --workdir=W` trains on phantoms. `--do=patient --ct=CT --mask=MASK --workdir=W`
+adapts `--detector` to one patient's CT. `--do=find --detector=D --out=OUT.json` with `--cases=C.json --variant=real`, or
+with `--xrays=ap.npy,lat.npy --cameras=cameras.json --label=20`, finds. A detector is one file, `W/detector.npz`.
+"""
+
+import dataclasses
+
+from absl import flags
+
+from data_pipelines import cases
+from data_pipelines import files
+from data_pipelines import scan as scans
+from experiments import cli
+from experiments import detectors
+
+DO = flags.DEFINE_enum("do", None, ["generic", "patient", "find"], "Train, adapt to a patient, or use.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the detector that is made.")
+DETECTOR = flags.DEFINE_string(
+    "detector", str(cli.REPOSITORY / "base" / "detector.npz"), "Detector file to start from or use."
+)
+CT = flags.DEFINE_string("ct", None, "CT, with --do=patient.")
+MASK = flags.DEFINE_string("mask", None, "Label map on the CT's grid, with --do=patient.")
+STEPS = flags.DEFINE_integer("steps", None, "Training steps; default: as configured.", lower_bound=1)
+CASES = flags.DEFINE_string("cases", None, "Case file, with --do=find.")
+VARIANT = flags.DEFINE_string("variant", "real", "Array of the X-ray files, with --cases.")
+XRAYS = flags.DEFINE_list("xrays", None, "NPY line integrals, one per view, with --do=find.")
+CAMERAS = flags.DEFINE_string(
+    "cameras", None, 'JSON list with {"P": 3x4} or {"K": 3x3, "E": 4x4} per view, with --xrays.'
+)
+LABEL = flags.DEFINE_integer("label", None, "VerSe number of the vertebra to find, with --xrays.")
+OUT = flags.DEFINE_string("out", None, "JSON file of what was found, with --do=find.")
+
+
+def _need(*wanted):
+    for flag in wanted:
+        if flag.value is None:
+            files.fail("flags", f"--{flag.name}", "nothing", f"a value, with --do={DO.value}")
+
+
+def _find():
+    _need(OUT)
+    if CASES.value:
+        case_file = cases.read(CASES.value)
+        found = detectors.find_in_cases(DETECTOR.value, case_file, VARIANT.value)
+        errors = detectors.centre_errors(case_file, found)
+        for name, located in found.items():
+            line = located if isinstance(located, str) else f"probability {located.report['probability']:.3f}"
+            print(f"{name}: {line}" + (f", {errors[name]:.1f} mm off" if name in errors else ""))
+        return {name: {"error": v} if isinstance(v, str) else v.report for name, v in found.items()}
+    _need(XRAYS, CAMERAS, LABEL)
+    listed = files.read_json(CAMERAS.value)
+    if not isinstance(listed, list) or len(listed) != len(XRAYS.value):
+        files.fail(CAMERAS.value, "views", type(listed).__name__, f"a list of {len(XRAYS.value)}, one per X-ray")
+    views, images = [], []
+    for index, (path, value) in enumerate(zip(XRAYS.value, listed)):
+        image = files.read_npy(path)
+        if image.ndim != 2:
+            files.fail(path, "shape", image.shape, "(height, width)")
+        views.append(cases.read_view(CAMERAS.value, f"[{index}]", value, image.shape))
+        images.append(cases.check_image(path, "image", image, views[-1]))
+    return {"xrays": detectors.locate(detectors.load(DETECTOR.value), images, views, LABEL.value).report}
+
+
+def main():
+    if DO.value == "find":
+        files.write_json(OUT.value, _find())
+        return print(f"found: {OUT.value}")
+    _need(WORKDIR)
+    config = detectors.GENERIC if DO.value == "generic" else detectors.PATIENT
+    config = dataclasses.replace(config, steps=STEPS.value or config.steps)
+    if DO.value == "generic":
+        path = detectors.make_generic(WORKDIR.value, config)
+    else:
+        _need(CT, MASK)
+        path = detectors.make_patient(
+            WORKDIR.value, scans.read_scan(CT.value, MASK.value), detectors.load(DETECTOR.value), config
+        )
+    print(f"made: {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

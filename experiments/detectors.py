@@ -1,0 +1,481 @@
+"""Vertebra detectors: made on simulated X-rays, adapted to a patient, kept as one file, and used on calibrated X-rays."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import time
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+from scipy import ndimage
+
+from data_pipelines import cases
+from data_pipelines import files
+from data_pipelines import pairs
+from data_pipelines import phantom
+from data_pipelines import scan as scans
+from data_pipelines import simulator
+from data_pipelines.simulator import detector as faults
+from experiments import checkpoint
+from experiments import progress
+from radgs_jax import detection
+from radgs_jax import sharding
+from radgs_jax import training
+from radgs_jax.models import detector
+
+FORMAT = "radgs-detector/1"
+CHECKPOINT_SECONDS = 60.0
+ARRAYS = ("clean", "measured", "valid", "intrinsics", "camera_from_world", "centroids", "in_sight")
+GEOMETRY = simulator.Geometry(window=160, binning=8)
+"""Wider than a training crop, so that crops can be anywhere in it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Acquisitions simulated (`count` of each of `bodies`, of which the last `held_out` bodies or, of a single one, shards
+    calibrate the chain), and `steps` of `batch` crops of `crop_px` at a cosine `learning_rate`; seed: of all of it.
+
+    Crops are turned by up to `turn_deg` and scaled by up to the share `scale`, which makes patients of other sizes.
+    """
+
+    bodies: int = 36
+    held_out: int = 4
+    count: int = 12
+    steps: int = 1000
+    batch: int = 16
+    crop_px: int = 128
+    turn_deg: float = 6.0
+    scale: float = 0.1
+    learning_rate: float = 2e-3
+    seed: int = 20000
+
+
+GENERIC = TrainConfig()
+PATIENT = TrainConfig(bodies=24, held_out=2, turn_deg=3.0, scale=0.02, steps=1200)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A detector: parameters, their configuration, and the chain of its levels.
+
+    centres_ct: VerSe number -> (3,) CT mm, of the patient whom it was adapted to; empty for a generic one.
+    """
+
+    params: dict
+    config: detector.DetectorConfig
+    chain: detection.Chain
+    centres_ct: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def levels(self):
+        """VerSe numbers that it answers with, head to feet."""
+        return tuple(n for n, trained in zip(self.config.levels, self.chain.trained) if trained)
+
+
+def simulated_views(body, count, seed, geometry=GEOMETRY, preset=simulator.Preset(), on_done=lambda: None):
+    """Simulated X-rays of a body, two for each of `count` acquisitions, targets spread over its vertebrae.
+
+    Returns:
+      dict of `ARRAYS`: clean, measured (N, S, S) float16, line integrals; valid (N, S, S) bool; intrinsics (N, 4);
+      camera_from_world (N, 4, 4); centroids (N, 29, 2) pixels; in_sight (N, 29) bool; `known` (29,) bool, labels whose
+      truth is told; `target` (count,) labels; `world_from_box` (count, 4, 4) of the targets.
+    """
+    lists, labels, poses = {name: [] for name in ARRAYS}, [], []
+    for index in range(count):
+        rng = np.random.default_rng([*seed, index])
+        labels.append(int(rng.choice(body.spine.labels)))
+        sample = simulator.simulate(body, labels[-1], rng, preset, geometry)
+        poses.append(sample.world_from_box)
+        for name in ARRAYS[1:]:
+            lists[name].append(getattr(sample, name))
+        lists["clean"].append(sample.rest + sample.excess)
+        on_done()
+    arrays = {name: np.concatenate(values) for name, values in lists.items()}
+    for name in ("clean", "measured"):
+        arrays[name] = np.clip(arrays[name], -30.0, 60.0).astype(np.float16)
+    known = np.isin(np.arange(simulator.assembly.LABELS), body.spine.labels)
+    return {**arrays, "known": known, "target": np.array(labels), "world_from_box": np.stack(poses)}
+
+
+def _shard(path, make):
+    if not path.exists():
+        files.write_npz(path, **make())
+    return files.read_npz(path, *ARRAYS, "known", "target", "world_from_box")
+
+
+def phantom_body(seed):
+    """The `simulator.Body` of the phantom of that seed."""
+    made = phantom.make_phantom(seed, phantom.PhantomConfig())
+    return simulator.Body(scans.Scan(f"phantom{seed}", made.hu.astype(np.float32), made.mask, made.affine))
+
+
+def phantom_shards(folder, config, on_done=lambda: None):
+    """`simulated_views` of each of `config.bodies` phantoms, made where they are not there yet."""
+    shards = []
+    for seed in range(config.seed, config.seed + config.bodies):
+        path = pathlib.Path(folder) / f"phantom{seed:05d}.npz"
+        shards.append(_shard(path, lambda: simulated_views(phantom_body(seed), config.count, [seed])))
+        on_done()
+    return shards
+
+
+def patient_shards(folder, body, config, on_done=lambda: None):
+    """`config.bodies` shards of `simulated_views` of one body, made where they are not there yet."""
+    shards = []
+    for number in range(config.bodies):
+        path = pathlib.Path(folder) / f"patient{number:03d}.npz"
+        shards.append(_shard(path, lambda: simulated_views(body, config.count, [config.seed, number])))
+        on_done()
+    return shards
+
+
+def gather(shards):
+    """One pool of shards: dict of `ARRAYS` and `known` (N, 29)."""
+    pool = {name: np.concatenate([s[name] for s in shards]) for name in ARRAYS}
+    return {**pool, "known": np.concatenate([np.tile(s["known"], (len(s["valid"]), 1)) for s in shards])}
+
+
+def batch_of(pool, levels, rng, config, size):
+    """A training batch: crops at random places, turned and scaled a little, of clean and of measured X-rays, with their truth.
+
+    Args:
+      pool: as `gather` gives; levels: VerSe numbers of the detector; config: `TrainConfig`; size: B.
+    Returns:
+      (images, valid (B, S, S), beam (B, 3), centres (B, K, 2), seen, known (B, K)).
+    """
+    levels, crop_px = list(levels), config.crop_px
+    rows = []
+    for index in rng.integers(len(pool["valid"]), size=size):
+        clean = rng.uniform() < 0.3
+        image = pool["clean" if clean else "measured"][index].astype(np.float32)
+        valid = np.ones(image.shape, bool) if clean else pool["valid"][index]
+        # Pixel (row, column) of the pool's image = matrix @ pixel of the crop + start.
+        angle, scale = np.radians(config.turn_deg * rng.uniform(-1.0, 1.0)), 1.0 + config.scale * rng.uniform(-1.0, 1.0)
+        matrix = scale * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        room = 0.5 * max(image.shape[0] - crop_px, 0)
+        place = 0.5 * (np.array(image.shape) - 1) + rng.uniform(-room, room, 2)
+        start = place - matrix @ np.full(2, 0.5 * (crop_px - 1))
+        inside = ndimage.affine_transform(valid.astype(np.float32), matrix, start, (crop_px,) * 2, order=1) > 0.9
+        image = ndimage.affine_transform(image, matrix, start, (crop_px,) * 2, order=1, mode="nearest")
+        image = _spoil(image, rng)
+        if rng.uniform() < 0.2:
+            inside &= faults.collimator(image.shape, rng.uniform(0.2, 0.8), rng, 1.0) > 0.5
+        uv = np.linalg.solve(matrix, pool["centroids"][index][:, ::-1].T - start[:, None]).T[:, ::-1]
+        pixel = np.rint(uv).astype(int)
+        seen = pool["in_sight"][index] & (pixel >= 0).all(1) & (pixel < crop_px).all(1)
+        covered = seen & ~inside[tuple(np.clip(pixel[:, ::-1], 0, crop_px - 1).T)]
+        known = pool["known"][index] & ~covered
+        beam = pool["camera_from_world"][index][2, :3]
+        rows.append((image, inside, beam, uv[levels], seen[levels], known[levels]))
+    types = (np.float32, bool, np.float32, np.float32, bool, bool)
+    return tuple(np.stack(column).astype(kind) for column, kind in zip(zip(*rows), types))
+
+
+def _spoil(image, rng):
+    """What a detector may do beyond the simulated: another contrast curve, shading, blur and noise."""
+    image = image / (1.0 + rng.uniform(0.0, 0.1) * np.maximum(image, 0.0))
+    shade = ndimage.zoom(rng.normal(size=(3, 3)), np.array(image.shape) / 3, order=1, grid_mode=True, mode="nearest")
+    image = image + rng.uniform(0.0, 0.2) * shade
+    if rng.uniform() < 0.3:
+        image = ndimage.gaussian_filter(image, rng.uniform(0.3, 1.0))
+    return image + rng.uniform(0.0, 0.05) * rng.normal(size=image.shape)
+
+
+def make_update(mesh, config):
+    """The jitted update (state, rate, batch) -> (state, metrics) over a mesh; the batch is split over its axis 'data'."""
+    optimizer = training.optimizer()
+
+    def objective(params, images, valid, beam, centres, seen, known):
+        prediction = detector.Detector(config).apply(params, images, valid, beam)
+        return detector.loss(prediction, detector.target(centres, seen, images.shape[1:]), known)
+
+    def update(state, rate, batch):
+        value, gradient = jax.value_and_grad(objective)(state["params"], *batch)
+        direction, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
+        params = jax.tree.map(lambda p, d: p - rate * d, state["params"], direction)
+        return {"params": params, "opt_state": opt_state}, {"loss": value, "gradient_norm": optax.global_norm(gradient)}
+
+    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    return jax.jit(update, in_shardings=(whole, whole, split), out_shardings=whole, donate_argnums=0)
+
+
+def train(pool, folder, config, train_config, params=None):
+    """Trains a detector on a pool, going on from the last checkpoint in `folder`; returns its parameters.
+
+    Args:
+      params: what to start from; None: fresh parameters.
+    """
+    mesh = sharding.make_mesh()
+    size = -(-train_config.batch // mesh.size) * mesh.size
+    params = detector.init(config, jax.random.key(train_config.seed)) if params is None else params
+    params = jax.tree.map(jnp.array, params)
+    state = sharding.replicate({"params": params, "opt_state": training.optimizer().init(params)}, mesh)
+    first, state, _ = checkpoint.load_state(folder, state) or (0, state, None)
+    update, log, saved = make_update(mesh, config), progress.Log(folder, "detector"), time.monotonic()
+    with progress.bar(train_config.steps, "detector", first) as bar:
+        for step in range(first, train_config.steps):
+            rng = np.random.default_rng([train_config.seed, step])
+            batch = batch_of(pool, config.levels, rng, train_config, size)
+            rate = np.float32(training.cosine(step, train_config.steps, train_config.learning_rate))
+            state, metrics = update(state, rate, batch)
+            if step % 10 == 9:
+                log.scalars(step + 1, {k: float(v) for k, v in metrics.items()})
+                bar.set_postfix({"loss": f"{float(metrics['loss']):.3g}"}, refresh=False)
+            bar.update()
+            if step == train_config.steps - 1 or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                checkpoint.save_state(folder, step + 1, state)
+                saved = time.monotonic()
+    log.close()
+    return jax.device_get(state["params"])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _apply(params, config, images, valid, beam):
+    return detector.Detector(config).apply(params, images, valid, beam)
+
+
+def calibrate(params, config, pool, held_out, train_config, images=48):
+    """The `detection.Chain` of a detector: spacings from `pool`, weight and link that suit crops of `held_out` best.
+
+    The best gives the true cells and absences the largest log-probability in the chain's marginals.
+    """
+    levels, pixel_mm = list(config.levels), config.pixel_mm
+    known = pool["known"][:, levels]
+    trained = known.any(0)
+    seen = pool["in_sight"][:, levels] & known
+    spacing, spread = detection.fit_spacing(pool["centroids"][:, levels], seen, pixel_mm)
+    batch = batch_of(held_out, levels, np.random.default_rng(train_config.seed), train_config, images)
+    prediction = jax.device_get(_apply(params, config, *batch[:3]))
+    truth = jax.device_get(detector.target(*batch[3:5], batch[0].shape[1:]))
+    best = None
+    for weight in (0.25, 0.35, 0.5, 0.7, 1.0):
+        for link in (0.0, 2.0, 4.0):
+            chain = detection.Chain(spacing, spread, weight, link, trained)
+            value = np.mean([_likelihood(prediction, truth, batch[5], chain, i, pixel_mm) for i in range(images)])
+            if best is None or value > best[0]:
+                best = value, chain
+    return best[1]
+
+
+def _likelihood(prediction, truth, known, chain, i, pixel_mm):
+    lattice = detection.Lattice(prediction.cells[i], prediction.absent[i], chain, detector.STRIDE * pixel_mm)
+    cells, absent, _ = lattice.marginals()
+    told = known[i][chain.trained]
+    score = (truth.cells[i][chain.trained] * np.log(cells + 1e-9)).sum((1, 2))
+    score += truth.absent[i][chain.trained] * np.log(absent + 1e-9)
+    return score[told].sum()
+
+
+def save(path, model, note):
+    """Writes a detector as one npz, atomically; `note` says what it was made from."""
+    params = flax.traverse_util.flatten_dict(model.params, sep=".")
+    chain = dataclasses.asdict(model.chain)
+    centres = {str(label): np.asarray(centre).tolist() for label, centre in model.centres_ct.items()}
+    config = dataclasses.asdict(model.config)
+    header = json.dumps({"format": FORMAT, "note": note, "config": config, "centres_ct": centres})
+    files.write_npz(path, header=np.array(header), **{f"chain.{k}": v for k, v in chain.items()}, **params)
+
+
+def load(path):
+    """Reads a detector.
+
+    Raises:
+      InputError: a file that is not a detector, one of another format, or whose parameters are not those of its configuration.
+    """
+    try:
+        header = json.loads(str(files.read_npz(path, "header")["header"]))
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()}
+        config, form = detector.DetectorConfig(**fields), header["format"]
+        centres = {int(k): np.array(v, np.float64).reshape(3) for k, v in header["centres_ct"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        files.fail(path, "header", repr(error)[:80], "a detector's header")
+    if form != FORMAT:
+        files.fail(path, "format", repr(form), repr(FORMAT))
+    like = flax.traverse_util.flatten_dict(jax.eval_shape(lambda: detector.init(config, jax.random.key(0))), sep=".")
+    arrays = files.read_npz(path, *like)
+    for name, leaf in like.items():
+        if arrays[name].shape != leaf.shape or not np.isfinite(arrays[name]).all():
+            files.fail(path, name, f"shape {arrays[name].shape} or values not finite", f"finite {leaf.shape}")
+    names = [field.name for field in dataclasses.fields(detection.Chain)]
+    chain = files.read_npz(path, *(f"chain.{name}" for name in names))
+    values = {name: chain[f"chain.{name}"] for name in names}
+    values |= {name: float(values[name]) for name in ("weight", "link")}
+    return Model(flax.traverse_util.unflatten_dict(arrays, sep="."), config, detection.Chain(**values), centres)
+
+
+def look(model, image, valid, intrinsics, camera_from_world):
+    """What a detector finds in one X-ray: `detection.Upright` and the `detection.Found` in it.
+
+    Args:
+      image, valid: (H, W), line integrals up to scale and offset; intrinsics (4,), camera_from_world (4, 4).
+    Raises:
+      InputError: a beam along the patient.
+    """
+    try:
+        view = detection.upright(image, valid, intrinsics, camera_from_world, model.config.pixel_mm)
+    except ValueError as error:
+        files.fail("X-rays", "camera", error, "views from the front and the side")
+    beam = view.camera_from_world[None, 2, :3].astype(np.float32)
+    prediction = jax.device_get(_apply(model.params, model.config, view.image[None], view.valid[None], beam))
+    step_mm = detector.STRIDE * model.config.pixel_mm
+    return view, detection.decode(prediction.cells[0], prediction.absent[0], model.chain, step_mm)
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """centre (3,): a vertebra's centre, world mm; covariance (3, 3) mm^2; report: a plain dict, as `write_json` takes it.
+
+    centres: VerSe number -> (3,), of every level that two views show.
+    """
+
+    centre: np.ndarray
+    covariance: np.ndarray
+    report: dict
+    centres: dict
+
+
+def locate(model, images, views, label, valid=None):
+    """Finds one vertebra in two X-rays or more of one patient.
+
+    Args:
+      images: (H_v, W_v) line integrals; views: `cases.View`s; label: VerSe number; valid: (H_v, W_v) bool, None: all.
+    Returns:
+      `Located`. Its report has, for each view, the levels found (level, u, v in the view's pixels, confidence); `shifts`,
+      by how many levels each view's own answer had to move for the views to agree; `probability` of that numbering;
+      `apart_mm`, by level, how far the views' rays pass each other, and `own_apart_mm`, before the move.
+    Raises:
+      InputError: a level that the detector was not trained on, that is not found in two views, or whose rays pass
+        each other by more than `detection.APART_MM`.
+    """
+    name = scans.level_name(label)
+    if label not in model.levels:
+        wanted = f"one of {scans.level_name(model.levels[0])} to {scans.level_name(model.levels[-1])}"
+        files.fail("detector", "label", name, wanted)
+    valid = [np.ones(image.shape, bool) for image in images] if valid is None else valid
+    seen = [look(model, i, m, v.intrinsics, v.camera_from_world) for i, m, v in zip(images, valid, views)]
+    found = [f for _, f in seen]
+    cameras = [u.intrinsics for u, _ in seen], [u.camera_from_world for u, _ in seen]
+    together = detection.agree(found, *cameras)
+    level = model.levels.index(label)
+    if together is None or level not in together.centres:
+        listed = [", ".join(scans.level_name(model.levels[n]) for n in f.levels) or "nothing" for f in found]
+        files.fail("X-rays", name, "; ".join(listed), "that level in two views")
+    if together.apart_mm[level] > detection.APART_MM:
+        files.fail("X-rays", name, f"rays that pass {together.apart_mm[level]:.0f} mm apart", "one point in all views")
+    names = {n: scans.level_name(model.levels[n]) for n in range(len(model.levels))}
+    report = {
+        "level": name,
+        "centre_mm": together.centres[level].tolist(),
+        "covariance_mm2": together.covariances[level].tolist(),
+        "probability": together.probability,
+        "shifts": list(together.shifts),
+        "mixed_up": len(set(together.shifts)) > 1,
+        "apart_mm": {names[n]: d for n, d in together.apart_mm.items()},
+        "own_apart_mm": {names[n]: d for n, d in together.own_apart_mm.items()},
+        "centres_mm": {names[n]: c.tolist() for n, c in together.centres.items()},
+        "views": [
+            [
+                {"level": names[int(n)], "uv": (u.matrix @ uv + u.offset).tolist(), "confidence": float(c)}
+                for n, uv, c in zip(f.levels, f.uv, f.confidence)
+            ]
+            for u, f in seen
+        ],
+    }
+    centres = {model.levels[n]: centre for n, centre in together.centres.items()}
+    return Located(together.centres[level], together.covariances[level], report, centres)
+
+
+def start_pose(model, located, label, centre_ct):
+    """A first pose world_from_ct (4, 4) of a vertebra that was found.
+
+    With a detector adapted to the patient as `detection.start_pose`; a generic one knows no neighbours in the CT, so that its
+    axes stay the world's.
+
+    Args:
+      centre_ct: (3,) CT mm, the centroid of the vertebra's mask (the origin of `Vertebra.ct_from_box`).
+    """
+    return detection.start_pose(located.centres, {**model.centres_ct, label: np.asarray(centre_ct)}, label)
+
+
+def make_generic(workdir, config=GENERIC, detector_config=detector.DetectorConfig()):
+    """Trains a detector on phantoms; writes `workdir`/detector.npz and returns its path."""
+    folder = _folder(workdir, config, detector_config)
+    with progress.bar(config.bodies, "X-rays") as bar:
+        shards = phantom_shards(folder / "views", config, bar.update)
+    model = _fit(shards, folder / "state", config, detector_config)
+    return _finish(workdir, model, f"{config.bodies} phantoms")
+
+
+def make_patient(workdir, scan, base, config=PATIENT):
+    """Adapts the detector `base` (`Model`) to X-rays simulated from a patient's `scan.Scan`; returns the file's path.
+
+    Raises:
+      InputError: a scan without a complete vertebra.
+    """
+    body = simulator.Body(scan)
+    folder = _folder(workdir, config, base.config, [*jax.tree.leaves(base.params), scan.hu, scan.labels])
+    with progress.bar(config.bodies, "X-rays") as bar:
+        shards = patient_shards(folder / "views", body, config, bar.update)
+    model = _fit(shards, folder / "state", config, base.config, base.params)
+    centres = dict(zip(body.spine.labels, body.spine.centres))
+    return _finish(workdir, dataclasses.replace(model, centres_ct=centres), "one patient")
+
+
+def _folder(workdir, config, detector_config, arrays=()):
+    """Where views and states lie: a folder for all that they were made from, so that nothing else is taken up again."""
+    digests = [hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for a in arrays]
+    name = pairs.config_hash(config, detector_config, GEOMETRY, simulator.Preset(), digests)
+    return pathlib.Path(workdir) / "detector" / name
+
+
+def _fit(shards, folder, config, detector_config, params=None):
+    pool, held_out = gather(shards[: -config.held_out]), gather(shards[-config.held_out :])
+    params = train(pool, folder, detector_config, config, params)
+    return Model(params, detector_config, calibrate(params, detector_config, pool, held_out, config))
+
+
+def _finish(workdir, model, note):
+    path = pathlib.Path(workdir) / "detector.npz"
+    save(path, model, note)
+    return path
+
+
+def find_in_cases(path, case_file, variant):
+    """Finds the target vertebra of every scene of a case file.
+
+    Args:
+      path: detector file; case_file: `cases.CaseFile`; variant: array of the X-ray files.
+    Returns:
+      scene name -> `Located`, or the one line that says why there is none.
+    Raises:
+      InputError: unreadable files.
+    """
+    model, found = load(path), {}
+    for scene in case_file.scenes.values():
+        label, images = case_file.volumes[scene.volume].full_label, cases.read_xrays(scene, variant)
+        try:
+            found[scene.name] = locate(model, images, scene.views, label)
+        except files.InputError as error:
+            found[scene.name] = str(error)
+    return found
+
+
+def centre_errors(case_file, found):
+    """Scene -> distance in mm from the true centre (inf where nothing was found); scenes without a truth are left out."""
+    errors = {}
+    for name, located in found.items():
+        scene = case_file.scenes[name]
+        centre = case_file.raw["volumes"][scene.volume].get("centre")
+        if centre is None or scene.world_from_ct is None:
+            continue
+        T = cases.truth(case_file, scene)
+        truth = T[:3, :3] @ np.asarray(centre, np.float64) + T[:3, 3]
+        errors[name] = np.inf if isinstance(located, str) else float(np.linalg.norm(located.centre - truth))
+    return errors
