@@ -23,6 +23,7 @@ from data_pipelines import carm
 from data_pipelines import cases
 from data_pipelines import codestream
 from data_pipelines import collimator
+from data_pipelines import dicom_ct
 from data_pipelines import files
 from radgs_jax import camera
 
@@ -193,6 +194,35 @@ def read(path, calibration=None, options=None):
         _file_from_image(shape, moves),
         origin,
     )
+
+
+def read_views(paths, calibration=None, options=None, flats=None):
+    """The X-rays of one acquisition, each with its camera: a list of `Radiograph`.
+
+    Files other than DICOM hold line integrals unless `options.values` says otherwise, and these are not searched for a border.
+
+    Args:
+      paths: one file per view; calibration: a JSON file with an entry per view, or None for DICOM's nominal geometry.
+      options: `Options` for all of them; flats: one flat field per view, or None.
+    Raises:
+      InputError: as `read`; another number of cameras or flat fields than of X-rays; no camera.
+    """
+    options = options or Options()
+    listed = files.read_json(calibration) if calibration else None
+    if isinstance(listed, list) and len(listed) != len(paths):
+        files.fail(calibration, "views", len(listed), f"a list of {len(paths)}, one per X-ray")
+    if flats and len(flats) != len(paths):
+        files.fail(flats[0], "flat fields", len(flats), f"{len(paths)}, one per X-ray")
+    views = []
+    for index, path in enumerate(paths):
+        values = options.values or (None if dicom_ct.is_dicom(path) else "line_integrals")
+        bordered = options.collimator and values != "line_integrals"
+        flat = flats[index] if flats else None
+        own = dataclasses.replace(options, values=values, flat=flat, collimator=bordered, view=index)
+        views.append(read(path, calibration, own))
+        if views[-1].view is None:
+            files.fail(path, "camera", views[-1].origin["camera"], "geometry tags, or a calibration")
+    return views
 
 
 def binned(radiograph, factor):

@@ -11,23 +11,22 @@ from absl import flags
 
 from data_pipelines import cases
 from data_pipelines import files
+from data_pipelines import radiograph
 from data_pipelines import scan as scans
 from experiments import cli
 from experiments import detectors
 
 DO = flags.DEFINE_enum("do", None, ["generic", "patient", "find"], "Train, adapt to a patient, or use.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the detector that is made.")
-DETECTOR = flags.DEFINE_string(
-    "detector", str(cli.REPOSITORY / "base" / "detector.npz"), "Detector file to start from or use."
-)
+DETECTOR = flags.DEFINE_string("detector", None, "Detector file to start from or use.")
 CT = flags.DEFINE_string("ct", None, "CT, with --do=patient.")
 MASK = flags.DEFINE_string("mask", None, "Label map on the CT's grid, with --do=patient.")
 STEPS = flags.DEFINE_integer("steps", None, "Training steps; default: as configured.", lower_bound=1)
 CASES = flags.DEFINE_string("cases", None, "Case file, with --do=find.")
 VARIANT = flags.DEFINE_string("variant", "real", "Array of the X-ray files, with --cases.")
-XRAYS = flags.DEFINE_list("xrays", None, "NPY line integrals, one per view, with --do=find.")
+XRAYS = flags.DEFINE_list("xrays", None, "One DICOM, PNG, TIFF, NPY or NIfTI image per view, with --do=find.")
 CAMERAS = flags.DEFINE_string(
-    "cameras", None, 'JSON list with {"P": 3x4} or {"K": 3x3, "E": 4x4} per view, with --xrays.'
+    "cameras", None, 'JSON list with {"P": 3x4} or {"K": 3x3, "E": 4x4} per view; default: DICOM\'s nominal geometry.'
 )
 LABEL = flags.DEFINE_integer("label", None, "VerSe number of the vertebra to find, with --xrays.")
 OUT = flags.DEFINE_string("out", None, "JSON file of what was found, with --do=find.")
@@ -40,7 +39,7 @@ def _need(*wanted):
 
 
 def _find():
-    _need(OUT)
+    _need(OUT, DETECTOR)
     if CASES.value:
         case_file = cases.read(CASES.value)
         found = detectors.find_in_cases(DETECTOR.value, case_file, VARIANT.value)
@@ -49,18 +48,10 @@ def _find():
             line = located if isinstance(located, str) else f"probability {located.report['probability']:.3f}"
             print(f"{name}: {line}" + (f", {errors[name]:.1f} mm off" if name in errors else ""))
         return {name: {"error": v} if isinstance(v, str) else v.report for name, v in found.items()}
-    _need(XRAYS, CAMERAS, LABEL)
-    listed = files.read_json(CAMERAS.value)
-    if not isinstance(listed, list) or len(listed) != len(XRAYS.value):
-        files.fail(CAMERAS.value, "views", type(listed).__name__, f"a list of {len(XRAYS.value)}, one per X-ray")
-    views, images = [], []
-    for index, (path, value) in enumerate(zip(XRAYS.value, listed)):
-        image = files.read_npy(path)
-        if image.ndim != 2:
-            files.fail(path, "shape", image.shape, "(height, width)")
-        views.append(cases.read_view(CAMERAS.value, f"[{index}]", value, image.shape))
-        images.append(cases.check_image(path, "image", image, views[-1]))
-    return {"xrays": detectors.locate(detectors.load(DETECTOR.value), images, views, LABEL.value).report}
+    _need(XRAYS, LABEL)
+    measured = radiograph.read_views(XRAYS.value, CAMERAS.value)
+    images, views, valid = ([getattr(x, name) for x in measured] for name in ("line_integrals", "view", "valid"))
+    return {"xrays": detectors.locate(detectors.load(DETECTOR.value), images, views, LABEL.value, valid).report}
 
 
 def main():
@@ -73,7 +64,7 @@ def main():
     if DO.value == "generic":
         path = detectors.make_generic(WORKDIR.value, config)
     else:
-        _need(CT, MASK)
+        _need(CT, MASK, DETECTOR)
         path = detectors.make_patient(
             WORKDIR.value, scans.read_scan(CT.value, MASK.value), detectors.load(DETECTOR.value), config
         )

@@ -14,7 +14,7 @@ from experiments import configs
 from experiments import patients
 
 CASES = flags.DEFINE_string("cases", None, "Case file whose `volumes` are prepared.")
-CT = flags.DEFINE_string("ct", None, "CT (NIfTI), instead of --cases.")
+CT = flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder), instead of --cases.")
 MASK = flags.DEFINE_string("mask", None, "Label map on the CT's grid, with --ct.")
 LABEL = flags.DEFINE_list("label", None, "VerSe number of the vertebra, or several, with --ct.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for what is prepared.", required=True)

@@ -13,6 +13,7 @@ from absl import flags
 
 from data_pipelines import cases
 from data_pipelines import files
+from data_pipelines import radiograph
 from experiments import cli
 from experiments import configs
 from experiments import patients
@@ -21,34 +22,35 @@ from experiments import registering
 
 CASES = flags.DEFINE_string("cases", None, "Case file; all its cases are registered.")
 VARIANT = flags.DEFINE_string("variant", "full", "Array of the X-ray files, with --cases.")
-CT = flags.DEFINE_string("ct", None, "CT (NIfTI), instead of --cases.")
+CT = flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder), instead of --cases.")
 MASK = flags.DEFINE_string("mask", None, "Label map on the CT's grid, with --ct.")
 LABEL = flags.DEFINE_string("label", None, "VerSe number of the vertebra, with --ct.")
-XRAYS = flags.DEFINE_list("xrays", None, "One NPY image per view, line integrals (or --raw), with --ct.")
-CAMERAS = flags.DEFINE_string("cameras", None, 'JSON list with {"P": 3x4} or {"K": 3x3, "E": 4x4} per view, with --ct.')
+XRAYS = flags.DEFINE_list("xrays", None, "One DICOM, PNG, TIFF, NPY or NIfTI image per view, with --ct.")
+VALUES = flags.DEFINE_enum(
+    "values",
+    None,
+    radiograph.VALUES,
+    "What their numbers are; default: what DICOM's tags say, line integrals elsewhere.",
+)
+CAMERAS = flags.DEFINE_string(
+    "cameras", None, 'JSON list with {"P": 3x4} or {"K": 3x3, "E": 4x4} per view; default: DICOM\'s nominal geometry.'
+)
 INIT = flags.DEFINE_string("init", None, "JSON 4x4 start pose world_from_ct, with --ct.")
 POINTS = flags.DEFINE_string("points", None, "'u,v;u,v': the vertebra's centre in each view, instead of --init.")
-RAW = flags.DEFINE_bool("raw", False, "X-rays are raw intensities; line integrals are -ln(I / air).")
-AIR = flags.DEFINE_float("air", None, "Intensity of unattenuated air, with --raw.")
+RAW = flags.DEFINE_bool("raw", False, "Short for --values=intensity.")
+AIR = flags.DEFINE_float("air", None, "Number of the unattenuated beam; default: the brightest pixels.")
+FLAT = flags.DEFINE_list("flat", None, "Image of the beam without a patient, one per view.")
+LOG_SCALE = flags.DEFINE_float("log_scale", None, "Numbers per unit of ln(I), with --values=log.")
+MIRRORED = flags.DEFINE_bool("mirrored", False, "X-rays and cameras show the mirror image of what the source sees.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder that `experiments.prepare` made.", required=True)
 OUT = flags.DEFINE_string("out", None, "New folder for the results.", required=True)
 PASSES = flags.DEFINE_integer("passes", configs.DEMO.passes, "Passes of the network.", lower_bound=1, upper_bound=50)
 PICTURES = flags.DEFINE_bool("pictures", True, "Write pictures, volumes and transforms per case, besides results.json.")
 
 
-def _line_integrals(path, image):
-    if not RAW.value:
-        return image
-    if AIR.value is None or not AIR.value > 0:
-        files.fail("flags", "--air", AIR.value, "the positive intensity of air, with --raw")
-    if np.nanmin(image) <= 0:
-        files.fail(path, "pixels", f"a smallest intensity of {np.nanmin(image)}", "positive raw intensities")
-    return -np.log(image.astype(np.float64) / AIR.value)
-
-
 def _single():
     """The one case that the flags describe: (id, target, views, images, start, None)."""
-    for flag in (MASK, LABEL, XRAYS, CAMERAS):
+    for flag in (MASK, LABEL, XRAYS):
         if not flag.value:
             files.fail("flags", f"--{flag.name}", "nothing", "a value, with --ct")
     if bool(INIT.value) == bool(POINTS.value):
@@ -58,21 +60,16 @@ def _single():
     target = patients.Target(
         pathlib.Path(CT.value).name, pathlib.Path(CT.value), pathlib.Path(MASK.value), int(LABEL.value)
     )
-    listed = files.read_json(CAMERAS.value)
-    if not isinstance(listed, list) or len(listed) != len(XRAYS.value):
-        files.fail(
-            CAMERAS.value,
-            "views",
-            len(listed) if isinstance(listed, list) else type(listed).__name__,
-            f"a list of {len(XRAYS.value)}, one per X-ray",
-        )
-    views, images = [], []
-    for index, (path, value) in enumerate(zip(XRAYS.value, listed)):
-        image = files.read_npy(path)
-        if image.ndim != 2:
-            files.fail(path, "shape", image.shape, "(height, width)")
-        views.append(cases.read_view(CAMERAS.value, f"[{index}]", value, image.shape))
-        images.append(cases.check_image(path, "image", _line_integrals(path, image), views[-1]))
+    options = radiograph.Options(
+        values=VALUES.value or ("intensity" if RAW.value else None),
+        log_scale=LOG_SCALE.value,
+        air=AIR.value,
+        mirrored=MIRRORED.value,
+    )
+    measured = radiograph.read_views(XRAYS.value, CAMERAS.value, options, FLAT.value)
+    views = [xray.view for xray in measured]
+    # Pixels that do not count have the mean of those that do.
+    images = [np.where(x.valid, x.line_integrals, x.line_integrals[x.valid].mean()) for x in measured]
     if INIT.value:
         start = cases.check_rigid(INIT.value, "T_init", files.read_json(INIT.value))
     else:

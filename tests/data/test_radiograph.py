@@ -429,3 +429,21 @@ def test_compressed_frames(tmp_path, syntax, coded):
     data = malformed.encapsulated(syntax, coded(malformed.pixels()), BitsStored=16, HighBit=15)
     got = radiograph.read(written(tmp_path, "xray.dcm", data), None, XA)
     np.testing.assert_allclose(got.line_integrals[:, ::-1], expected(), atol=1e-5)
+
+
+def test_the_views_of_an_acquisition(tmp_path):
+    """NPY files hold line integrals and need a calibration; DICOM brings both by itself."""
+    plain = tmp_path / "xray.npy"
+    np.save(plain, expected().astype(np.float32))
+    dicom = written(tmp_path, "xray.dcm", malformed.dicom())
+    _, _, P = malformed.projection()
+    calibration = written(tmp_path, "views.json", [{"P": P.tolist()}, {"P": P.tolist()}])
+    first, second = radiograph.read_views([plain, plain], calibration)
+    np.testing.assert_allclose(first.line_integrals, expected(), atol=1e-5)
+    np.testing.assert_allclose(first.view.camera_from_world, second.view.camera_from_world)
+    (nominal,) = radiograph.read_views([dicom], None, XA)
+    assert nominal.origin["camera"] == "DICOM tags, nominal"
+    with pytest.raises(files.InputError, match="views: found 2, wanted a list of 1"):
+        radiograph.read_views([plain], calibration)
+    with pytest.raises(files.InputError, match="xray.npy: camera: found none"):
+        radiograph.read_views([plain])
