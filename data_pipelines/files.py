@@ -108,8 +108,8 @@ def file_size(path, wanted):
     return status.st_size
 
 
-def read_json(path):
-    """The JSON value of a file.
+def read_json(path, nan=False):
+    """The JSON value of a file; with `nan`, a NaN, which JSON does not know, is let pass.
 
     Raises:
       InputError: missing, unreadable, not JSON, nested too deep, longer than MAX_JSON_BYTES, or a number that is not
@@ -125,11 +125,11 @@ def read_json(path):
         fail(path, "content", error, "valid JSON")
     except RecursionError:
         fail(path, "content", "nesting too deep to read", "valid JSON")
-    _check_numbers(path, value)
+    _check_numbers(path, value, nan)
     return value
 
 
-def _check_numbers(path, value):
+def _check_numbers(path, value, nan):
     pending = [("", "", value)]
     while pending:
         # `place` names a number, `field` the outermost list of numbers that it stands in: a matrix is named, not its cell.
@@ -142,7 +142,7 @@ def _check_numbers(path, value):
             for index, inner in enumerate(value):
                 name = f"{place}[{index}]"
                 pending.append((name if isinstance(inner, dict) else field, name, inner))
-        elif isinstance(value, float) and not math.isfinite(value):
+        elif isinstance(value, float) and not (math.isfinite(value) or nan and math.isnan(value)):
             fail(path, field or "content", "values that are not finite", "finite numbers")
         elif isinstance(value, int) and abs(value) >= 2**63:
             fail(path, field or "content", "a whole number beyond 64 bits", "numbers of 64 bits")

@@ -27,6 +27,8 @@ BODY_DEPTH = 0.65
 GRID_SHAPE = (96, 96, 96)
 """The evaluation grid of the case format: 96^3 at 1 mm in CT axes, centred on the vertebra."""
 
+CENTROID_MM = 5.0
+"""How far a published centroid may lie outside the box of its mask."""
 CUBE_SHAPE = (128, 128, 128)
 """At 1 mm it holds any vertebra with its processes; a lumbar one with long ribs measures 100 mm."""
 
@@ -368,18 +370,50 @@ def centroids(scan):
 
 
 def read_centroids(path, scan):
-    """Centres from a VerSe centroid JSON, {label: (3,) CT mm}.
+    """Centres from a VerSe centroid JSON, {label: (3,) CT mm}; one that VerSe lacks is NaN and left out.
 
-    Its first entry is `direction`, the axis codes of the label map as it was stored, the others give voxel coordinates on
-    those axes; `scan` is that label map's scan, in whatever order its file is stored now.
+    VerSe is published in two layouts. By subject, an entry `direction` has the axis codes of the label map as it was stored,
+    and coordinates are its voxels; `scan` is that label map's scan, in whatever order its file is stored now. The
+    challenge's files have no such entry: coordinates are mm on a 1 mm scan with the same centre, on axes documented once as
+    P, I, R and once as I, P, L; the reading that meets the masks is taken.
 
     Raises:
-      InputError: unreadable JSON, missing or mistyped fields, axis codes that are none, a label given twice.
+      InputError: unreadable JSON, missing or mistyped fields, axis codes that are none, a label given twice, or a point more
+        than CENTROID_MM outside the box of its mask.
     """
-    entries = files.read_json(path)
-    if not isinstance(entries, list) or not entries or not isinstance(entries[0], dict):
-        files.fail(path, "content", repr(entries)[:60], "a list whose first entry is an object with 'direction'")
-    direction = entries[0].get("direction")
+    entries = files.read_json(path, nan=True)
+    if not isinstance(entries, list) or not entries:
+        files.fail(path, "content", repr(entries)[:60], "a list of objects with label, X, Y, Z")
+    readings, points = [], {}
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            files.fail(path, f"[{number}]", repr(entry)[:60], "an object with label, X, Y, Z")
+        if "direction" in entry:
+            readings.append((_axis_codes(path, entry["direction"]), False))
+            continue
+        label = entry.get("label", "nothing")
+        values = [entry.get(axis, "nothing") for axis in "XYZ"]
+        if type(label) not in (int, float) or not 1 <= label <= 255 or label != int(label):
+            files.fail(path, f"[{number}].label", repr(label)[:60], "a whole number from 1 to 255")
+        if int(label) in points:
+            files.fail(path, f"[{number}].label", f"{label} a second time", "each label once")
+        for axis, value in zip("XYZ", values):
+            if type(value) not in (int, float):
+                files.fail(path, f"[{number}].{axis}", repr(value)[:60], "a number")
+        if not np.isnan(values).any():
+            points[int(label)] = np.array(values, np.float64)
+    # Both at once would be two files in one; the first says how it is meant.
+    readings = readings[:1] or [("PIR", True), ("IPL", True)]
+    found = [{label: _ct_point(p, *reading, scan) for label, p in points.items()} for reading in readings]
+    best = min(found, key=lambda places: sum(_outside_mm(places, scan).values()))
+    for label, distance in _outside_mm(best, scan).items():
+        if distance > CENTROID_MM:
+            wanted = f"{CENTROID_MM:.0f} mm at most"
+            files.fail(path, f"label {label}", f"a point {distance:.0f} mm off its mask", wanted)
+    return best
+
+
+def _axis_codes(path, direction):
     axes = {"L": 0, "R": 0, "P": 1, "A": 1, "I": 2, "S": 2}
     if (
         not isinstance(direction, list)
@@ -387,27 +421,32 @@ def read_centroids(path, scan):
         or sorted(axes[code] for code in direction) != [0, 1, 2]
     ):
         files.fail(path, "direction", repr(direction)[:60], "three axis codes such as ['P', 'I', 'R']")
-    ct_from_stored = scan.ct_from_index @ _index_from_stored(direction, scan.labels.shape)
-    found = {}
-    for number, entry in enumerate(entries[1:], 1):
-        if not isinstance(entry, dict):
-            files.fail(path, f"[{number}]", repr(entry)[:60], "an object with label, X, Y, Z")
-        label = entry.get("label")
-        if (
-            not isinstance(label, (int, float))
-            or isinstance(label, bool)
-            or label != int(label)
-            or not 1 <= label <= 255
-        ):
-            files.fail(path, f"[{number}].label", repr(label)[:60], "a whole number from 1 to 255")
-        if int(label) in found:
-            files.fail(path, f"[{number}].label", f"{label} a second time", "each label once")
-        for axis in "XYZ":
-            value = entry.get(axis)
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                files.fail(path, f"[{number}].{axis}", repr(value)[:60], "a number")
-        found[int(label)] = _apply(ct_from_stored, np.array([entry[axis] for axis in "XYZ"], np.float64))
-    return found
+    return direction
+
+
+def _ct_point(point, direction, millimetres, scan):
+    """CT mm of a point in stored voxels along `direction`, or in mm of a 1 mm scan there that shares the centre."""
+    from_stored = _index_from_stored(direction, scan.labels.shape)
+    if millimetres:
+        axes = np.abs(from_stored[:3, :3]).argmax(0)
+        sizes = np.array(scan.labels.shape)[axes]
+        spacing = np.linalg.norm(scan.ct_from_index[:3, :3], axis=0)[axes]
+        point = (point - 0.5 * (np.rint(sizes * spacing) - 1)) / spacing + 0.5 * (sizes - 1)
+    return _apply(scan.ct_from_index @ from_stored, point)
+
+
+def _outside_mm(points, scan):
+    """How far each point (CT mm) lies outside of its label's bounding box, mm."""
+    spacing = np.linalg.norm(scan.ct_from_index[:3, :3], axis=0)
+    index_from_ct = np.linalg.inv(scan.ct_from_index)
+    distances = {}
+    for label in sorted(set(points) & set(scan.boxes)):
+        index = _apply(index_from_ct, points[label])
+        first = np.array([part.start for part in scan.boxes[label]])
+        last = np.array([part.stop - 1 for part in scan.boxes[label]])
+        beyond = np.maximum(0, np.maximum(first - index, index - last))
+        distances[label] = float(np.linalg.norm(beyond * spacing))
+    return distances
 
 
 def write_centroids(path, scan, points, direction=("R", "A", "S")):

@@ -19,8 +19,6 @@ Labels are VerSe's: C1-7 = 1..7, T1-12 = 8..19, L1-6 = 20..25, T13 = 28.
 
 import dataclasses
 import hashlib
-import json
-import math
 import pathlib
 import re
 
@@ -39,8 +37,6 @@ PAPER_CASES, PAPER_SCANS, PAPER_VERTEBRAE = 300, 253, 1280
 """The paper's lumbar selection of VerSe'20: 253 scans with 1,280 vertebrae, extracted from 300 cases."""
 MARGIN_MM = 10.0
 """What a vertebra's crop keeps around its mask."""
-CENTROID_MM = 5.0
-"""How far a published centroid may lie outside the box of its mask."""
 
 _SPLIT_FOLDER = re.compile(r"(?:dataset-?)?(?:verse)?\d*[-_]?(training|validation|test)", re.IGNORECASE)
 _VERSE_ID = re.compile(r"((?:verse|gl)\d+)(?![0-9a-z])", re.IGNORECASE)
@@ -147,86 +143,6 @@ def _published_split(folder, path):
     if len(named) > 1:
         files.fail(path, "folder", f"both {' and '.join(sorted(named))}", "one split")
     return named.pop() if named else None
-
-
-def read_centroids(path, scan):
-    """A VerSe centroid file as {label: (3,) CT RAS mm}.
-
-    By subject, the first entry names the axes, and coordinates are voxels of the stored scan. The challenge's coordinates are
-    mm on a 1 mm scan with the same centre; its axes are documented once as P, I, R and once as I, P, L: the reading that
-    meets the masks is taken.
-
-    Raises:
-      InputError: not such a file, or centroids outside of their masks' boxes.
-    """
-    entries = _read_entries(path)
-    directions = [entry["direction"] for entry in entries if "direction" in entry]
-    points = {}
-    for number, entry in enumerate(entries):
-        if "direction" in entry:
-            continue
-        values = [entry.get(key, "nothing") for key in ("label", "X", "Y", "Z")]
-        if any(value is None for value in values):
-            continue
-        if any(type(value) not in (int, float) or not abs(value) < 1e6 for value in values):
-            files.fail(path, f"entry {number}", entry, "numbers label, X, Y and Z")
-        points[int(values[0])] = np.array(values[1:], np.float64)
-    for axes in directions:
-        if not isinstance(axes, list) or len(axes) != 3 or {_AXIS.get(str(letter)) for letter in axes} != {0, 1, 2}:
-            files.fail(path, "direction", axes, "three axis codes such as ['P', 'I', 'R']")
-    readings = [(directions[0], False)] if directions else [("PIR", True), ("IPL", True)]
-    indices = [{label: _index(point, axes, mm, scan) for label, point in points.items()} for axes, mm in readings]
-    best = min(indices, key=lambda places: sum(_outside_mm(places, scan).values()))
-    for label, distance in _outside_mm(best, scan).items():
-        if not distance <= CENTROID_MM:
-            files.fail(
-                path, f"label {label}", f"a point {distance:.0f} mm off its mask", f"{CENTROID_MM:.0f} mm at most"
-            )
-    rotation, origin = scan.ct_from_index[:3, :3], scan.ct_from_index[:3, 3]
-    return {label: rotation @ index + origin for label, index in best.items()}
-
-
-def _read_entries(path):
-    """The objects of a centroid file; a NaN, which VerSe writes for a centroid it lacks and JSON does not know, is None."""
-    size = files.file_size(path, "a JSON file")
-    if size > files.MAX_JSON_BYTES:
-        files.fail(path, "size", f"{size} bytes", f"{files.MAX_JSON_BYTES} at most")
-    try:
-        text = path.read_text(encoding="utf-8")
-        entries = json.loads(text, parse_constant=lambda name: None if name == "NaN" else math.inf)
-    except (OSError, ValueError, RecursionError) as error:
-        files.fail(path, "content", error, "valid JSON")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        files.fail(path, "content", type(entries).__name__, "a list of objects")
-    return entries
-
-
-_AXIS = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
-
-
-def _index(point, axes, millimetres, scan):
-    """Index in the RAS scan of a point given on `axes`, in voxels or in mm of a 1 mm scan that shares the centre."""
-    index = np.empty(3)
-    for value, letter in zip(point, axes):
-        axis = _AXIS[letter]
-        size = scan.labels.shape[axis]
-        if millimetres:
-            spacing = np.linalg.norm(scan.ct_from_index[:3, axis])
-            value = (value - 0.5 * (round(size * spacing) - 1)) / spacing + 0.5 * (size - 1)
-        index[axis] = value if letter in "RAS" else size - 1 - value
-    return index
-
-
-def _outside_mm(indices, scan):
-    """How far each point lies outside of its label's bounding box, mm."""
-    spacing = np.linalg.norm(scan.ct_from_index[:3, :3], axis=0)
-    distances = {}
-    for label in sorted(set(indices) & set(scan.boxes)):
-        first = np.array([part.start for part in scan.boxes[label]])
-        last = np.array([part.stop - 1 for part in scan.boxes[label]])
-        beyond = np.maximum(0, np.maximum(first - indices[label], indices[label] - last))
-        distances[label] = float(np.linalg.norm(beyond * spacing))
-    return distances
 
 
 def _fingerprint(found):
@@ -352,7 +268,7 @@ class Verse(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         for member in members:
             scan = scans.read_scan(member.ct, member.mask, member.patient)
-            known = read_centroids(member.centroids, scan) if member.centroids else {}
+            known = scans.read_centroids(member.centroids, scan) if member.centroids else {}
             labels = [label for label in segmentation.complete_labels(scan.labels) if label in config.labels]
             nowhere = np.full(3, np.nan)
             if config.whole_scans:
@@ -407,7 +323,7 @@ def prepare(folder, data_dir, config="lumbar"):
     Returns:
       the builder: `as_data_source(split)` gives random access, `info.metadata` the selection's figures.
     Raises:
-      InputError: see `find_scans`, `read_centroids` and `scan.read_scan`; no vertebra that counts; data_dir holds the
+      InputError: see `find_scans`, `scan.read_centroids` and `scan.read_scan`; no vertebra that counts; data_dir holds the
         dataset of another folder.
     """
     if not pathlib.Path(folder).is_dir():

@@ -401,9 +401,10 @@ CENTROID_FIELDS = {
     (0,): (None, 3, []),
     (0, "direction"): (None, "PIR", ["P", "I"], ["P", "A", "R"], ["P", "I", 3], ["X", "Y", "Z"], [["P"], "I", "R"]),
     (1,): (None, "L1", [20, 3, 4, 5]),
-    (1, "label"): (None, "20", 0, 300, 20.5, True, [20]),
+    (1, "label"): (None, "20", 0, 300, 20.5, True, [20], float("nan")),
     (1, "X"): (None, "3", [3.0], True),
-    (1, "Z"): (float("nan"), float("inf"), {}),
+    # A NaN is a centroid that VerSe lacks.
+    (1, "Z"): (float("-inf"), float("inf"), {}),
 }
 
 

@@ -338,16 +338,16 @@ def test_a_mask_without_a_ct_is_left_out(tmp_path, caplog):
     [
         ("{", "valid JSON"),
         ("{}", "a list of objects"),
-        ("[3]", "a list of objects"),
+        ("[3]", "an object with label, X, Y, Z"),
         ('[{"direction": ["P", "I"]}]', "axis codes"),
         ('[{"direction": ["P", "A", "R"]}]', "axis codes"),
         ('[{"direction": [1, 2, 3]}]', "axis codes"),
-        ('[{"direction": ["R", "A", "S"]}, {"label": 20, "X": 1, "Y": 2}]', "numbers label, X, Y and Z"),
-        ('[{"direction": ["R", "A", "S"]}, {"label": "20", "X": 1, "Y": 2, "Z": 3}]', "numbers label, X, Y and Z"),
+        ('[{"direction": ["R", "A", "S"]}, {"label": 20, "X": 1, "Y": 2}]', "Z: found 'nothing', wanted a number"),
+        ('[{"direction": ["R", "A", "S"]}, {"label": "20", "X": 1, "Y": 2, "Z": 3}]', "label: found '20', wanted a whole number"),
         ('[{"direction": ["R", "A", "S"]}, {"label": 20, "X": 200, "Y": 2, "Z": 3}]', "mm off its mask"),
         ('[{"direction": "RAS"}]', "axis codes"),
-        ('[{"direction": ["R", "A", "S"]}, {"label": 20, "X": Infinity, "Y": 2, "Z": 3}]', "numbers label, X, Y and Z"),
-        ('[{"direction": ["R", "A", "S"]}, {"label": 20, "X": 1' + "0" * 400 + ', "Y": 2, "Z": 3}]', "numbers label"),
+        ('[{"direction": ["R", "A", "S"]}, {"label": 20, "X": Infinity, "Y": 2, "Z": 3}]', "finite numbers"),
+        ('[{"direction": ["R", "A", "S"]}, {"label": 20, "X": 1' + "0" * 400 + ', "Y": 2, "Z": 3}]', "numbers of 64 bits"),
         ("[" * 100000, "valid JSON"),
         ('[{"label": 20, "X": 1, "Y": 2, "Z": 300}]', "mm off its mask"),
     ],
@@ -358,7 +358,7 @@ def test_centroid_files_that_cannot_be_right_are_refused(tmp_path, text, part):
     save(labels, tmp_path / "x_mask.nii.gz")
     (tmp_path / "x_ctd.json").write_text(text)
     scan = scans.read_scan(tmp_path / "x_ct.nii.gz", tmp_path / "x_mask.nii.gz")
-    refusal(lambda: verse.read_centroids(tmp_path / "x_ctd.json", scan), "x_ctd.json", part)
+    refusal(lambda: scans.read_centroids(tmp_path / "x_ctd.json", scan), "x_ctd.json", part)
 
 
 def test_a_damaged_scan_leaves_no_dataset(tmp_path):
@@ -390,7 +390,7 @@ def test_real_scans_and_centroids(tmp_path):
     labels, affine = files.read_nifti(SHARED / "verse004_mask" / "sub-verse004_seg-vert_msk.nii.gz")
     labels = labels.astype(np.uint8)
     scan = scans.Scan("verse004", np.zeros(labels.shape, np.float32), labels, affine)
-    centroids = verse.read_centroids(SHARED / "verse004_mask" / "sub-verse004_seg-subreg_ctd.json", scan)
+    centroids = scans.read_centroids(SHARED / "verse004_mask" / "sub-verse004_seg-subreg_ctd.json", scan)
     assert sorted(centroids) == list(range(16, 25))
     for label, point in centroids.items():
         mask = np.argwhere(labels == label) @ affine[:3, :3].T + affine[:3, 3]
