@@ -317,11 +317,7 @@ class WholeBody:
     def __init__(self, scan, spacing_mm):
         self._spacing_mm, self._grid = spacing_mm, scan.ct_from_index
         mu = attenuation.from_hounsfield(scan.hu)
-        # The last block is filled up with the end slice: filled with air, it would be what END_MM repeats.
-        fill = -mu.shape[2] % _blocks(scan.ct_from_index, spacing_mm)[2]
-        mu = np.pad(mu, ((0, 0), (0, 0), (0, fill)), mode="edge")
-        mu, affine = block_average(mu, scan.ct_from_index, spacing_mm)
-        self._mu, self.ct_from_index, self._repeat = _extend_ends(mu, affine)
+        self._mu, self.ct_from_index, self._repeat = coarse_body(mu, scan.ct_from_index, spacing_mm)
 
     def without(self, vertebra):
         """Attenuation (X, Y, Z) in 1/mm on the grid `ct_from_index`, muscle in the vertebra's place."""
@@ -337,12 +333,20 @@ class WholeBody:
         return rest
 
 
-def _extend_ends(mu, ct_from_index):
+def coarse_body(array, ct_from_index, spacing_mm):
+    """A scan's array (X, Y, Z) averaged over blocks (`block_average`), its end slices repeated for END_MM.
+
+    Returns:
+      the array, its affine (4, 4) in mm, and how often each end slice was repeated.
+    """
+    # The last block is filled up with the end slice: filled with air, it would be what is repeated.
+    fill = -array.shape[2] % _blocks(ct_from_index, spacing_mm)[2]
+    array = np.pad(array, ((0, 0), (0, 0), (0, fill)), mode="edge")
+    array, affine = block_average(array, ct_from_index, spacing_mm)
     # The scan axis is the one nearest to the body's length; after reorientation to RAS that is the last one.
-    repeat = int(round(END_MM / np.linalg.norm(ct_from_index[:3, 2])))
-    affine = ct_from_index.copy()
+    repeat = int(round(END_MM / np.linalg.norm(affine[:3, 2])))
     affine[:3, 3] -= affine[:3, 2] * repeat
-    return np.pad(mu, ((0, 0), (0, 0), (repeat, repeat)), mode="edge"), affine, repeat
+    return np.pad(array, ((0, 0), (0, 0), (repeat, repeat)), mode="edge"), affine, repeat
 
 
 def excess_over_fill(vertebra):

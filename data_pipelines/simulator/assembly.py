@@ -223,16 +223,10 @@ def _round_up(n, step):
 
 
 def _coarse(array, ct_from_index, spacing_mm):
-    """A scan's attenuation in blocks, with its end slices repeated and a voxel of air around its cross-section."""
-    # The last block is filled up with the end slice: filled with air, it would be what is repeated.
-    blocks = np.maximum(1, int(spacing_mm / np.linalg.norm(ct_from_index[:3, 2]) + 1e-6))
-    array = np.pad(array, ((0, 0), (0, 0), (0, -array.shape[2] % blocks)), mode="edge")
-    array, affine = scans.block_average(array, ct_from_index, spacing_mm)
-    repeat = int(round(scans.END_MM / np.linalg.norm(affine[:3, 2])))
-    array = np.pad(array, ((0, 0), (0, 0), (repeat, repeat)), mode="edge")
-    array = np.pad(array, ((1, 1), (1, 1), (0, 0)))
-    affine[:3, 3] -= affine[:3, :3] @ [1, 1, repeat]
-    return np.ascontiguousarray(array, np.float32), affine
+    """`scan.coarse_body` with a voxel of air around its cross-section, and its affine."""
+    array, affine, _ = scans.coarse_body(array, ct_from_index, spacing_mm)
+    affine[:3, 3] -= affine[:3, :3] @ [1, 1, 0]
+    return np.pad(array, ((1, 1), (1, 1), (0, 0))).astype(np.float32, copy=False), affine
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
