@@ -61,13 +61,13 @@ def phantoms(folder, seeds, config, on_done=lambda: None):
     return [(subject, *scan_paths(folder, subject)) for subject in subjects]
 
 
-def simulated_pairs(folder, vertebrae, count, seed, config, gaussian_count, on_done=lambda records: None):
-    """`count` simulated pairs of every vertebra, made where they are not there yet.
+def simulated_pairs(folder, vertebrae, count, seed, config, gaussian_count, ct_count=1, on_done=lambda records: None):
+    """`count` simulated pairs and `ct_count` CT pairs of every vertebra, made where they are not there yet.
 
     Args:
       folder: where such sets lie, each in a folder named by its content, so that none is ever taken for another.
       vertebrae: [(patient, ct path, mask path, label)]; seed: of everything random; config: `pairs.PairConfig`.
-      on_done: called with the number of records that are there now, of 1 + count a vertebra.
+      on_done: called with the number of records that are there now, of 1 + count + ct_count a vertebra.
     Returns:
       a `pairs.PairSet`.
     Raises:
@@ -77,14 +77,16 @@ def simulated_pairs(folder, vertebrae, count, seed, config, gaussian_count, on_d
     which = pairs.Simulated(pairs.Vertebrae(names, gaussian_count), int(count), config)
     # Whole vertebrae in a shard where they fit, so that a process prepares each once.
     shard_size = A_SHARD // which.count * which.count or A_SHARD
-    return _pair_set(folder, which, seed, pairs.simulated, shard_size, pairs.Archive(places), on_done)
+    return _pair_set(folder, which, seed, pairs.simulated, ct_count, shard_size, pairs.Archive(places), on_done)
 
 
-def measured_pairs(folder, case_file, names, variant, config, gaussian_count, pixel_mm, on_done=lambda records: None):
+def measured_pairs(
+    folder, case_file, names, variant, config, gaussian_count, pixel_mm, ct_count=1, on_done=lambda records: None
+):
     """One pair of each scene of known pose in `names`, made where they are not there yet.
 
     Args:
-      folder, on_done: as in `simulated_pairs`, of one record a vertebra and one a scene.
+      folder, ct_count, on_done: as in `simulated_pairs`, of 1 + ct_count records a vertebra and one a scene.
       case_file: `cases.CaseFile`; names: of scenes; variant: which array of their X-ray files.
       config: `pairs.PairConfig`; pixel_mm: what X-rays are binned to, at the isocentre.
     Returns:
@@ -106,7 +108,7 @@ def measured_pairs(folder, case_file, names, variant, config, gaussian_count, pi
     which = pairs.Measured(
         pairs.Vertebrae(vertebrae, gaussian_count), files.sha256(case_file.path), scenes, variant, pixel_mm, config
     )
-    return _pair_set(folder, which, 0, pairs.measured, A_SHARD, archive, on_done)
+    return _pair_set(folder, which, 0, pairs.measured, ct_count, A_SHARD, archive, on_done)
 
 
 def _named(vertebrae):
@@ -119,15 +121,17 @@ def _named(vertebrae):
     return names, {digests[ct, mask]: (patient, ct, mask) for patient, ct, mask, _ in vertebrae}
 
 
-def _pair_set(folder, which, seed, make_pair, shard_size, archive, on_done):
+def _pair_set(folder, which, seed, make_pair, ct_count, shard_size, archive, on_done):
     """The `pairs.PairSet` of `which`, a `pairs.Simulated` or `pairs.Measured`, in a folder below `folder`."""
-    folder = pathlib.Path(folder) / pairs.config_hash(which, seed)
+    ct_pairs = pairs.Moved(which.vertebrae, int(ct_count), which.config)
+    folder = pathlib.Path(folder) / pairs.config_hash(which, ct_count, seed)
     shared = dict(context=archive, on_done=on_done)
     # The vertebrae first: one that is absent or cut is found before hours of simulation.
     count = len(which.vertebrae.names)
     vertebrae = _store(folder / "vertebrae", pairs.vertebra, count, which.vertebrae, shard_size=A_SHARD // 4, **shared)
+    moved = _store(folder / "ct_pairs", pairs.moved, len(ct_pairs), ct_pairs, seed, shard_size=16 * A_SHARD, **shared)
     source = _store(folder / "pairs", make_pair, len(which), which, seed, shard_size=shard_size, **shared)
-    return pairs.PairSet(source, vertebrae)
+    return pairs.PairSet(source, moved, vertebrae)
 
 
 def _store(folder, make_example, count, config, seed=0, *, on_done, **rest):

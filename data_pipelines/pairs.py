@@ -12,40 +12,45 @@ import json
 import jax
 import numpy as np
 
-from data_pipelines import carm
 from data_pipelines import cases
 from data_pipelines import files
 from data_pipelines import pair_store
 from data_pipelines import scan as scans
+from data_pipelines import simulator
 from data_pipelines import xray
+from data_pipelines.simulator import posture
 from radgs_jax import camera
 from radgs_jax import gaussians
 from radgs_jax import training
 
-FORMAT = "radgs-pairs/1"
+FORMAT = "radgs-pairs/2"
 MEAN_SHAPE = (56, 56, 48)
 MEAN_SHAPE_MM = 2.0
 """Grid of mean shapes, in the vertebra's own frame."""
-ARRAYS = ("rest", "excess", "vertebra", "intrinsics", "camera_from_world", "world_from_box")
-"""Of a pair, as `training.PairBatch` has them; the images are stored as float16. Its `owner` is the vertebra's number."""
+IMAGES = ("rest", "excess", "vertebra", "measured")
+ARRAYS = (*IMAGES, "valid", "intrinsics", "camera_from_world", "world_from_box", "simulated")
+"""Of a pair, as `training.PairBatch` has them; IMAGES are stored as float16. Its `owner` is the vertebra's number."""
 CLOUD = tuple(field.name for field in dataclasses.fields(gaussians.Gaussians))
 
 
 @dataclasses.dataclass(frozen=True)
 class PairConfig:
-    """How pairs are simulated.
+    """How pairs are made.
 
-    window: pixels of the stored images, wider than the network's crop; binning: detector pixels to one; poses: vertebra
-    poses for each rendering of the rest of the body (articulation makes them independent).
+    geometry: cameras and images, whose window is wider than the network's crop; preset: postures, beams and detectors.
+    poses: exposures of each posture, the target elsewhere in each; rest_mm, vertebra_mm: voxels of what is projected.
+    ct_turn_deg, ct_shift_mm: largest turn about and shift along each axis of a CT pair; ct_near: share of CT pairs whose
+    ranges are both narrowed by a random factor, since what iterations leave over is small.
     """
 
-    window: int = 112
-    binning: int = 8
+    geometry: simulator.Geometry = simulator.Geometry(window=112)
+    preset: simulator.Preset = simulator.Preset()
     poses: int = 2
-    articulation: float = 1.15
-    rest_spacing_mm: float = 2.6
-    step_mm: float = 2.5
-    vertebra_step_mm: float = 1.2
+    rest_mm: float = 3.0
+    vertebra_mm: float = 1.5
+    ct_turn_deg: float = 20.0
+    ct_shift_mm: float = 25.0
+    ct_near: float = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +64,18 @@ class Vertebrae:
 @dataclasses.dataclass(frozen=True)
 class Simulated:
     """Pairs simulated from scans: `count` of each vertebra, one vertebra after the other."""
+
+    vertebrae: Vertebrae
+    count: int
+    config: PairConfig
+
+    def __len__(self):
+        return self.count * len(self.vertebrae.names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """CT pairs: `count` random poses of each vertebra against its own CT, one vertebra after the other."""
 
     vertebrae: Vertebrae
     count: int
@@ -123,49 +140,25 @@ def _scan(archive, digest):
     return scans.read_scan(ct, mask, patient)
 
 
-def _whole(archive, digest, spacing_mm):
-    return scans.WholeBody(archive.keep(_scan, digest), spacing_mm)
-
-
 def _vertebra(archive, digest, label, count):
     return scans.extract(archive.keep(_scan, digest), label, count, archive.scans[digest][2])
 
 
-def _body(archive, digest, label, count, spacing_mm):
-    return xray.Body(archive.keep(_whole, digest, spacing_mm), archive.keep(_vertebra, digest, label, count))
+def _body(archive, digest, rest_mm, vertebra_mm):
+    return simulator.Body(archive.keep(_scan, digest), rest_mm, vertebra_mm)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Setting:
-    """A body, cameras, its rest as they see it (V, S, S), and poses [(4, 4)] of the vertebra in front of that."""
-
-    body: xray.Body
-    intrinsics: np.ndarray
-    camera_from_world: np.ndarray
-    rest: np.ndarray
-    world_from_ct: list
-
-
-def _setting(archive, which, seed, owner, number):
-    config = which.config
+def _rng(which, seed, owner, *numbers):
+    """The generator of a vertebra's random things; the patient's number keeps two patients from sharing draws."""
     digest, label = which.vertebrae.names[owner]
-    body = archive.keep(_body, digest, label, which.vertebrae.gaussians, config.rest_spacing_mm)
-    # The patient's number keeps two patients from sharing random draws.
     patients = list(dict.fromkeys(name for name, _ in which.vertebrae.names))
-    rng = np.random.default_rng([seed, patients.index(digest), label, number])
-    device, middle = carm.CArm(), body.vertebra.ct_from_box[:3, 3]
-    camera_from_world = carm.sample_views(rng, device)
-    world_from_ct = carm.sample_world_from_ct(rng, middle)
-    centre = world_from_ct[:3, :3] @ middle + world_from_ct[:3, 3]
-    # The window follows the vertebra; the crop of a start pose then moves inside it.
-    detector = carm.intrinsics(device, config.binning)
-    intrinsics = np.stack([_window(detector, E, centre, config.window) for E in camera_from_world])
-    world_from_rest = carm.motion_about(centre, carm.sample_articulation(rng, config.articulation)) @ world_from_ct
-    offsets = [carm.sample_articulation(rng, config.articulation) for _ in range(config.poses)]
-    size = (config.window, config.window)
-    rest = body.render_rest(world_from_rest, intrinsics, camera_from_world, size, config.step_mm)
-    poses = [carm.motion_about(centre, offset) @ world_from_ct for offset in offsets]
-    return _Setting(body, intrinsics, camera_from_world, rest, poses)
+    return np.random.default_rng([seed, patients.index(digest), label, *numbers])
+
+
+def _stance(archive, which, seed, owner, number):
+    config, (digest, label) = which.config, which.vertebrae.names[owner]
+    body = archive.keep(_body, digest, config.rest_mm, config.vertebra_mm)
+    return simulator.stand(body, label, _rng(which, seed, owner, number), config.preset, config.geometry)
 
 
 def simulated(which, seed, index, archive):
@@ -174,18 +167,29 @@ def simulated(which, seed, index, archive):
     Raises:
       InputError: an unreadable scan, an absent or cut vertebra.
     """
-    config = which.config
     owner, number = divmod(index, which.count)
-    setting = archive.keep(_setting, which, seed, owner, number // config.poses)
-    world_from_ct = setting.world_from_ct[number % config.poses]
-    cameras, size = (setting.intrinsics, setting.camera_from_world), (config.window, config.window)
-    excess, alone = setting.body.render_vertebra(world_from_ct, *cameras, size, config.vertebra_step_mm)
-    return _pair(owner, setting.rest, excess, alone, *cameras, world_from_ct @ setting.body.vertebra.ct_from_box)
+    group, pose = divmod(number, which.config.poses)
+    stance = archive.keep(_stance, which, seed, owner, group)
+    sample = simulator.expose(stance, _rng(which, seed, owner, group, pose + 1))
+    return _pair(owner, **{name: getattr(sample, name) for name in ARRAYS[:-1]}, simulated=True)
 
 
-def _pair(owner, *values):
-    typed = {name: np.asarray(v, np.float16 if name in ARRAYS[:3] else np.float32) for name, v in zip(ARRAYS, values)}
-    return {**typed, "owner": np.int32(owner)}
+def moved(which, seed, index, archive):
+    """CT pair `index` of a `Moved`: owner and motion (4, 4), which carries the CT to the pose that is to be found, box frame.
+
+    Args:
+      archive: the `Archive`; a motion needs none of it.
+    """
+    owner, number = divmod(index, which.count)
+    rng, config = _rng(which, seed, owner, number), which.config
+    narrowed = rng.uniform() if rng.uniform() < config.ct_near else 1.0
+    motion = posture.jitter(rng, np.zeros(3), narrowed * config.ct_turn_deg, narrowed * config.ct_shift_mm)
+    return {"owner": np.int32(owner), "motion": motion.astype(np.float32)}
+
+
+def _pair(owner, valid, simulated, **values):
+    typed = {name: np.asarray(v, np.float16 if name in IMAGES else np.float32) for name, v in values.items()}
+    return {**typed, "valid": np.asarray(valid, bool), "simulated": np.bool_(simulated), "owner": np.int32(owner)}
 
 
 def _window(intrinsics, camera_from_world, centre, size):
@@ -200,8 +204,7 @@ def _window(intrinsics, camera_from_world, centre, size):
 def measured(which, seed, index, archive):
     """Pair `index` of a `Measured`: ARRAYS and owner.
 
-    The measured X-ray stands as `rest` with no excess; the vertebra alone is the CT projected at the true pose, since no
-    real X-ray shows it.
+    The vertebra alone is the CT projected at the true pose, since no real X-ray shows it; `rest` and `excess` are 0.
 
     Args:
       seed: nothing here is random; archive: the `Archive`, with scenes.
@@ -213,31 +216,45 @@ def measured(which, seed, index, archive):
     vertebra = archive.keep(_vertebra, digest, label, which.vertebrae.gaussians)
     (scene, world_from_ct), config = archive.scenes[name], which.config
     world_from_box = world_from_ct @ vertebra.ct_from_box
-    images, intrinsics, extrinsics = binned_views(scene.views, cases.read_xrays(scene, which.variant), which.pixel_mm)
-    centred, windows = [], []
+    images = cases.read_xrays(scene, which.variant)
+    everywhere = [np.ones(image.shape, bool) for image in images]
+    images, _, intrinsics, extrinsics = binned_views(scene.views, images, everywhere, which.pixel_mm)
+    centred, inside, windows = [], [], []
+    side = config.geometry.window
     for image, k, E in zip(images, intrinsics, extrinsics):
-        window = _window(k, E, world_from_box[:3, 3], config.window)
+        window = _window(k, E, world_from_box[:3, 3], side)
         corner = np.rint(k[2:] - window[2:]).astype(int)
-        rows = np.clip(corner[1] + np.arange(config.window), 0, image.shape[0] - 1)
-        columns = np.clip(corner[0] + np.arange(config.window), 0, image.shape[1] - 1)
-        centred.append(image[rows][:, columns])
+        rows, columns = corner[1] + np.arange(side), corner[0] + np.arange(side)
+        height, width = image.shape
+        centred.append(image[np.clip(rows, 0, height - 1)][:, np.clip(columns, 0, width - 1)])
+        inside.append(((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width)))
         windows.append(window)
-    cameras, size = (np.stack(windows), extrinsics), (config.window, config.window)
-    grid, step_mm = vertebra.ct_from_index, config.vertebra_step_mm
+    cameras, step_mm = (np.stack(windows), extrinsics), config.geometry.vertebra_step_mm
+    grid, size = vertebra.ct_from_index, (side, side)
     alone = xray.render(vertebra.density, grid, world_from_ct, *cameras, size, step_mm, oversample=2)
-    return _pair(owner, np.stack(centred), np.zeros_like(alone), alone, *cameras, world_from_box)
+    nothing = np.zeros_like(alone)
+    images = dict(zip(IMAGES, (nothing, nothing, alone, np.stack(centred))))
+    values = dict(zip(ARRAYS[5:8], (*cameras, world_from_box)))
+    return _pair(owner, np.stack(inside), False, **images, **values)
 
 
-def binned_views(views, images, pixel_mm):
-    """Images averaged to about `pixel_mm` at the isocentre, with exact cameras: list of arrays, (V, 4) and (V, 4, 4)."""
-    small, cameras = [], []
-    for view, image in zip(views, images):
+def binned_views(views, images, valid, pixel_mm):
+    """Images averaged to about `pixel_mm` at the isocentre, with exact cameras.
+
+    Args:
+      views: V `cases.View`s; images, valid: V arrays (H_v, W_v), line integrals and bool.
+    Returns:
+      list of images, list of where every averaged pixel is valid, intrinsics (V, 4), camera_from_world (V, 4, 4).
+    """
+    small, inside, cameras = [], [], []
+    for view, image, mask in zip(views, images, valid):
         factor = cases.binning(view, pixel_mm)
         small.append(camera.bin_image(image, factor))
+        inside.append(camera.bin_image(mask.astype(np.float32), factor) == 1.0)
         cameras.append(
             camera.bin(camera.Camera(view.intrinsics, view.camera_from_world, view.height, view.width), factor)
         )
-    return small, np.stack([c.intrinsics for c in cameras]), np.stack([c.camera_from_world for c in cameras])
+    return small, inside, np.stack([c.intrinsics for c in cameras]), np.stack([c.camera_from_world for c in cameras])
 
 
 def mean_shape_grid():
@@ -263,23 +280,29 @@ def vertebra(which, seed, index, archive):
 
 
 class Batches(pair_store.Loader):
-    """Endless `training.PairBatch`es in numpy, this process's part of each, as `pair_store.Loader` deals them out."""
+    """Endless batches in numpy, this process's part of each, as `pair_store.Loader` deals them out."""
 
-    def __init__(self, pair_set, seed, batch):
-        super().__init__(pair_set.source, seed, batch, jax.process_index(), jax.process_count())
-        self._clouds = pair_set.clouds
+    def __init__(self, source, clouds, seed, batch):
+        """source: of pairs or of CT pairs; clouds: their vertebrae's Gaussians (vertebrae, N)."""
+        super().__init__(source, seed, batch, jax.process_index(), jax.process_count())
+        self._clouds = clouds
 
     def __next__(self):
+        """A `training.PairBatch` or a `training.CtBatch`."""
         values = super().__next__()
-        arrays = {name: values[name].astype(np.float32) for name in ARRAYS}
-        return training.PairBatch(**arrays, cloud=jax.tree.map(lambda a: a[values["owner"]], self._clouds))
+        cloud = jax.tree.map(lambda a: a[values["owner"]], self._clouds)
+        if "motion" in values:
+            return training.CtBatch(values["motion"], cloud)
+        arrays = {name: values[name].astype(np.float32 if name in IMAGES else values[name].dtype) for name in ARRAYS}
+        return training.PairBatch(**arrays, cloud=cloud)
 
 
 @dataclasses.dataclass(frozen=True)
 class PairSet:
-    """Pairs on disk: `pair_store.Source`s of the pairs and of the vertebrae that they show."""
+    """Pairs on disk: `pair_store.Source`s of the pairs, of the CT pairs, and of the vertebrae that both show."""
 
     source: pair_store.Source
+    moved: pair_store.Source
     vertebrae: pair_store.Source
 
     def __len__(self):
@@ -291,9 +314,9 @@ class PairSet:
         records = [self.vertebrae[index] for index in range(len(self.vertebrae))]
         return gaussians.Gaussians(**{name: np.stack([record[name] for record in records]) for name in CLOUD})
 
-    def batches(self, seed, batch):
-        """`Batches` of `batch` pairs over all processes; close them when done."""
-        return Batches(self, seed, batch)
+    def batches(self, seed, batch, module="rec"):
+        """`Batches` of `batch` pairs over all processes, of CT pairs for the module stage 'reg'; close them when done."""
+        return Batches(self.moved if module == "reg" else self.source, self.clouds, seed, batch)
 
     def mean_shapes(self):
         """Mean density by VerSe label, and under key 0 that of all: {label: MEAN_SHAPE array}, 1/mm, vertebra's frame."""

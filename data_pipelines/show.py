@@ -152,14 +152,14 @@ def of_xrays(paths, options):
 
 
 def of_pairs(source, count):
-    """Evenly spaced pairs of a store: for each view the whole X-ray and the vertebra alone."""
+    """Evenly spaced pairs of a store: for each view the measured X-ray, what does not count in red, and the vertebra alone."""
     rows = []
     for index in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
         pair = source[int(index)]
         row = []
-        for view in range(len(pair["rest"])):
-            whole, alone = (np.asarray(a[view], np.float32) for a in (pair["rest"] + pair["excess"], pair["vertebra"]))
-            row += [(f"pair {index} view {view + 1}", _grey(whole)), ("vertebra", _grey(alone))]
+        for view in range(len(pair["measured"])):
+            seen, alone = (pair[name][view].astype(np.float32) for name in ("measured", "vertebra"))
+            row += [(f"pair {index} view {view + 1}", _grey(seen, pair["valid"][view])), ("vertebra", _grey(alone))]
         rows.append(row)
     return _sheet(rows)
 

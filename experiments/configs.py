@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from data_pipelines import simulator
 from data_pipelines.pairs import PairConfig
 from data_pipelines.phantom import PhantomConfig
 from data_pipelines.xray import Detector
@@ -13,9 +14,13 @@ DATA_STAGES = ("p1", "p2", "p3")
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One data stage: pairs per vertebra, and steps of each module stage (RecM, RegM, joint)."""
+    """One data stage: X-ray pairs and CT pairs per vertebra, and steps of each module stage (RecM, RegM, joint).
+
+    In P2 `pairs` are the acquisitions of each vertebra, where they are simulated.
+    """
 
     pairs: int
+    ct_pairs: int
     steps: tuple
     learning_rate: float
 
@@ -40,9 +45,9 @@ class Config:
     p2_folds: int = 5
     p2_fold: int = 0
     patient_labels: tuple = (20, 21, 22, 23, 24)
-    p1: StageConfig = StageConfig(pairs=16, steps=(400, 200, 200), learning_rate=2e-3)
-    p2: StageConfig = StageConfig(pairs=2, steps=(40, 20, 80), learning_rate=1e-3)
-    p3: StageConfig = StageConfig(pairs=64, steps=(300, 60, 440), learning_rate=1.5e-3)
+    p1: StageConfig = StageConfig(pairs=16, ct_pairs=32, steps=(400, 200, 200), learning_rate=2e-3)
+    p2: StageConfig = StageConfig(pairs=2, ct_pairs=16, steps=(40, 20, 80), learning_rate=1e-3)
+    p3: StageConfig = StageConfig(pairs=64, ct_pairs=128, steps=(300, 60, 440), learning_rate=1.5e-3)
     batch: int = 8
     checkpoint_seconds: float = 60.0
     passes: int = 5
@@ -70,13 +75,20 @@ PAPER = Config(
         voxel_mm=1.7,
         grid_blur_mm=0.6,
     ),
-    pairs=PairConfig(window=224, binning=4, poses=1, rest_spacing_mm=1.0, step_mm=1.0, vertebra_step_mm=0.5),
+    pairs=PairConfig(
+        geometry=simulator.Geometry(window=224, binning=4, vertebra_step_mm=0.5, rest_step_mm=1.0),
+        poses=1,
+        rest_mm=1.5,
+        vertebra_mm=0.75,
+        ct_shift_mm=50.0,
+        ct_near=0.0,
+    ),
     p1_patients=253,
     p2_patients=10,
     labels=(20, 21, 22, 23, 24),
-    p1=StageConfig(pairs=25, steps=(120000, 48000, 120000), learning_rate=1e-4),
-    p2=StageConfig(pairs=3, steps=(900, 900, 900), learning_rate=1e-4),
-    p3=StageConfig(pairs=300, steps=(6750, 2250, 6750), learning_rate=1e-4),
+    p1=StageConfig(pairs=25, ct_pairs=1, steps=(120000, 48000, 120000), learning_rate=1e-4),
+    p2=StageConfig(pairs=3, ct_pairs=100, steps=(900, 900, 900), learning_rate=1e-4),
+    p3=StageConfig(pairs=300, ct_pairs=100, steps=(6750, 2250, 6750), learning_rate=1e-4),
     batch=8,
     checkpoint_seconds=600.0,
 )

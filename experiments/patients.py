@@ -118,7 +118,7 @@ def _prepare_scan(config, folder, targets, vertebrae, model, minutes, modules):
     for vertebra in vertebrae:
         save_vertebra(folder / f"vertebra_{vertebra.label}.npz", vertebra, first.patient)
     labels = [target.label for target in targets]
-    with progress.bar(len(labels) * (1 + config.p3.pairs), "p3 pairs") as bar:
+    with progress.bar(len(labels) * (1 + config.p3.pairs + config.p3.ct_pairs), "p3 pairs") as bar:
         pair_set = build.simulated_pairs(
             folder / "pairs",
             [(first.patient, first.ct, first.mask, label) for label in labels],
@@ -126,6 +126,7 @@ def _prepare_scan(config, folder, targets, vertebrae, model, minutes, modules):
             config.seed + 7,
             config.pairs,
             model.config.gaussians,
+            config.p3.ct_pairs,
             bar.update,
         )
     stage = dataclasses.replace(config, model=model.config)

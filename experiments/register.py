@@ -8,7 +8,6 @@ in each view and the CT's own orientation is taken.
 import pathlib
 import shutil
 
-import numpy as np
 from absl import flags
 
 from data_pipelines import cases
@@ -49,7 +48,7 @@ PICTURES = flags.DEFINE_bool("pictures", True, "Write pictures, volumes and tran
 
 
 def _single():
-    """The one case that the flags describe: (id, target, views, images, start, None)."""
+    """The one case that the flags describe: (id, target, views, images, valid, start, None)."""
     for flag in (MASK, LABEL, XRAYS):
         if not flag.value:
             files.fail("flags", f"--{flag.name}", "nothing", "a value, with --ct")
@@ -67,16 +66,14 @@ def _single():
         mirrored=MIRRORED.value,
     )
     measured = radiograph.read_views(XRAYS.value, CAMERAS.value, options, FLAT.value)
-    views = [xray.view for xray in measured]
-    # Pixels that do not count have the mean of those that do.
-    images = [np.where(x.valid, x.line_integrals, x.line_integrals[x.valid].mean()) for x in measured]
+    views, images, valid = ([getattr(x, name) for x in measured] for name in ("view", "line_integrals", "valid"))
     if INIT.value:
         start = cases.check_rigid(INIT.value, "T_init", files.read_json(INIT.value))
     else:
         vertebra = patients.load(WORKDIR.value, target, patients.Identity()).vertebra
         start, miss = registering.start_from_points(views, _pixels(len(views)), vertebra)
         print(f"start from --points: the rays miss each other by {miss:.2f} mm")
-    return [("case", target, views, images, start, None)]
+    return [("case", target, views, images, valid, start, None)]
 
 
 def _pixels(count):
@@ -90,7 +87,7 @@ def _pixels(count):
 
 
 def _listed():
-    """Every case of the case file: (id, target, views, images, start, truth or None)."""
+    """Every case of the case file: (id, target, views, images, None, start, truth or None)."""
     case_file = cases.read(CASES.value)
     images = {name: cases.read_xrays(scene, VARIANT.value) for name, scene in case_file.scenes.items()}
     rows = []
@@ -98,9 +95,8 @@ def _listed():
         scene = case_file.scenes[case.scene]
         volume = case_file.volumes[scene.volume]
         target = patients.Target(volume.patient, volume.full_ct, volume.full_mask, volume.full_label)
-        rows.append(
-            (case.name, target, scene.views, images[scene.name], case.world_from_ct, _truth_for_pictures(scene))
-        )
+        start, truth = case.world_from_ct, _truth_for_pictures(scene)
+        rows.append((case.name, target, scene.views, images[scene.name], None, start, truth))
     return rows
 
 
@@ -129,13 +125,13 @@ def main():
     partial.mkdir(parents=True)
     results, warm = [], set()
     with progress.bar(len(rows), "register") as bar:
-        for name, target, views, images, start, truth in rows:
+        for name, target, views, images, valid, start, truth in rows:
             ready = prepared[identity.scan(target), target.label]
             sizes = tuple(image.shape for image in images)
             if sizes not in warm:  # compiles once per image size, so that the times below are those of a warm program
-                registering.register(ready, views, images, start, PASSES.value)
+                registering.register(ready, views, images, start, PASSES.value, valid)
                 warm.add(sizes)
-            outcome = registering.register(ready, views, images, start, PASSES.value)
+            outcome = registering.register(ready, views, images, start, PASSES.value, valid)
             results.append(
                 {
                     "id": name,

@@ -39,23 +39,26 @@ class Outcome:
     cpu_s: float
 
 
-def register(prepared, views, images, start_world_from_ct, passes):
+def register(prepared, views, images, start_world_from_ct, passes, valid=None):
     """Registers one case: nothing enters but the prepared vertebra, X-rays, cameras and the start pose.
 
     Args:
       prepared: `patients.Prepared`; views: `cases.View`s; images: (H_v, W_v) line integrals; start_world_from_ct: (4, 4).
+      valid: (H_v, W_v) bool, the pixels that count; None: all.
     Returns:
       `Outcome`.
     """
     wall, cpu = time.perf_counter(), time.process_time()
     vertebra, config = prepared.vertebra, prepared.model.config
-    small, intrinsics, extrinsics = pairs.binned_views(views, images, config.pixel_mm)
+    valid = [np.ones(image.shape, bool) for image in images] if valid is None else valid
+    small, inside, intrinsics, extrinsics = pairs.binned_views(views, images, valid, config.pixel_mm)
     start = start_world_from_ct @ vertebra.ct_from_box
     result = jax.device_get(
         training.register(
             prepared.model.params,
             config,
             [jnp.asarray(i, jnp.float32) for i in small],
+            [jnp.asarray(i) for i in inside],
             jnp.asarray(intrinsics, jnp.float32),
             jnp.asarray(extrinsics, jnp.float32),
             jnp.asarray(start, jnp.float32),

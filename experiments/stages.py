@@ -58,7 +58,7 @@ def _module(config, workdir, name, module, mesh, batch, pair_set, params, steps,
     key = jax.random.key(seed)
     # Placed before the first step: a state that moves onto the mesh by itself would compile the update twice.
     state = sharding.replicate(training.init_state(jax.tree.map(jnp.copy, params), module), mesh)
-    with contextlib.closing(pair_set.batches(seed, batch)) as batches:
+    with contextlib.closing(pair_set.batches(seed, batch, module)) as batches:
         start = batches.get_state()
         if budget_s is not None:
             probe = lambda: _time_step(update, state, key, _split(next(batches), mesh))

@@ -60,7 +60,7 @@ def p1(config, workdir, modules):
         return
     subjects = _phantom_scans(config, workdir, P1_SEED, config.p1_patients, "p1 phantoms")
     vertebrae = [(*subject, label) for subject in subjects for label in config.labels]
-    with progress.bar(len(vertebrae) * (1 + config.p1.pairs), "p1 pairs") as bar:
+    with progress.bar(len(vertebrae) * (1 + config.p1.pairs + config.p1.ct_pairs), "p1 pairs") as bar:
         pair_set = build.simulated_pairs(
             workdir / "pairs" / "p1",
             vertebrae,
@@ -68,6 +68,7 @@ def p1(config, workdir, modules):
             config.seed + 1,
             config.pairs,
             config.model.gaussians,
+            config.p1.ct_pairs,
             bar.update,
         )
     params = jax.jit(lambda key: radgs_reg.init(config.model, key))(jax.random.key(config.seed))
@@ -105,7 +106,7 @@ def p2(config, workdir, modules, case_path=None, variant="real"):
     if not names:
         files.fail(case_path, "patients", sorted(fold), "at least one outside the held-out fold")
     volumes = {case_file.scenes[name].volume for name in names}
-    with progress.bar(len(volumes) + len(names), "p2 pairs") as bar:
+    with progress.bar(len(volumes) * (1 + config.p2.ct_pairs) + len(names), "p2 pairs") as bar:
         pair_set = build.measured_pairs(
             workdir / "pairs" / "p2",
             case_file,
@@ -114,6 +115,7 @@ def p2(config, workdir, modules, case_path=None, variant="real"):
             config.pairs,
             model.config.gaussians,
             model.config.pixel_mm,
+            config.p2.ct_pairs,
             bar.update,
         )
     params = stages.run(

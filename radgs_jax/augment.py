@@ -30,33 +30,41 @@ def start_twist(key, batch, max_mm=25.0):
     return jnp.concatenate([w * angle, t * size * share], -1)
 
 
-def xray(key, rest, excess, strength=1.0):
-    """Line integrals (B, V, H, W) of a body and its vertebra under a random beam and detector; `strength` 0 gives their sum.
+def contrast(key, rest, excess, strength):
+    """Line integrals (B, V, H, W) of a body and its vertebra, each attenuating up to 15 and 30 % more or less than it does.
 
-    Bone contrast, beam hardening, scatter up to the primary, a gain ramp, blur, noise and an air offset; three in ten images
-    stay clean.
+    Args:
+      strength: (B, 1, 1, 1); 0 gives their sum.
     """
-    b, v, height, width = rest.shape
-    keys = jax.random.split(key, 9)
+    body, vertebra = (jax.random.uniform(k, strength.shape, minval=-1.0) for k in jax.random.split(key))
+    return rest * (1 + 0.15 * strength * body) + excess * (1 + 0.3 * strength * vertebra)
+
+
+def detector(key, image, strength):
+    """Line integrals (B, V, H, W) under a random beam and detector: hardening, scatter up to the primary, a gain ramp, blur, noise.
+
+    Args:
+      strength: (B, 1, 1, 1); 0 changes nothing.
+    """
+    b, v, height, width = image.shape
+    keys = jax.random.split(key, 6)
 
     def draw(i, low, high, shape=(b, 1, 1, 1)):
         return low + (high - low) * jax.random.uniform(keys[i], shape)
 
-    dirty = strength * (jax.random.uniform(keys[0], (b, 1, 1, 1)) > 0.3)
-    image = rest * (1 + dirty * draw(1, -0.15, 0.15)) + excess * (1 + dirty * draw(2, -0.3, 0.3))
-    image = image / (1 + dirty * draw(3, 0.0, 0.08) * image)
+    image = image / (1 + strength * draw(0, 0.0, 0.08) * jnp.maximum(image, 0.0))
     primary = jnp.exp(-image)
     # Two wide box filters stand for the scatter kernel; its tails reach across the window.
     scatter = camera.box_blur(camera.box_blur(primary, 8), 8)
-    intensity = primary + dirty * draw(4, 0.0, 1.0) * scatter
-    ramp = dirty[..., None] * draw(5, -0.1, 0.1, (b, v, 2, 1, 1))
+    intensity = primary + strength * draw(1, 0.0, 1.0) * scatter
+    ramp = strength[..., None] * draw(2, -0.1, 0.1, (b, v, 2, 1, 1))
     rows, columns = jnp.linspace(-0.5, 0.5, height)[:, None], jnp.linspace(-0.5, 0.5, width)[None]
     intensity = intensity * (1 + ramp[:, :, 0] * rows + ramp[:, :, 1] * columns)
     image = -jnp.log(jnp.maximum(intensity, 1e-6))
-    soft = dirty * draw(6, 0.0, 1.0)
+    soft = strength * draw(3, 0.0, 1.0)
     image = image + soft * (camera.box_blur(image, 1) - image)
     # The pixels are averages of many detector pixels, so their noise is small.
-    noise = dirty * draw(7, 0.0, 0.02) * jax.random.normal(keys[8], image.shape)
+    noise = strength * draw(4, 0.0, 0.02) * jax.random.normal(keys[5], image.shape)
     return image + noise
 
 

@@ -47,28 +47,42 @@ class PairBatch:
     """Simulated or real X-ray pairs, B of them.
 
     rest, excess, vertebra: (B, V, S, S) line integrals of everything but the vertebra, of what the vertebra adds, and of
-    the vertebra alone, in a window wider than the network's crop; intrinsics (B, V, 4); camera_from_world (B, V, 4, 4);
-    world_from_box (B, 4, 4) the true pose; cloud: Gaussians (B, N), box frame.
+    the vertebra alone, in a window wider than the network's crop; measured: (B, V, S, S) as a detector gives them, up to a
+    scale and an offset; valid: (B, V, S, S) bool, where `measured` counts; intrinsics (B, V, 4); camera_from_world
+    (B, V, 4, 4); world_from_box (B, 4, 4) the true pose; simulated: (B,) bool, False where rest and excess are unknown;
+    cloud: Gaussians (B, N), box frame.
     """
 
     rest: jax.Array
     excess: jax.Array
     vertebra: jax.Array
+    measured: jax.Array
+    valid: jax.Array
     intrinsics: jax.Array
     camera_from_world: jax.Array
     world_from_box: jax.Array
+    simulated: jax.Array
+    cloud: gaussians.Gaussians
+
+
+@flax.struct.dataclass
+class CtBatch:
+    """CT pairs: motions (B, 4, 4), which carry the CT's Gaussians `cloud` (B, N) to where they are to be found; box frame."""
+
+    motion: jax.Array
     cloud: gaussians.Gaussians
 
 
 @flax.struct.dataclass
 class Example:
-    """What a network sees (xrays, intrinsics, camera_from_box at the start pose, cloud) and the truth.
+    """What a network sees (xrays, valid, intrinsics, camera_from_box at the start pose, cloud) and the truth.
 
     motion: (B, 4, 4) from the start box to the true one: the truth is motion applied to the CT; target: (B, V, H, W) the
     vertebra alone at the true pose.
     """
 
     xrays: jax.Array
+    valid: jax.Array
     intrinsics: jax.Array
     camera_from_box: jax.Array
     cloud: gaussians.Gaussians
@@ -76,23 +90,38 @@ class Example:
     target: jax.Array
 
 
+MEASURED_SHARE = 0.5
+"""Of simulated pairs, how many show what the simulated detector measured; the others get a detector drawn at each step."""
+CLEAN_SHARE = 0.3
+"""Of X-rays, how many no detector is drawn for."""
+
+
 def make_example(key, batch, config, strength=1.0):
-    """Draws a start pose and a detector for each pair, and crops at the start."""
-    key_start, key_xray = jax.random.split(key)
+    """Draws a start pose and a detector for each pair, and crops at the start; `strength` 0 shows simulated pairs' clean sums."""
+    keys = jax.random.split(key, 5)
     count = batch.rest.shape[0]
-    offset = rigid.motion_about(jnp.zeros(3), augment.start_twist(key_start, count))
+    offset = rigid.motion_about(jnp.zeros(3), augment.start_twist(keys[0], count))
     world_from_start = rigid.matmul(batch.world_from_box, offset)
     camera_from_box = rigid.matmul(batch.camera_from_world, world_from_start[:, None])
 
-    def crop(image, k, E):
-        return radgs_reg.crop_view(image, k, E, config.crop_px)
+    def crop(image, valid, k, E):
+        return radgs_reg.crop_view(image, valid, k, E, config.crop_px)
 
     crop = jax.vmap(jax.vmap(crop))
-    rest, intrinsics = crop(batch.rest, batch.intrinsics, camera_from_box)
-    excess, _ = crop(batch.excess, batch.intrinsics, camera_from_box)
-    target, _ = crop(batch.vertebra, batch.intrinsics, camera_from_box)
+    measured, valid, intrinsics = crop(batch.measured, batch.valid, batch.intrinsics, camera_from_box)
+    rest, everywhere, _ = crop(batch.rest, jnp.ones_like(batch.valid), batch.intrinsics, camera_from_box)
+    excess, target = (
+        crop(image, batch.valid, batch.intrinsics, camera_from_box)[0] for image in (batch.excess, batch.vertebra)
+    )
+    each = (count, 1, 1, 1)
+    seen = ~batch.simulated.reshape(each) | (jax.random.uniform(keys[1], each) < MEASURED_SHARE * strength)
+    dirty = strength * (jax.random.uniform(keys[2], each) > CLEAN_SHARE)
+    # A measured X-ray has had its detector: a little more of the same widens what the simulator knows.
+    xrays = jnp.where(seen, measured, augment.contrast(keys[3], rest, excess, dirty))
+    xrays = augment.detector(keys[4], xrays, jnp.where(seen, 0.3, 1.0) * dirty)
     return Example(
-        augment.xray(key_xray, rest, excess, strength),
+        xrays,
+        jnp.where(seen, valid, everywhere),
         intrinsics,
         camera_from_box,
         batch.cloud,
@@ -104,7 +133,7 @@ def make_example(key, batch, config, strength=1.0):
 def reconstruct(params, config, example, key=None):
     """RecM's `Reconstruction` of an `Example`; deterministic without a key."""
     return recm.RecM(config).apply(
-        params, example.xrays, example.intrinsics, example.camera_from_box, example.cloud, key
+        params, example.xrays, example.valid, example.intrinsics, example.camera_from_box, example.cloud, key
     )
 
 
@@ -115,13 +144,16 @@ def project(cloud, example):
 
 
 def reconstruction_loss(reconstruction, example, config, weights):
-    """Eq. 2 with both branches, plus the two 3D terms of `LossConfig`; scalar and a dict of its parts."""
+    """Eq. 2 with both branches where pixels are valid, plus the two 3D terms of `LossConfig`; scalar and a dict of its parts."""
     truth = gaussians.move(example.cloud, example.motion)
     effect, factual = reconstruction.effect, reconstruction.factual
     volume, true_volume = regm.volume(effect, config), regm.volume(truth, config)
-    image = project(effect, example)
+    # A collimated pixel says nothing, so that there every image is 0.
+    image, factual_image, target = (
+        jnp.where(example.valid, i, 0.0) for i in (project(effect, example), project(factual, example), example.target)
+    )
     eq2 = losses.cal_reconstruction(
-        image, volume, project(factual, example), regm.volume(factual, config), example.target, weights.ssim, weights.tv
+        image, volume, factual_image, regm.volume(factual, config), target, weights.ssim, weights.tv
     )
     # Weighted by mass: Gaussians that only pad the cloud have no place to be.
     share = truth.density * jnp.prod(truth.scale, -1)
@@ -135,20 +167,24 @@ def reconstruction_loss(reconstruction, example, config, weights):
     loss = eq2 + weights.points * (effect_points + points(factual)) + weights.volume * volume_l1
     return loss, {
         "eq2": eq2,
-        "image_l1": losses.l1(image, example.target),
+        "image_l1": losses.l1(image, target),
         "points_mm": effect_points,
         "volume_l1": volume_l1,
     }
 
 
-def registration_loss(motion, example, reconstruction, config, weights):
-    """Eq. 3 for an estimated motion (B, 4, 4) of the CT in the box frame; scalar and a dict of its parts."""
-    moved_ct = regm.volume(gaussians.move(example.cloud, motion), config)
-    loss = losses.registration(moved_ct, regm.volume(reconstruction, config), motion, example.motion, weights.geodesic)
-    error = rigid.distance(motion, example.motion, jnp.zeros(3))
-    start = rigid.distance(jnp.eye(4), example.motion, jnp.zeros(3))
-    angle = rigid.rotation_angle(motion[:, :3, :3], example.motion[:, :3, :3])
-    centre = jnp.sqrt(jnp.sum((motion - example.motion)[:, :3, 3] ** 2, -1))
+def registration_loss(motion, true_motion, cloud, reconstruction, config, weights):
+    """Eq. 3 for estimated and true motions (B, 4, 4) of the CT's Gaussians `cloud` (B, N) to a `reconstruction` (B, N).
+
+    Returns:
+      scalar and a dict of its parts; all in the box frame.
+    """
+    moved_ct = regm.volume(gaussians.move(cloud, motion), config)
+    loss = losses.registration(moved_ct, regm.volume(reconstruction, config), motion, true_motion, weights.geodesic)
+    error = rigid.distance(motion, true_motion, jnp.zeros(3))
+    start = rigid.distance(jnp.eye(4), true_motion, jnp.zeros(3))
+    angle = rigid.rotation_angle(motion[:, :3, :3], true_motion[:, :3, :3])
+    centre = jnp.sqrt(jnp.sum((motion - true_motion)[:, :3, 3] ** 2, -1))
     return loss, {
         "pose_mm": jnp.mean(error),
         "start_mm": jnp.mean(start),
@@ -158,20 +194,20 @@ def registration_loss(motion, example, reconstruction, config, weights):
 
 
 def loss(params, key, batch, module, config, weights, strength):
-    """Loss of one module stage on a `PairBatch`: scalar and a dict of scalars."""
+    """Loss of one module stage on a `PairBatch`, or on a `CtBatch` for 'reg': scalar and a dict of scalars."""
     key_example, key_draws = jax.random.split(key)
     if module == "reg":
-        motion = rigid.inverse(rigid.motion_about(jnp.zeros(3), augment.start_twist(key_example, batch.rest.shape[0])))
-        imperfect = augment.imperfect(key_draws, gaussians.move(batch.cloud, motion))
-        example = Example(batch.rest, batch.intrinsics, batch.camera_from_world, batch.cloud, motion, batch.rest)
+        imperfect = augment.imperfect(key_draws, gaussians.move(batch.cloud, batch.motion))
         estimate = regm.estimate(params["regm"], config, imperfect, batch.cloud)
-        return registration_loss(estimate, example, imperfect, config, weights)
+        return registration_loss(estimate, batch.motion, batch.cloud, imperfect, config, weights)
     example = make_example(key_example, batch, config, strength)
     reconstruction = reconstruct(params["recm"], config, example, key_draws)
     value, parts = reconstruction_loss(reconstruction, example, config, weights)
     if module == "joint":
         estimate = regm.estimate(params["regm"], config, reconstruction.effect, example.cloud)
-        registration, more = registration_loss(estimate, example, reconstruction.effect, config, weights)
+        registration, more = registration_loss(
+            estimate, example.motion, example.cloud, reconstruction.effect, config, weights
+        )
         value, parts = losses.total(registration, value), {**parts, **more}
     return value, parts
 
@@ -233,6 +269,7 @@ def make_update(mesh, module, config: ModelConfig, weights: LossConfig, strength
 
 
 @functools.partial(jax.jit, static_argnames=("config", "passes"))
-def register(params, config, images, intrinsics, camera_from_world, world_from_box, cloud, passes):
+def register(params, config, images, valid, intrinsics, camera_from_world, world_from_box, cloud, passes):
     """`radgs_reg.register`, compiled once per configuration, number of passes and image sizes."""
-    return radgs_reg.register(params, config, images, intrinsics, camera_from_world, world_from_box, cloud, passes)
+    cameras = intrinsics, camera_from_world
+    return radgs_reg.register(params, config, images, valid, *cameras, world_from_box, cloud, passes)

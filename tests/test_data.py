@@ -10,6 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 import tiny
+from scipy.spatial.transform import Rotation
 
 from data_pipelines import build
 from data_pipelines import carm
@@ -238,7 +239,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 def _simulated(stored, folder, labels=(21, 22), count=3, seed=4, on_done=lambda records: None, **changes):
     config = dataclasses.replace(tiny.config().pairs, **changes)
     vertebrae = [(*stored, label) for label in labels]
-    return build.simulated_pairs(folder, vertebrae, count, seed, config, 400, on_done)
+    return build.simulated_pairs(folder, vertebrae, count, seed, config, 400, 5, on_done)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +249,8 @@ def pair_set(stored, tmp_path_factory):
 
 
 def _digests(pair_set):
-    return [shard["sha256"] for source in (pair_set.source, pair_set.vertebrae) for shard in source.manifest["shards"]]
+    sources = pair_set.source, pair_set.moved, pair_set.vertebrae
+    return [shard["sha256"] for source in sources for shard in source.manifest["shards"]]
 
 
 def test_a_pair_is_a_function_of_seed_and_index(stored, pair_set):
@@ -267,6 +269,22 @@ def test_a_pair_is_a_function_of_seed_and_index(stored, pair_set):
     # The two poses of a rendering share the rest of the body, the third does not, and no two vertebrae share draws.
     same = lambda i, j, name: np.array_equal(pair_set.source[i][name], pair_set.source[j][name])
     assert same(0, 1, "rest") and not same(0, 1, "excess") and not same(1, 2, "rest") and not same(0, 3, "intrinsics")
+    assert pair["simulated"] and not same(0, 1, "measured") and pair["valid"].dtype == bool
+
+
+def test_ct_pairs_are_poses_within_their_ranges(pair_set):
+    motions = np.stack([pair_set.moved[index]["motion"] for index in range(10)])
+    assert [int(pair_set.moved[index]["owner"]) for index in range(10)] == [0] * 5 + [1] * 5
+    R = motions[:, :3, :3]
+    np.testing.assert_allclose(R @ R.swapaxes(1, 2), np.tile(np.eye(3), (10, 1, 1)), atol=1e-5)
+    shift = np.abs(motions[:, :3, 3])
+    assert shift.max() < 25.0 and len(np.unique(shift)) == 30
+    config = pairs.PairConfig(ct_near=0.0, ct_shift_mm=50.0)
+    which = pairs.Moved(pairs.Vertebrae((("a", 20),), 8), 2000, config)
+    wide = np.stack([pairs.moved(which, 0, index, None)["motion"] for index in range(2000)])
+    np.testing.assert_allclose(np.abs(wide[:, :3, 3]).mean(0), 25.0, rtol=0.06)  # uniform in +-50 mm
+    turn = np.degrees(np.linalg.norm(Rotation.from_matrix(wide[:, :3, :3]).as_rotvec(), axis=1))
+    assert 30.0 < turn.max() < 20.0 * np.sqrt(3)
 
 
 def test_pairs_carry_the_truth(pair_set):
@@ -296,7 +314,7 @@ def test_interrupted_pairs_go_on_to_the_same_bytes(stored, tmp_path, monkeypatch
 
     def stop(records):
         done.append(records)
-        if len(done) == 3:  # two vertebrae and the first of two shards
+        if len(done) == 4:  # two vertebrae, the CT pairs and the first of two shards
             raise Stopped
 
     with pytest.raises(Stopped):
@@ -304,7 +322,7 @@ def test_interrupted_pairs_go_on_to_the_same_bytes(stored, tmp_path, monkeypatch
     assert len(list((tmp_path / "again").glob("*/pairs/examples-*"))) == 1
     done.clear()
     again = _simulated(stored, tmp_path / "again", on_done=done.append)
-    assert _digests(again) == _digests(whole) and sum(done) == 2 + 6
+    assert _digests(again) == _digests(whole) and sum(done) == 2 + 10 + 6
     assert len(list((tmp_path / "again").iterdir())) == 1
 
 
@@ -326,7 +344,7 @@ def test_another_set_of_pairs_gets_another_folder_and_a_moved_scan_none(stored, 
         new.write_bytes(pathlib.Path(old).read_bytes())
     same = _simulated(("someone", *moved), folder)
     assert same.source.folder == pair_set.source.folder and set(folder.iterdir()) == before
-    for changes in (dict(seed=5), dict(count=2), dict(labels=(22, 21)), dict(window=40)):
+    for changes in (dict(seed=5), dict(count=2), dict(labels=(22, 21)), dict(poses=1)):
         assert _simulated(stored, folder, **changes).source.folder not in {p / "pairs" for p in before}, changes
     assert len(set(folder.iterdir())) == len(before) + 4
 
@@ -371,16 +389,18 @@ def test_batches_join_pairs_with_their_vertebrae_and_go_on_from_a_place(pair_set
 
 def test_pairs_from_real_cases_are_centred_on_the_vertebra(case_path, tmp_path):
     case_file = cases.read(case_path)
-    config = dataclasses.replace(tiny.config().pairs, window=40)
+    tiny_pairs = tiny.config().pairs
+    config = dataclasses.replace(tiny_pairs, geometry=dataclasses.replace(tiny_pairs.geometry, window=40))
     made = build.measured_pairs(tmp_path, case_file, list(case_file.scenes), "easy", config, 64, 3.0)
     assert len(made) == 1 and len(made.vertebrae) == 1
     pair = made.source[0]
-    assert pair["rest"].shape == (2, 40, 40) and (pair["excess"] == 0).all()
+    assert pair["measured"].shape == (2, 40, 40) and not pair["simulated"] and (pair["excess"] == 0).all()
     for k, E in zip(pair["intrinsics"], pair["camera_from_world"]):
         p = (E @ pair["world_from_box"])[:3, 3]
         assert np.abs(k[:2] * p[:2] / p[2] + k[2:] - 20).max() <= 0.51
     # The `easy` X-ray shows the vertebra alone, so the measured image and the target must be one, to half a pixel and less.
-    assert np.corrcoef(pair["rest"].ravel().astype(float), pair["vertebra"].ravel().astype(float))[0, 1] > 0.995
+    assert pair["valid"].mean() > 0.9
+    assert np.corrcoef(pair["measured"].ravel().astype(float), pair["vertebra"].ravel().astype(float))[0, 1] > 0.995
 
 
 def test_degraded_xrays_keep_their_content(scan):

@@ -67,17 +67,23 @@ def inputs():
     camera_from_box, intrinsics = _views(2)
     cloud = _cloud(CONFIG.gaussians, batch=(2,))
     images = jnp.asarray(np.random.default_rng(1).uniform(0.5, 3.0, (2, 2, 32, 32)), jnp.float32)
-    return images, intrinsics, camera_from_box, cloud
+    return images, jnp.ones(images.shape, bool), intrinsics, camera_from_box, cloud
 
 
 @pytest.fixture(scope="module")
 def batch(inputs):
-    _, intrinsics, camera_from_world, cloud = inputs
+    *_, intrinsics, camera_from_world, cloud = inputs
     rng = np.random.default_rng(2)
-    wide = [jnp.asarray(rng.uniform(0, 2, (2, 2, 56, 56)), jnp.float32) for _ in range(3)]
-    return training.PairBatch(
-        *wide, intrinsics + jnp.asarray([0, 0, 12.0, 12.0]), camera_from_world, jnp.tile(jnp.eye(4), (2, 1, 1)), cloud
-    )
+    wide = [jnp.asarray(rng.uniform(0, 2, (2, 2, 56, 56)), jnp.float32) for _ in range(4)]
+    cameras = intrinsics + jnp.asarray([0, 0, 12.0, 12.0]), camera_from_world
+    poses = jnp.tile(jnp.eye(4), (2, 1, 1))
+    return training.PairBatch(*wide, jnp.ones(wide[0].shape, bool), *cameras, poses, jnp.asarray([True, False]), cloud)
+
+
+@pytest.fixture(scope="module")
+def ct_batch(inputs):
+    motion = rigid.motion_about(jnp.zeros(3), jnp.asarray([[0.2, -0.1, 0.15, 3.0, -4.0, 5.0], [0.0] * 6]))
+    return training.CtBatch(motion, inputs[-1])
 
 
 @pytest.mark.parametrize("head", ["anchored", "paper"])
@@ -156,8 +162,8 @@ def test_effect_vanishes_where_attention_is_the_intervention(params, inputs):
     maps = flat["params"]["AttentionMaps_0"]
     maps["scale"], maps["bias"] = jnp.zeros_like(maps["scale"]), jnp.ones_like(maps["bias"])
     out = jax.jit(recm.RecM(CONFIG).apply)(flat, *inputs)
-    np.testing.assert_allclose(out.effect.mean, inputs[3].mean, atol=1e-4)
-    assert np.abs(np.asarray(out.factual.mean - inputs[3].mean)).max() > 1e-3
+    np.testing.assert_allclose(out.effect.mean, inputs[-1].mean, atol=1e-4)
+    assert np.abs(np.asarray(out.factual.mean - inputs[-1].mean)).max() > 1e-3
 
 
 def test_inference_is_deterministic_and_training_draws_differ(params, inputs):
@@ -212,7 +218,8 @@ def test_registration_moves_the_start_and_keeps_it_rigid(params):
     camera_from_world, intrinsics = _views(1)
     images = [jnp.asarray(np.random.default_rng(3).uniform(0, 3, shape), jnp.float32) for shape in ((60, 64), (72, 50))]
     start = rigid.motion_about(jnp.zeros(3), jnp.asarray([0.1, -0.05, 0.2, 4.0, -3.0, 2.0]))
-    result = training.register(params, CONFIG, images, intrinsics[0], camera_from_world[0], start, _cloud(60), 3)
+    valid = [jnp.ones(image.shape, bool) for image in images]
+    result = training.register(params, CONFIG, images, valid, intrinsics[0], camera_from_world[0], start, _cloud(60), 3)
     assert result.trajectory.shape == (4, 4, 4)
     np.testing.assert_allclose(result.trajectory[0], start, atol=1e-6)
     R = np.asarray(result.world_from_box[:3, :3])
@@ -224,18 +231,25 @@ def test_crop_keeps_the_camera_exact():
     """A world point lands on the same image content before and after the crop, also where the window hangs over the border."""
     rng = np.random.default_rng(0)
     image = jnp.asarray(rng.uniform(size=(50, 70)), jnp.float32)
-    E = jnp.eye(4).at[:3, 3].set(jnp.asarray([20.0, -30.0, 700.0]))
+    E = jnp.eye(4).at[:3, 3].set(jnp.asarray([20.0, -50.0, 700.0]))
     k = jnp.asarray([300.0, 310.0, 33.0, 26.0])
-    window, moved = radgs_reg.crop_view(image, k, E, 24)
+    valid = jnp.asarray(rng.uniform(size=(50, 70)) > 0.2)
+    window, inside, moved = radgs_reg.crop_view(image, valid, k, E, 24)
     shift = np.asarray(k - moved)[2:].astype(int)
-    assert window.shape == (24, 24)
-    for v, u in ((0, 0), (11, 7), (23, 23)):
+    assert window.shape == inside.shape == (24, 24)
+    beyond = 0
+    for v, u in ((0, 0), (11, 7), (12, 20), (23, 23)):
         row, column = np.clip(v + shift[1], 0, 49), np.clip(u + shift[0], 0, 69)
         assert float(window[v, u]) == float(image[row, column])
+        there = (row, column) == (v + shift[1], u + shift[0])
+        beyond += not there
+        assert bool(inside[v, u]) == (there and bool(valid[row, column]))
+    assert 0 < beyond < 4
 
 
 @pytest.mark.parametrize("module", training.MODULES)
-def test_every_module_stage_lowers_its_loss_on_one_batch(params, batch, module):
+def test_every_module_stage_lowers_its_loss_on_one_batch(params, batch, ct_batch, module):
+    batch = ct_batch if module == "reg" else batch
     update = training.make_update(sharding.make_mesh(jax.devices()[:1]), module, CONFIG, training.LossConfig(), 0.0)
     mesh = sharding.make_mesh(jax.devices()[:1])
     state = sharding.replicate(training.init_state(jax.tree.map(jnp.copy, params), module), mesh)
@@ -259,7 +273,8 @@ def test_joint_gradient_reaches_recm_through_the_voxeliser(params, batch):
     def registration_only(recm_params):
         effect = training.reconstruct(recm_params, CONFIG, example).effect
         motion = regm.estimate(params["regm"], CONFIG, effect, example.cloud)
-        return training.registration_loss(motion, example, effect, CONFIG, training.LossConfig())[0]
+        truth = example.motion, example.cloud
+        return training.registration_loss(motion, *truth, effect, CONFIG, training.LossConfig())[0]
 
     gradient = jax.jit(jax.grad(registration_only))(params["recm"])
     norms = [float(jnp.linalg.norm(g)) for g in jax.tree.leaves(gradient)]
@@ -277,12 +292,51 @@ def test_example_truth_is_consistent(batch):
 
 def test_clean_augmentation_is_the_sum_and_starts_have_their_sizes():
     rest, excess = (jnp.asarray(np.random.default_rng(i).uniform(0, 2, (3, 2, 20, 24)), jnp.float32) for i in (0, 1))
-    np.testing.assert_allclose(augment.xray(jax.random.key(0), rest, excess, 0.0), rest + excess, rtol=1e-4, atol=1e-5)
+    nothing = jnp.zeros((3, 1, 1, 1))
+    both = augment.contrast(jax.random.key(0), rest, excess, nothing)
+    np.testing.assert_allclose(both, rest + excess, rtol=1e-6)
+    np.testing.assert_allclose(augment.detector(jax.random.key(1), both, nothing), both, rtol=1e-4, atol=1e-5)
+    assert np.abs(augment.detector(jax.random.key(1), both, 1.0 + nothing) - both).mean() > 0.05
     twist = augment.start_twist(jax.random.key(1), 4000)
     size = np.sqrt(
         np.sum(np.asarray(twist[:, 3:]) ** 2, -1) + (rigid.LEVER_MM * np.linalg.norm(twist[:, :3], axis=-1)) ** 2
     )
     assert size.max() < 25.01 and 0.3 < (size < 6).mean() < 0.6 and (size > 15).mean() > 0.1
+
+
+def test_a_real_pair_shows_its_measured_xray_and_a_simulated_one_either(batch):
+    """Of two pairs the second is real. Without a detector: the measured image, or the clean sum, at the same places."""
+    at = lambda image, E, k: radgs_reg.crop_view(image, jnp.ones(image.shape, bool), k, E, CONFIG.crop_px)[0]
+    kinds = set()
+    for seed in range(8):
+        example = training.make_example(jax.random.key(seed), batch, CONFIG, 0.0)
+        E = example.camera_from_box
+        for pair, sources in ((0, (batch.rest + batch.excess, batch.measured)), (1, (batch.measured,))):
+            crops = [at(source[pair, 1], E[pair, 1], batch.intrinsics[pair, 1]) for source in sources]
+            same = [np.allclose(crop, example.xrays[pair, 1], atol=1e-4) for crop in crops]
+            assert any(same)
+            kinds.add((pair, same.index(True)))
+    assert kinds == {(0, 0), (1, 0)}  # strength 0 leaves simulated pairs clean
+
+
+def test_what_lies_outside_the_collimator_does_not_count(params, inputs, batch):
+    """Neither the reconstruction nor its image loss knows what an X-ray holds where it is not valid."""
+    images, valid, *cameras, cloud = inputs
+    valid = valid.at[:, 0, :, 20:].set(False).at[1, 1, :9].set(False)
+    rubbish = jnp.where(valid, images, 1e3)
+    apply = jax.jit(recm.RecM(CONFIG).apply)
+    clean, dirty = (apply(params["recm"], i, valid, *cameras, cloud).effect for i in (images, rubbish))
+    np.testing.assert_allclose(clean.mean, dirty.mean, atol=1e-4)
+    np.testing.assert_allclose(clean.density, dirty.density, rtol=1e-4)
+    whole = apply(params["recm"], images, jnp.ones_like(valid), *cameras, cloud).effect
+    assert np.abs(np.asarray(whole.mean - clean.mean)).max() > 1e-3
+    example = training.make_example(jax.random.key(2), batch, CONFIG).replace(valid=valid)
+    spoilt = example.replace(target=jnp.where(valid, example.target, 1e3))
+    reconstruction = training.reconstruct(params["recm"], CONFIG, example)
+    one, other = (
+        training.reconstruction_loss(reconstruction, e, CONFIG, training.LossConfig())[0] for e in (example, spoilt)
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_regm_starts_at_rest_and_the_mesh_does_not_matter(params):
@@ -310,12 +364,11 @@ def test_a_mesh_of_two_trains_like_a_mesh_of_one(tmp_path):
     code = (
         "import sys; sys.path[:0] = ['tests', '.']\n"
         "import jax, numpy as np, jax.numpy as jnp, tiny\n"
-        "from radgs_jax import gaussians, sharding, training\n"
+        "from radgs_jax import gaussians, rigid, sharding, training\n"
         "from radgs_jax.models import radgs_reg\n"
         "cloud = jax.tree.map(lambda a: jnp.tile(a[None, :64], (4,) + (1,) * a.ndim), gaussians.uniform_cloud(4, 15.0, 0.02))\n"
-        "zero = jnp.zeros((4, 2, 8, 8))\n"
-        "batch = training.PairBatch(zero, zero, zero, jnp.zeros((4, 2, 4)), jnp.zeros((4, 2, 4, 4)),\n"
-        "                           jnp.tile(jnp.eye(4), (4, 1, 1)), cloud)\n"
+        "twists = jnp.tile(jnp.asarray([0.1, -0.2, 0.1, 3.0, 4.0, -5.0]), (4, 1))\n"
+        "batch = training.CtBatch(rigid.motion_about(jnp.zeros(3), twists), cloud)\n"
         "params = radgs_reg.init(tiny.MODEL, jax.random.key(0))\n"
         "for devices in (jax.devices()[:1], jax.devices()):\n"
         "    mesh = sharding.make_mesh(devices)\n"

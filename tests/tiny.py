@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from data_pipelines import simulator
 from data_pipelines.pairs import PairConfig
 from data_pipelines.phantom import PhantomConfig
 from experiments import configs
@@ -24,10 +25,14 @@ MODEL = ModelConfig(
 
 def config(**changes):
     """The tiny `configs.Config`."""
-    stage = configs.StageConfig(pairs=2, steps=(3, 3, 3), learning_rate=1e-3)
+    stage = configs.StageConfig(pairs=2, ct_pairs=4, steps=(3, 3, 3), learning_rate=1e-3)
     base = configs.Config(
         model=MODEL,
-        pairs=PairConfig(window=56, binning=16, rest_spacing_mm=6.0, step_mm=6.0, vertebra_step_mm=4.0),
+        pairs=PairConfig(
+            simulator.Geometry(window=56, binning=16, vertebra_step_mm=4.0, rest_step_mm=6.0),
+            rest_mm=6.0,
+            vertebra_mm=3.0,
+        ),
         phantom=PhantomConfig(spacing_mm=(2.5, 2.5, 3.0), levels=(20, 21, 22, 23, 24)),
         labels=(21, 22),
         p1_patients=2,

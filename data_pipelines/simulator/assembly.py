@@ -239,45 +239,85 @@ def _project(volumes, voxel_from_camera, intrinsics, size, step_mm, oversample):
     return tuple(i.reshape(-1, size, oversample, size, oversample).mean((2, 4)) for i in images)
 
 
-def simulate(body, label, rng, preset=Preset(), geometry=Geometry()):
-    """One acquisition (`Sample`) with the vertebra `label` as its target: a function of the generator's state alone.
+@dataclasses.dataclass(frozen=True)
+class Stance:
+    """A body in a posture before a C-arm: what exposures share that differ in the target's own place, the beam and the detector.
+
+    target: the vertebra's place in `body.spine.labels`; jitter: largest turn and shift of its own, degrees and mm.
+    rest, bone: (V, S, S) line integrals at 70 keV of everything but the target, all of it and its bone.
+    """
+
+    body: Body
+    target: int
+    preset: Preset
+    geometry: Geometry
+    intrinsics: np.ndarray
+    camera_from_world: np.ndarray
+    world_from_ct: np.ndarray
+    posture: posture.Posture
+    jitter: tuple
+    rest: np.ndarray
+    bone: np.ndarray
+
+
+def stand(body, label, rng, preset=Preset(), geometry=Geometry()):
+    """Draws cameras, the patient's place and a posture, and projects all but the vertebra `label`: a `Stance`.
 
     Args:
-      body: `Body`; rng: np.random.Generator, for example default_rng([seed, label, index]).
+      body: `Body`; rng: np.random.Generator, which drives all of it.
     Raises:
       InputError: the body has no complete vertebra of that label.
     """
     if label not in body.spine.labels:
         files.fail("simulate", "label", label, f"a complete vertebra of the scan, one of {body.spine.labels}")
     # Parts have generators of their own, so that one that draws more does not change the others.
-    place, bend, metal_rng, *views_rng = rng.spawn(5)
+    place, bend = rng.spawn(2)
     target = body.spine.labels.index(label)
     camera_from_world = carm.sample_views(place, geometry.device)
     world_from_ct = carm.sample_world_from_ct(place, body.spine.centres[target])
     bends = [_draw(bend, r) for r in (preset.flexion_deg, preset.lateral_bend_deg, preset.twist_deg)]
     jitter = _draw(bend, preset.jitter_deg), _draw(bend, preset.jitter_mm)
     pose = posture.draw(bend, body.spine, target, bends, *jitter)
-    world_from_box = world_from_ct @ pose.own @ body.spine.ct_from_box
-    intrinsics = _aim(place, geometry, camera_from_world, world_from_box[target, :3, 3])
-
+    centre = world_from_ct[:3, :3] @ body.spine.centres[target] + world_from_ct[:3, 3]
+    intrinsics = _aim(place, geometry, camera_from_world, centre)
     cameras = intrinsics, camera_from_world, geometry.window
     rest, bone = body.render_rest(pose.smooth, world_from_ct, *cameras, geometry.rest_step_mm)
     rest, bone = rest.copy(), bone.copy()
     for level, motion in zip(body.spine.labels, pose.own):
-        own = level == label
-        images = body.render_vertebra(level, world_from_ct @ motion, *cameras, geometry.vertebra_step_mm, own)
-        bone += images[1]
-        if own:
-            excess, _, vertebra = images
-        else:
+        if level != label:
+            images = body.render_vertebra(
+                level, world_from_ct @ motion, *cameras, geometry.vertebra_step_mm, alone=False
+            )
             rest += images[0]
+            bone += images[1]
+    return Stance(body, target, preset, geometry, *cameras[:2], world_from_ct, pose, jitter, rest, bone)
+
+
+def expose(stance, rng):
+    """One acquisition (`Sample`) of a `Stance`: the target at a place of its own, a beam, implants and a detector.
+
+    Args:
+      rng: np.random.Generator, which drives all of it.
+    """
+    body, preset, geometry = stance.body, stance.preset, stance.geometry
+    own, metal_rng, *views_rng = rng.spawn(2 + len(stance.intrinsics))
+    label = body.spine.labels[stance.target]
+    cameras = stance.intrinsics, stance.camera_from_world, geometry.window
+    motions = stance.posture.own.copy()
+    # The posture leaves its anchor, the target, where it is: what moves the target is this alone.
+    motions[stance.target] = posture.jitter(own, body.spine.centres[stance.target], *stance.jitter)
+    world_from_box = stance.world_from_ct @ motions @ body.spine.ct_from_box
+    excess, bone, vertebra = body.render_vertebra(
+        label, stance.world_from_ct @ motions[stance.target], *cameras, geometry.vertebra_step_mm
+    )
+    bone = bone + stance.bone
     implants, metal = [], str(metal_rng.choice(materials.METALS))
     if metal_rng.uniform() < preset.chance_hardware:
-        implants = hardware.draw(metal_rng, world_from_box, np.stack(body.extents), target)
-    chords = hardware.chords(implants, intrinsics, camera_from_world, geometry.window, geometry.window)
+        implants = hardware.draw(metal_rng, world_from_box, np.stack(body.extents), stance.target)
+    chords = hardware.chords(implants, *cameras, geometry.window)
     chords *= materials.attenuation_per_mm(metal, [materials.REFERENCE_KEV])[0].astype(np.float32)
 
-    clean = rest + excess
+    clean = stance.rest + excess
     parts = [
         {materials.SOFT_TISSUE: whole - bony, materials.BONE: bony, **({metal: iron} if implants else {})}
         for whole, bony, iron in zip(clean, bone, chords)
@@ -286,18 +326,29 @@ def simulate(body, label, rng, preset=Preset(), geometry=Geometry()):
     measured = [measure(part, g, preset, pixel_mm) for part, g in zip(parts, views_rng)]
     centroids, in_sight = _label_places(body.spine.labels, world_from_box, *cameras)
     return Sample(
-        rest,
+        stance.rest,
         excess,
         vertebra,
         chords,
         np.stack([image for image, _ in measured]),
         np.stack([valid for _, valid in measured]),
-        intrinsics.astype(np.float32),
-        camera_from_world.astype(np.float32),
-        world_from_box[target].astype(np.float32),
+        stance.intrinsics.astype(np.float32),
+        stance.camera_from_world.astype(np.float32),
+        world_from_box[stance.target].astype(np.float32),
         centroids,
         in_sight,
     )
+
+
+def simulate(body, label, rng, preset=Preset(), geometry=Geometry()):
+    """One acquisition (`Sample`) with the vertebra `label` as its target: a function of the generator's state alone.
+
+    Args:
+      body: `Body`; rng: np.random.Generator, for example default_rng([seed, label, index]).
+    Raises:
+      InputError: the body has no complete vertebra of that label.
+    """
+    return expose(stand(body, label, rng, preset, geometry), rng)
 
 
 def _draw(rng, bounds):

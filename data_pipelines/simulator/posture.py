@@ -56,9 +56,14 @@ def draw(rng, spine, anchor, bend_deg, jitter_deg, jitter_mm):
         smooth[level] = smooth[level - 1] @ _joint(spine, level - 1, angles[level - 1])
     for level in range(anchor - 1, -1, -1):
         smooth[level] = smooth[level + 1] @ np.linalg.inv(_joint(spine, level, angles[level]))
-    twists = rng.uniform(-1.0, 1.0, (count, 6)) * ([np.radians(jitter_deg)] * 3 + [jitter_mm] * 3)
-    own = [motion @ carm.motion_about(centre, twist) for motion, centre, twist in zip(smooth, spine.centres, twists)]
+    own = [motion @ jitter(rng, centre, jitter_deg, jitter_mm) for motion, centre in zip(smooth, spine.centres)]
     return Posture(smooth, np.stack(own))
+
+
+def jitter(rng, centre, largest_deg, largest_mm):
+    """A motion (4, 4) of one vertebra about its centre (3,): a turn and a shift, each uniform about and along each axis."""
+    twist = rng.uniform(-1.0, 1.0, 6) * ([np.radians(largest_deg)] * 3 + [largest_mm] * 3)
+    return carm.motion_about(centre, twist)
 
 
 def _joint(spine, upper, angles):

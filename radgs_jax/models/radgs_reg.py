@@ -23,7 +23,12 @@ def init(config, key, views=2):
     volume = jnp.zeros((1, *(config.grid,) * 3))
     return {
         "recm": recm.RecM(config).init(
-            key_rec, jnp.zeros((1, views, size, size)), intrinsics, camera_from_box, anchors
+            key_rec,
+            jnp.zeros((1, views, size, size)),
+            jnp.ones((1, views, size, size), bool),
+            intrinsics,
+            camera_from_box,
+            anchors,
         ),
         "regm": regm.RegM(config).init(key_reg, volume, volume),
     }
@@ -44,25 +49,28 @@ class Registration:
     intrinsics: jax.Array
 
 
-def crop_view(image, intrinsics, camera_from_box, size):
+def crop_view(image, valid, intrinsics, camera_from_box, size):
     """The size x size window of a view round the projection of the box's origin, at whole pixels; repeated edges beyond it.
 
     Args:
-      image: (H, W); intrinsics: (4,); camera_from_box: (4, 4).
+      image, valid: (H, W); intrinsics: (4,); camera_from_box: (4, 4).
     Returns:
-      window (size, size) and its exact intrinsics (4,).
+      window (size, size), where it is valid (nowhere beyond the image), and its exact intrinsics (4,).
     """
     origin = camera.project_camera(intrinsics, camera_from_box[None, :3, 3])[0]
     corner = jnp.round(origin).astype(jnp.int32) - size // 2
     height, width = image.shape
     corner = jnp.clip(corner, -size, jnp.asarray([width, height]))
-    rows = jnp.clip(corner[1] + jnp.arange(size), 0, height - 1)
-    columns = jnp.clip(corner[0] + jnp.arange(size), 0, width - 1)
+    rows, columns = corner[1] + jnp.arange(size), corner[0] + jnp.arange(size)
+    inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
+    rows, columns = jnp.clip(rows, 0, height - 1), jnp.clip(columns, 0, width - 1)
     shift = jnp.concatenate([jnp.zeros(2), corner.astype(intrinsics.dtype)])
-    return image[rows][:, columns], intrinsics - shift
+    return image[rows][:, columns], valid[rows][:, columns] & inside, intrinsics - shift
 
 
-def register(params, config, images, intrinsics, camera_from_world, world_from_box, cloud, passes, inner_passes=2):
+def register(
+    params, config, images, valid, intrinsics, camera_from_world, world_from_box, cloud, passes, inner_passes=2
+):
     """Iterates RecM and RegM from a start pose; deterministic, of static cost.
 
     Each pass crops the X-rays at the current pose, reconstructs, registers the CT's Gaussians to the reconstruction, and
@@ -70,6 +78,7 @@ def register(params, config, images, intrinsics, camera_from_world, world_from_b
 
     Args:
       images: V line-integral images (H_v, W_v), binned to about config.pixel_mm at the isocentre; views may differ in size.
+      valid: V arrays (H_v, W_v) bool, the pixels that count.
       intrinsics: (V, 4) of those images; camera_from_world: (V, 4, 4); world_from_box: (4, 4) the start.
       cloud: the CT vertebra's Gaussians (N,), box frame. passes, inner_passes: static counts (RecM, RegM per RecM).
     Returns:
@@ -80,9 +89,10 @@ def register(params, config, images, intrinsics, camera_from_world, world_from_b
 
     def one_pass(world_from_box, _):
         camera_from_box = rigid.matmul(camera_from_world, world_from_box)
-        crops = [crop_view(image, k, E, config.crop_px) for image, k, E in zip(images, intrinsics, camera_from_box)]
-        xrays, k = jnp.stack([c[0] for c in crops]), jnp.stack([c[1] for c in crops])
-        reconstruction = model.apply(params["recm"], xrays[None], k[None], camera_from_box[None], anchors)
+        views = zip(images, valid, intrinsics, camera_from_box)
+        crops = [crop_view(*view, config.crop_px) for view in views]
+        xrays, inside, k = (jnp.stack(parts) for parts in zip(*crops))
+        reconstruction = model.apply(params["recm"], xrays[None], inside[None], k[None], camera_from_box[None], anchors)
         motion = regm.estimate(params["regm"], config, reconstruction.effect, anchors, inner_passes)[0]
         moved = rigid.matmul(world_from_box, motion)
         return moved, (moved, reconstruction, xrays, k)

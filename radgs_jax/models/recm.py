@@ -94,25 +94,30 @@ def sampling_weights(uv, image_size, feature_size):
     return (rows[..., :, None] * columns[..., None, :]).reshape(*uv.shape[:-1], -1)
 
 
-def image_channels(xrays, prior, intrinsics, camera_from_box):
-    """What the encoder sees of each view, (B, V, H, W, 5): X-ray, its high pass, the prior's projection, coordinates.
+def image_channels(xrays, valid, prior, intrinsics, camera_from_box):
+    """What the encoder sees of each view, (B, V, H, W, 6): X-ray, its high pass, the prior's projection, coordinates, validity.
 
-    The X-ray channels are standardised per view, since a real detector's gain and air value are unknown; coordinates are
-    pixels from the projection of the box's origin, over half a width.
+    The X-ray channels are standardised per view over the valid pixels, since a real detector's gain and air value are unknown,
+    and 0 elsewhere; coordinates are pixels from the projection of the box's origin, over half a width.
     """
     height, width = xrays.shape[-2:]
+    counts = valid.astype(xrays.dtype)
+    share = 1.0 / jnp.maximum(jnp.sum(counts, (-2, -1), keepdims=True), 1.0)
+
+    def centred(image):
+        return counts * (image - share * jnp.sum(counts * image, (-2, -1), keepdims=True))
 
     def standardised(image):
-        mean = jnp.mean(image, (-2, -1), keepdims=True)
-        return (image - mean) * jax.lax.rsqrt(jnp.var(image, (-2, -1), keepdims=True) + 1e-6)
+        image = centred(image)
+        return image * jax.lax.rsqrt(share * jnp.sum(image**2, (-2, -1), keepdims=True) + 1e-6)
 
+    level = centred(xrays)
+    smooth = camera.box_blur(level, HIGH_PASS_PX) / jnp.maximum(camera.box_blur(counts, HIGH_PASS_PX), 1e-3)
     origin = camera.project_camera(intrinsics, camera_from_box[..., None, :3, 3])[..., 0, :]
     u = (jnp.arange(width) - origin[..., None, None, 0]) / (0.5 * width)
     v = (jnp.arange(height)[:, None] - origin[..., None, None, 1]) / (0.5 * height)
     u, v = (jnp.broadcast_to(a, xrays.shape) for a in (u, v))
-    return jnp.stack(
-        [standardised(xrays), standardised(xrays - camera.box_blur(xrays, HIGH_PASS_PX)), 2.0 * prior, u, v], -1
-    )
+    return jnp.stack([standardised(level), standardised(level - smooth), 2.0 * prior, u, v, counts], -1)
 
 
 def turned_priors(anchors, intrinsics, camera_from_box, height, width):
@@ -320,11 +325,12 @@ class RecM(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, xrays, intrinsics, camera_from_box, anchors, key=None):
+    def __call__(self, xrays, valid, intrinsics, camera_from_box, anchors, key=None):
         """Reconstructs the vertebra in the box frame.
 
         Args:
-          xrays: (B, V, H, W) line integrals; intrinsics: (B, V, 4); camera_from_box: (B, V, 4, 4) at the current pose.
+          xrays: (B, V, H, W) line integrals; valid: (B, V, H, W) bool, the pixels that count; intrinsics: (B, V, 4);
+            camera_from_box: (B, V, 4, 4) at the current pose.
           anchors: Gaussians (B, N), box frame: the CT's vertebra (the prior), or a uniform cloud where there is none.
           key: PRNG key of the counterfactual draws; None for the deterministic mean map.
         Returns:
@@ -335,7 +341,7 @@ class RecM(nn.Module):
         c = self.config
         b, v, height, width = xrays.shape
         prior = gaussians.project(gaussians.views(anchors, v), camera_from_box, intrinsics, height, width)
-        channels = image_channels(xrays, jax.lax.stop_gradient(prior), intrinsics, camera_from_box)
+        channels = image_channels(xrays, valid, jax.lax.stop_gradient(prior), intrinsics, camera_from_box)
         name, options = c.backbone_2d
         features = backbones.make_backbone(name, **dict(options))(channels.reshape(b * v, height, width, -1))
         features = features.reshape(b, v, *features.shape[1:])
