@@ -46,7 +46,11 @@ class InputError(ValueError):
 
 
 def fail(path, field, found, wanted):
-    """Raises InputError in the project's one form."""
+    """Raises InputError in the project's one form, a line of printable characters.
+
+    Args:
+      path: the file, or a word for what else was wrong; field: where in it; found, wanted: the value and what it should be.
+    """
     found = str(found)
     found = found if len(found) <= 400 else f"{found[:400]}..."
     line = " ".join(f"{path}: {field}: found {found}, wanted {wanted}".splitlines())
@@ -56,7 +60,13 @@ def fail(path, field, found, wanted):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yields a temporary path in the same folder that becomes `path` when the block ends without an error."""
+    """Yields a temporary path in the same folder that becomes `path` when the block ends without an error.
+
+    The folder is made if need be. After an error, also one in the block, `path` is as it was and nothing else is left.
+
+    Raises:
+      OSError: a folder that cannot be made or written to.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix="".join(path.suffixes[-2:]))
@@ -71,20 +81,28 @@ def replacing(path):
 
 
 def write_json(path, value):
-    """Writes `value` as JSON, atomically."""
+    """Writes `value` as JSON, atomically.
+
+    Raises:
+      ValueError, TypeError: numbers that are not finite, or what JSON has no form for.
+    """
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_npz(path, **arrays):
-    """Writes a compressed npz of plain arrays, atomically."""
+    """Writes a compressed npz of named arrays of numbers or text, of any shape, atomically; `read_npz` reads them back."""
     with replacing(path) as temporary:
         with open(temporary, "wb") as stream:
             np.savez_compressed(stream, **arrays)
 
 
 def write_nifti(path, array, affine):
-    """Writes a NIfTI volume (RAS+ mm affine), gzip level 1, atomically; the same bytes for the same volume."""
+    """Writes a NIfTI volume, gzip level 1, atomically; the same bytes for the same volume.
+
+    Args:
+      array: (X, Y, Z) numbers of a type that NIfTI has; affine: (4, 4) from voxel indices to RAS+ mm.
+    """
     image = nibabel.Nifti1Image(np.asarray(array), np.asarray(affine, np.float64))
     image.header.set_xyzt_units("mm")
     with replacing(path) as temporary:
@@ -268,10 +286,11 @@ class _Gunzip(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _nifti(path):
+def _nifti(path, axes=3, most=MAX_VOXELS):
     """Yields (header, shape, the file's first bytes, stream of the rest) of a NIfTI file whose claims are checked.
 
-    The first bytes end with the header's extensions or, as they are read in one piece, a few voxels further on.
+    The volume has `axes` axes, 2 or 3, any further ones of length 1, and `most` voxels at most. The first bytes end with the
+    header's extensions or, as they are read in one piece, a few voxels further on.
     """
     size = file_size(path, "a NIfTI file")
     try:
@@ -285,8 +304,8 @@ def _nifti(path):
             stream.seek(0)
             source = _Gunzip(path, stream) if packed else stream
             block = _read(source, 540)
-            header = _nifti_header(path, block)
-            shape, first, claimed = _nifti_claims(path, header)
+            header = _nifti_header(path, block, axes)
+            shape, first, claimed = _nifti_claims(path, header, axes, most)
             if packed and claimed > size * _DEFLATE_RATIO:
                 fail(path, "shape", f"{shape}: {claimed} bytes out of {size}", "a size that deflate can reach")
             if packed and claimed % 2**32 != length:
@@ -319,7 +338,7 @@ def _read(stream, count):
     return data
 
 
-def _nifti_header(path, block):
+def _nifti_header(path, block, axes):
     for kind in (nibabel.Nifti2Header, nibabel.Nifti1Header):
         if kind.may_contain_header(block):
             header = kind(block[: kind.sizeof_hdr], check=False)
@@ -327,7 +346,7 @@ def _nifti_header(path, block):
                 fail(path, "magic", header["magic"].item(), "a NIfTI in one file (n+1 or n+2)")
             if header["sizeof_hdr"] != kind.sizeof_hdr:
                 fail(path, "sizeof_hdr", header["sizeof_hdr"], kind.sizeof_hdr)
-            if not header["sform_code"] and not (header["pixdim"][1:4] > 0).all():
+            if axes == 3 and not header["sform_code"] and not (header["pixdim"][1:4] > 0).all():
                 fail(path, "pixdim", header["pixdim"][1:4].tolist(), "a positive spacing (no sform stands in)")
             # nibabel mends small faults and logs each; what it cannot mend it raises.
             header.check_fix(logger=logging.Logger("nifti", logging.CRITICAL + 1), error_level=40)
@@ -335,23 +354,23 @@ def _nifti_header(path, block):
     fail(path, "content", f"a file that begins with {block[:8]}", "a complete NIfTI volume")
 
 
-def _nifti_claims(path, header):
+def _nifti_claims(path, header, axes, most):
     """(shape, offset of the voxels, bytes of the whole file) as the header declares them, within what is accepted."""
-    rank = int(header["dim"][0])
-    if not 3 <= rank <= 7:
-        fail(path, "shape", f"{rank} axes", "three axes")
+    rank, wanted = int(header["dim"][0]), f"{'two' if axes == 2 else 'three'} axes"
+    if not axes <= rank <= 7:
+        fail(path, "shape", f"{rank} axes", wanted)
     shape = tuple(int(n) for n in header["dim"][1 : rank + 1])
     if min(shape) < 1:
         fail(path, "shape", shape, "at least one voxel along each axis")
-    if max(shape[3:], default=1) > 1:
-        fail(path, "shape", shape, "three axes")
-    shape = shape[:3]
+    if max(shape[axes:], default=1) > 1:
+        fail(path, "shape", shape, wanted)
+    shape = shape[:axes]
     dtype = header.get_data_dtype()
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         fail(path, "voxel type", dtype, "real numbers of at most 64 bits")
     voxels = math.prod(shape)
-    if voxels > MAX_VOXELS or voxels * dtype.itemsize > MAX_VOLUME_BYTES:
-        fail(path, "shape", f"{shape} of {dtype}", f"{MAX_VOXELS} voxels and {MAX_VOLUME_BYTES} bytes at most")
+    if voxels > most or voxels * dtype.itemsize > MAX_VOLUME_BYTES:
+        fail(path, "shape", f"{shape} of {dtype}", f"{most} voxels and {MAX_VOLUME_BYTES} bytes at most")
     offset = float(header["vox_offset"]) or header.single_vox_offset
     if not header.single_vox_offset <= offset <= MAX_HEADER_BYTES or offset % 1:
         fail(path, "vox_offset", offset, f"a whole number from {header.single_vox_offset} to {MAX_HEADER_BYTES}")
@@ -431,24 +450,43 @@ def read_nifti(path):
     """
     with _nifti(path) as (header, shape, start, source):
         affine = _nifti_affine(path, header)
-        dtype = header.get_data_dtype()
-        offset = int(header["vox_offset"]) or header.single_vox_offset
-        raw = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
-        early = np.frombuffer(start[offset:], np.uint8)
-        raw[: len(early)] = early[: len(raw)]
-        _fill(source, raw[len(early) :])
-        if len(early) > len(raw) or _read(source, 1):
-            fail(path, "shape", f"{shape} of {dtype} with more behind it", "the size that it declares")
-        array = raw.view(dtype).reshape(shape, order="F")
-        if not dtype.isnative:
-            array = array.astype(dtype.newbyteorder("="))
-        slope, intercept = header.get_slope_inter()
-        if slope is not None and (slope, intercept) != (1.0, 0.0):
-            array = array.astype(np.float32)
-            # What overflows here is not finite, and refused as such by whoever needs numbers.
-            array *= np.float32(slope)
-            array += np.float32(intercept)
+        array = _nifti_voxels(path, header, shape, start, source)
     return to_canonical(array, affine)
+
+
+def read_nifti_image(path, most):
+    """A NIfTI file that holds one image: array (X, Y) in the file's own axes, as stored or, scaled, float32.
+
+    Read with the care of `read_nifti`, but an affine is neither wanted nor followed: it must not turn an X-ray.
+
+    Raises:
+      InputError: missing, truncated or damaged; more than two axes longer than one; not real numbers; more than `most`
+        pixels; a length other than declared.
+    """
+    with _nifti(path, 2, most) as (header, shape, start, source):
+        return _nifti_voxels(path, header, shape, start, source)
+
+
+def _nifti_voxels(path, header, shape, start, source):
+    """The array that follows a checked header, in the file's own axes; what `_nifti` yields goes in."""
+    dtype = header.get_data_dtype()
+    offset = int(header["vox_offset"]) or header.single_vox_offset
+    raw = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+    early = np.frombuffer(start[offset:], np.uint8)
+    raw[: len(early)] = early[: len(raw)]
+    _fill(source, raw[len(early) :])
+    if len(early) > len(raw) or _read(source, 1):
+        fail(path, "shape", f"{shape} of {dtype} with more behind it", "the size that it declares")
+    array = raw.view(dtype).reshape(shape, order="F")
+    if not dtype.isnative:
+        array = array.astype(dtype.newbyteorder("="))
+    slope, intercept = header.get_slope_inter()
+    if slope is not None and (slope, intercept) != (1.0, 0.0):
+        array = array.astype(np.float32)
+        # What overflows here is not finite, and refused as such by whoever needs numbers.
+        array *= np.float32(slope)
+        array += np.float32(intercept)
+    return array
 
 
 def sha256(path):

@@ -6,7 +6,6 @@ said by the caller, never guessed; display settings (window, presentation LUT, M
 Images are (height, width), u the column, v the row, integers at pixel centres, as in the case format.
 """
 
-import contextlib
 import dataclasses
 import os
 import pathlib
@@ -14,7 +13,6 @@ import struct
 import warnings
 import zlib
 
-import nibabel
 import numpy as np
 from PIL import Image
 from scipy import ndimage
@@ -196,6 +194,17 @@ def read(path, calibration=None, options=None):
     )
 
 
+def read_stored(path, frame=None):
+    """The numbers of an X-ray's file as they are stored, (height, width): nothing is rescaled, inverted, turned or left out.
+
+    Args:
+      frame: which frame of several, from 0.
+    Raises:
+      InputError: a damaged or unsuitable file, as `read`.
+    """
+    return _load(path, frame).pixels
+
+
 def read_views(paths, calibration=None, options=None, flats=None):
     """The X-rays of one acquisition, each with its camera: a list of `Radiograph`.
 
@@ -223,26 +232,6 @@ def read_views(paths, calibration=None, options=None, flats=None):
         if views[-1].view is None:
             files.fail(path, "camera", views[-1].origin["camera"], "geometry tags, or a calibration")
     return views
-
-
-def binned(radiograph, factor):
-    """The X-ray averaged over factor x factor pixels, its camera exactly with it; valid where every pixel is.
-
-    Rows and columns that do not fill a block at the lower and right border fall away, as in `radgs_jax.camera.bin`.
-    """
-    view = radiograph.view
-    if view is not None:
-        view = _bin_view(view, factor)
-    offset = 0.5 * (factor - 1)
-    fine = np.array([[factor, 0, offset], [0, factor, offset], [0, 0, 1.0]])
-    return dataclasses.replace(
-        radiograph,
-        line_integrals=camera.bin_image(radiograph.line_integrals, factor),
-        valid=camera.bin_image(radiograph.valid.astype(np.float32), factor) == 1.0,
-        view=view,
-        pixel_mm=radiograph.pixel_mm and tuple(factor * mm for mm in radiograph.pixel_mm),
-        file_from_image=radiograph.file_from_image @ fine,
-    )
 
 
 def _bin_view(view, factor):
@@ -380,7 +369,8 @@ def _load(path, frame):
     elif head.startswith((b"\x89PNG", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         kept = _load_picture(path)
     elif path.name.lower().endswith((".nii", ".nii.gz")):
-        kept = _frame_of(path, _load_nifti(path), frame)
+        # A calibration speaks of pixels as stored, the first axis along u.
+        kept = files.read_nifti_image(path, MAX_PIXELS).T
     else:
         files.fail(path, "content", f"{head[:8]!r}", "DICOM, PNG, TIFF, NPY or NIfTI (.nii, .nii.gz)")
     _check_pixels(path, kept)
@@ -412,38 +402,6 @@ def _frame_number(path, frame, count):
     if not isinstance(frame, int) or not 0 <= frame < count:
         files.fail(path, "option frame", frame, f"a frame from 0 to {count - 1}: there are {count}")
     return frame
-
-
-@contextlib.contextmanager
-def _quiet(logger):
-    """Keeps a library from printing what our own line will say."""
-
-    def nothing(record):
-        return False
-
-    logger.addFilter(nothing)
-    try:
-        yield
-    finally:
-        logger.removeFilter(nothing)
-
-
-def _load_nifti(path):
-    # files.read_nifti turns volumes to RAS; a calibration speaks of pixels as stored, first axis along u.
-    try:
-        with _quiet(nibabel.imageglobals.logger):
-            image = nibabel.load(path)
-        shape = tuple(int(n) for n in image.shape)
-        flat = shape[:2] + tuple(n for n in shape[2:] if n != 1)
-        if len(flat) != 2 or not 0 < shape[0] * shape[1] <= MAX_PIXELS:
-            files.fail(path, "shape", shape, f"(width, height) or one slice of it, {MAX_PIXELS} pixels at most")
-        if image.get_data_dtype().kind not in "iuf" or image.get_data_dtype().itemsize > 8:
-            files.fail(path, "pixel type", image.get_data_dtype(), "real numbers")
-        return np.asarray(image.dataobj).reshape(flat).T
-    except files.InputError:
-        raise
-    except Exception as error:  # nibabel, gzip, zlib and numpy each raise their own kinds on damaged files
-        files.fail(path, "content", f"{type(error).__name__}: {error}"[:200], "a complete NIfTI image")
 
 
 def _load_picture(path):
@@ -868,6 +826,8 @@ def view_from_carm(shape, pixel_mm, source_detector_mm, source_isocentre_mm, pri
 
     Args:
       shape: (height, width) as the source sees it; pixel_mm: (u, v) on the detector; distances in mm, angles in degrees.
+    Returns:
+      `cases.View`, camera_from_world in mm.
     """
     focal = source_detector_mm / np.asarray(pixel_mm, np.float64)
     centre = 0.5 * (np.array(shape[::-1]) - 1)

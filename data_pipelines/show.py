@@ -1,20 +1,22 @@
-"""Contact sheets: what a scan, a simulation, a case file, measured X-rays or a store of pairs look like.
+"""Contact sheets: what a scan, a simulation, a case file, detections, measured X-rays or a store of pairs look like.
 
     python -m data_pipelines.show --scan=CT --mask=MASK [--labels=20,21] --output=SHEET.png
     python -m data_pipelines.show --scan=CT --mask=MASK [--labels=20,21] --simulated=6 [--seed=0] --output=SHEET.png
-    python -m data_pipelines.show --cases=CASES.json [--variant=real] --output=SHEET.png
+    python -m data_pipelines.show --cases=CASES.json [--variant=real] [--found=FOUND.json] --output=SHEET.png
     python -m data_pipelines.show --xrays=A.dcm,B.png [--values=intensity] --output=SHEET.png
     python -m data_pipelines.show --pairs=STORE [--count=6] --output=SHEET.png
 
 Scans: slices through every complete vertebra with its mask's outline. Simulated: the clean X-ray with the centroids' labels,
-and what the detector gives. Cases: the X-rays, beside the whole scan projected at the true pose. X-rays: line integrals,
-what does not count in red. Pairs: the X-ray, and the vertebra alone.
+and what the detector gives. Cases: the X-rays (measured ones: `--variant=real`) beside simulated ones, the whole scan projected
+at the true pose; with what `experiments.detect --do=find` found: the X-rays with the levels and their confidence. X-rays: the
+numbers in the file beside the line integrals, what does not count in red. Pairs: the X-ray, and the vertebra alone.
 """
 
-import sys
+import textwrap
 
 import numpy as np
 from absl import flags
+from matplotlib import patheffects
 from matplotlib.figure import Figure
 
 from data_pipelines import cases
@@ -25,7 +27,7 @@ from data_pipelines import scan as scans
 from data_pipelines import segmentation
 from data_pipelines import simulator
 from data_pipelines import xray
-from kernels import bench
+from kernels import program
 from radgs_jax import attenuation
 
 TILE_INCHES = 2.4
@@ -42,7 +44,7 @@ def _sheet(rows):
         for tile in tiles:
             tile.set_axis_off()
         for tile, (title, draw) in zip(tiles, row):
-            tile.set_title(title, fontsize=7)
+            tile.set_title(title, fontsize=7, parse_math=False)
             draw(tile)
     return figure
 
@@ -88,7 +90,11 @@ def of_simulation(body, labels, count, seed):
     """`count` acquisitions: for each view the clean line integrals with level names, and what the detector gives.
 
     Args:
-      body: `simulator.Body`; labels: VerSe numbers of the targets, taken in turn.
+      body: `simulator.Body`; labels: VerSe numbers of the targets, taken in turn; seed: of all draws.
+    Returns:
+      a matplotlib Figure.
+    Raises:
+      InputError: a label that the body has no complete vertebra of.
     """
     rows = []
     for index in range(count):
@@ -96,20 +102,25 @@ def of_simulation(body, labels, count, seed):
         sample = simulator.simulate(body, label, np.random.default_rng([seed, label, index]))
         row = []
         for view in range(len(sample.rest)):
-            row.append((f"{scans.level_name(label)} view {view + 1}, clean", _named(sample, view)))
+            shown = np.flatnonzero(sample.in_sight[view])
+            marks = [(*sample.centroids[view, n], scans.level_name(n)) for n in shown]
+            clean = _grey(sample.rest[view] + sample.excess[view])
+            row.append((f"{scans.level_name(label)} view {view + 1}, clean", _marked(clean, marks)))
             row.append((f"seed {seed}, {index}: measured", _grey(sample.measured[view], sample.valid[view])))
         rows.append(row)
     return _sheet(rows)
 
 
-def _named(sample, view):
-    grey = _grey(sample.rest[view] + sample.excess[view])
+def _marked(grey, marks):
+    """Draws what `grey` draws, and words at pixels: marks of (u, v, word)."""
+    # Bone is as bright as they are.
+    edge = [patheffects.withStroke(linewidth=1.5, foreground="black")]
+    style = {"color": "#ffd84a", "fontsize": 6, "ha": "center", "va": "center", "path_effects": edge}
 
     def draw(axes):
         grey(axes)
-        for label in np.flatnonzero(sample.in_sight[view]):
-            u, v = sample.centroids[view, label]
-            axes.text(u, v, scans.level_name(label), color="#ffd84a", fontsize=5, ha="center", va="center")
+        for u, v, word in marks:
+            axes.text(u, v, word, clip_on=True, parse_math=False, **style)
 
     return draw
 
@@ -117,6 +128,10 @@ def _named(sample, view):
 def of_cases(case_file, variant):
     """Every scene's X-rays, each beside the scan projected at the true pose.
 
+    Args:
+      case_file: `cases.CaseFile`; variant: array of its X-ray files.
+    Returns:
+      a matplotlib Figure.
     Raises:
       InputError: unreadable arrays or scans, or a scene without its true pose.
     """
@@ -140,19 +155,98 @@ def of_cases(case_file, variant):
     return _sheet(rows)
 
 
+def read_found(path, case_file):
+    """What `experiments.detect --do=find` wrote of the scenes of a case file: {scene: report}.
+
+    A report has `error`, a line, or `views`: for each view the levels in it, {"level", "uv" in pixels, "confidence"}.
+
+    Raises:
+      InputError: unreadable JSON, a scene without a report, or one that is not of this form.
+    """
+    reports = files.read_json(path)
+    if not isinstance(reports, dict):
+        files.fail(path, "content", type(reports).__name__, "an object with a report for each scene")
+    for name, scene in case_file.scenes.items():
+        report = reports.get(name, "nothing")
+        if not isinstance(report, dict):
+            files.fail(path, name, repr(report)[:60], "a report, an object")
+        if "error" in report:
+            if not isinstance(report["error"], str):
+                files.fail(path, f"{name}.error", repr(report["error"])[:60], "a line of text")
+            continue
+        views = report.get("views", "nothing")
+        if not isinstance(views, list) or len(views) != len(scene.views):
+            found = f"{len(views)} views" if isinstance(views, list) else repr(views)[:60]
+            files.fail(path, f"{name}.views", found, f"a list for each of {len(scene.views)} views")
+        for number, view in enumerate(views):
+            if not isinstance(view, list) or not all(map(_is_level, view)):
+                wanted = "a list of objects with level, a name, uv, two numbers, and confidence, a number"
+                files.fail(path, f"{name}.views[{number}]", repr(view)[:60], wanted)
+    return reports
+
+
+def _is_level(value):
+    if not isinstance(value, dict) or not isinstance(value.get("level"), str) or not isinstance(value.get("uv"), list):
+        return False
+    numbers = [*value["uv"], value.get("confidence")]
+    return len(numbers) == 3 and all(type(number) in (int, float) for number in numbers)
+
+
+def of_found(case_file, variant, reports):
+    """Every scene's X-rays with the levels that a detector found in them, and its confidence in percent.
+
+    Args:
+      case_file: `cases.CaseFile`; variant: array of its X-ray files; reports: as `read_found` gives them.
+    Returns:
+      a matplotlib Figure.
+    Raises:
+      InputError: unreadable arrays.
+    """
+    rows = []
+    for name, scene in case_file.scenes.items():
+        row, error = [], reports[name].get("error", "")
+        for number, image in enumerate(cases.read_xrays(scene, variant)):
+            levels = [] if error else reports[name]["views"][number]
+            marks = [(*entry["uv"], f"{entry['level']} {100 * entry['confidence']:.0f}") for entry in levels]
+            title = [f"{name} view {number + 1}, {variant}", *textwrap.wrap(error, 44)]
+            row.append(("\n".join(title), _marked(_grey(image), marks)))
+        rows.append(row)
+    return _sheet(rows)
+
+
 def of_xrays(paths, options):
-    """Measured X-rays as they are read; `options` as `radiograph.read` takes them."""
+    """Measured X-rays: for each the numbers that its file holds, and the line integrals that are read from them.
+
+    Args:
+      paths: files; options: `radiograph.Options` of all of them.
+    Returns:
+      a matplotlib Figure.
+    Raises:
+      InputError: as `radiograph.read`.
+    """
     row = []
     for path in paths:
         read = radiograph.read(path, None, options)
-        row.append(
-            (f"{path}\n{read.origin['values']}, {read.origin['collimator']}", _grey(read.line_integrals, read.valid))
-        )
+        # The file's pixels where the image has them: both stand the same way up.
+        v, u = np.indices(read.line_integrals.shape)
+        u, v, _ = np.rint(np.einsum("ij,jvu->ivu", read.file_from_image, [u, v, np.ones_like(u)])).astype(int)
+        stored = radiograph.read_stored(path, options.frame)[v, u]
+        said = f"line integrals, {read.origin['values']}, {read.origin['collimator']}"
+        row += [
+            (f"{path}\nas stored", _grey(stored, np.isfinite(stored))),
+            (f"{path}\n{said}", _grey(read.line_integrals, read.valid)),
+        ]
     return _sheet([row[i : i + 4] for i in range(0, len(row), 4)])
 
 
 def of_pairs(source, count):
-    """Evenly spaced pairs of a store: for each view the measured X-ray, what does not count in red, and the vertebra alone."""
+    """Evenly spaced pairs of a store: for each view the measured X-ray, what does not count in red, and the vertebra alone.
+
+    Args:
+      source: `pair_store.Source` of simulated or measured pairs; count: pairs at most.
+    Returns:
+      a matplotlib Figure.
+    """
     rows = []
     for index in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
         pair = source[int(index)]
@@ -171,6 +265,7 @@ LABELS = flags.DEFINE_list("labels", None, "VerSe numbers; default: all complete
 SIMULATED = flags.DEFINE_integer("simulated", 0, "Show so many simulations.", lower_bound=0, flag_values=FLAGS)
 SEED = flags.DEFINE_integer("seed", 0, "Of the simulations.", lower_bound=0, flag_values=FLAGS)
 CASES = flags.DEFINE_string("cases", None, "Case file.", flag_values=FLAGS)
+FOUND = flags.DEFINE_string("found", None, "JSON of experiments.detect, with --cases.", flag_values=FLAGS)
 VARIANT = flags.DEFINE_enum("variant", "full", cases.VARIANTS, "Array of its X-rays.", flag_values=FLAGS)
 XRAYS = flags.DEFINE_list("xrays", None, "Measured X-rays.", flag_values=FLAGS)
 VALUES = flags.DEFINE_enum("values", None, radiograph.VALUES, "What their numbers are.", flag_values=FLAGS)
@@ -188,17 +283,25 @@ def _check():
         raise flags.Error(f"--output={OUTPUT.value}, wanted a name that ends in .png")
     if (SCAN.value is None) != (MASK.value is None):
         raise flags.Error("--scan and --mask go together")
+    if FOUND.value is not None and CASES.value is None:
+        raise flags.Error("--found goes with --cases")
     if LABELS.value is not None and not all(label.isdecimal() for label in LABELS.value):
         raise flags.Error(f"--labels={','.join(LABELS.value)}, wanted VerSe numbers")
 
 
 def _figure():
     if CASES.value is not None:
-        return of_cases(cases.read(CASES.value), VARIANT.value)
+        case_file = cases.read(CASES.value)
+        if FOUND.value is None:
+            return of_cases(case_file, VARIANT.value)
+        return of_found(case_file, VARIANT.value, read_found(FOUND.value, case_file))
     if XRAYS.value is not None:
         return of_xrays(XRAYS.value, radiograph.Options(values=VALUES.value))
     if PAIRS.value is not None:
-        return of_pairs(pair_store.open(PAIRS.value), COUNT.value)
+        source = pair_store.open(PAIRS.value)
+        if not {"measured", "valid", "vertebra"} <= source[0].keys():
+            files.fail(PAIRS.value, "examples", sorted(source[0]), "pairs, with measured, valid and vertebra")
+        return of_pairs(source, COUNT.value)
     scan = scans.read_scan(SCAN.value, MASK.value)
     labels = [int(label) for label in LABELS.value or segmentation.complete_labels(scan.labels)]
     if not labels:
@@ -212,13 +315,12 @@ def _figure():
 
 def main():
     """Reads the flags and writes the sheet; bad flags or input end the program with one line and status 2."""
-    if not bench.read_flags(FLAGS, HELP, __doc__, _check):
+    if not program.read_flags(FLAGS, HELP, __doc__, _check):
         return
     try:
         figure = _figure()
     except files.InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        program.stop(error)
     with files.replacing(OUTPUT.value) as temporary:
         figure.savefig(temporary, dpi=110, facecolor="white")
     print(OUTPUT.value)

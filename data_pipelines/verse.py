@@ -14,6 +14,9 @@ hospital's own data: `X_ct.nii.gz` with `X_mask.nii.gz` or `X_seg-vert_msk.nii.g
 first `_`, and a digest of it decides: 80 % training, 10 % validation, 10 % test, the same on every machine and whatever else
 lies in the folder.
 
+In every layout a scan's CT may also be a folder `X_ct` with one DICOM series, read as `scan.read_ct` reads it; the label map
+stays a NIfTI on the CT's grid. A folder of that name in which other CTs lie is a folder as any other.
+
 Labels are VerSe's: C1-7 = 1..7, T1-12 = 8..19, L1-6 = 20..25, T13 = 28.
 """
 
@@ -46,7 +49,10 @@ _CENTROID_ENDS = ("_seg-subreg_ctd", "_seg-vb_ctd", "_iso-ctd", "_ctd")
 
 @dataclasses.dataclass(frozen=True)
 class ScanFiles:
-    """One CT series: its patient, its own name, its split, and where its files lie (centroids: None without)."""
+    """One CT series: its patient, its own name, its split, and where its files lie.
+
+    ct: a NIfTI file or a folder of DICOM files; centroids: None without.
+    """
 
     patient: str
     name: str
@@ -57,7 +63,7 @@ class ScanFiles:
 
 
 def find_scans(folder):
-    """The CT series of a folder in any of the layouts above, by name; nothing is opened.
+    """The CT series of a folder in any of the layouts above, as `ScanFiles`, by name; nothing is opened.
 
     Masks without a CT, which the challenge's files have, are left out (the builder warns of them).
 
@@ -71,8 +77,10 @@ def find_scans(folder):
 def _find(folder):
     """The `ScanFiles` of a folder, and its masks without a CT."""
     cts, masks, centroids = {}, {}, {}
-    for path in sorted(folder.rglob("*")):
-        kind, name = _kind(path.name)
+    paths = sorted(folder.rglob("*"))
+    series = _series(paths)
+    for path in paths:
+        kind, name = ("ct", path.name.removesuffix("_ct")) if path in series else _kind(path.name)
         if kind is None:
             continue
         key = (_published_split(folder, path), name)
@@ -81,7 +89,9 @@ def _find(folder):
             files.fail(path, "name", f"also {known[key]}", "every scan once (give one release of VerSe)")
         known[key] = path
     if not cts:
-        wanted = "X_ct.nii.gz with X_mask.nii.gz or X_seg-vert_msk.nii.gz, or VerSe as published"
+        wanted = (
+            "X_ct.nii.gz or a folder X_ct of DICOM, with X_mask.nii.gz or X_seg-vert_msk.nii.gz, or VerSe as published"
+        )
         files.fail(folder, "files", "no CT", wanted)
     published = {split is not None for split, _ in cts}
     if len(published) == 2:
@@ -113,9 +123,22 @@ def patient_of(name):
 
 
 def split_of(patient):
-    """The split of a patient where none is published: a function of the identifier alone."""
+    """The split, one of SPLITS, of a patient where none is published: a function of the identifier alone."""
     place = int(hashlib.sha256(patient.encode()).hexdigest(), 16) % 100
     return SPLITS[0 if place < 80 else 1 if place < 90 else 2]
+
+
+def _series(paths):
+    """The folders X_ct among sorted paths that are DICOM series: those without a CT inside."""
+    inside, found = set(), set()
+    # Backwards, so that what a folder holds comes before it.
+    for path in reversed(paths):
+        named = path.name.endswith("_ct") and not path.name.startswith(".") and path not in inside and path.is_dir()
+        if named:
+            found.add(path)
+        if named or _kind(path.name)[0] == "ct":
+            inside.update(path.parents)
+    return found
 
 
 def _kind(file_name):
@@ -146,9 +169,15 @@ def _published_split(folder, path):
 
 
 def _fingerprint(found):
-    """Digest of which scans a folder holds, by name, split and file sizes."""
-    lines = [f"{s.split} {s.name} {s.ct.stat().st_size} {s.mask.stat().st_size}" for s in found]
+    """Digest of which scans a folder holds, by name, split and sizes."""
+    lines = [f"{s.split} {s.name} {_bytes(s.ct)} {_bytes(s.mask)}" for s in found]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+
+
+def _bytes(path):
+    """Size of a file, or of all files in a folder: what a folder's own size is depends on where it lies."""
+    inside = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return sum(p.stat().st_size for p in inside)
 
 
 def figures(complete):
@@ -212,7 +241,8 @@ class Verse(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Download the three zips of VerSe'20 (links in https://github.com/anjany/verse, CC BY-SA 4.0), unpack them into "
-        "one folder, and give that as manual_dir. Any folder of X_ct.nii.gz with X_mask.nii.gz serves as well."
+        "one folder, and give that as manual_dir. Any folder of X_ct.nii.gz, or folders X_ct of DICOM slices, with "
+        "X_mask.nii.gz serves as well."
     )
     BUILDER_CONFIGS = [
         VerseConfig(name="lumbar", description="One example a complete lumbar vertebra", labels=LUMBAR),
@@ -338,7 +368,10 @@ def prepare(folder, data_dir, config="lumbar"):
 
 
 def as_scan(example):
-    """An example, whole or a vertebra's crop, as the `scan.Scan` that the rest of the project works on."""
+    """An example, whole or a vertebra's crop, as the `scan.Scan` that the rest of the project works on.
+
+    hu: (X, Y, Z) float32, HU; labels: (X, Y, Z) uint8; ct_from_index: (4, 4), mm, of the example's own array.
+    """
     patient = example["patient"]
     patient = patient.decode() if isinstance(patient, bytes) else str(patient)
     return scans.Scan(

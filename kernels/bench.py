@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from kernels import program
 from kernels import support
 from kernels import symmetric
 from kernels.drr import api as drr_api
@@ -743,28 +744,9 @@ def _check():
             raise flags.Error(f"--plots={PLOTS.value}: {error.strerror}") from error
 
 
-def read_flags(flag_values, help_flag, text, check):
-    """Reads a program's flags, then calls `check`, which may raise flags.Error; False after --help, which prints `text`.
-
-    Bad flags end the program with one line on standard error and status 2.
-    """
-    try:
-        rest = flag_values(sys.argv)[1:]
-        if help_flag.value:
-            print(f"{text}\n{flag_values.get_help()}")
-            return False
-        if rest:
-            raise flags.Error(f"found the argument {rest[0]!r}, wanted flags only")
-        check()
-    except flags.Error as error:
-        print("error: flags: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    return True
-
-
 def main():
     """Reads the flags, measures and prints; bad flags end the program with one line and status 2."""
-    if not read_flags(FLAGS, HELP, __doc__, _check):
+    if not program.read_flags(FLAGS, HELP, __doc__, _check):
         return
     python = DIFFDRR_PYTHON.value
     if SUITE.value is not None:

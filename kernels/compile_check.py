@@ -54,6 +54,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from kernels import bench
+from kernels import program
 from kernels.splat import pallas_triton as tiles
 
 
@@ -764,7 +765,7 @@ def _check_flags():
 
 def main():
     """Reads the flags and checks all targets; bad flags end the program with one line and status 2, a failure with 1."""
-    if not bench.read_flags(FLAGS, HELP, __doc__, _check_flags):
+    if not program.read_flags(FLAGS, HELP, __doc__, _check_flags):
         return
     # Only clouds are counted in this process, which the processor can do.
     jax.config.update("jax_platforms", "cpu")

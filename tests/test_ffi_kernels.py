@@ -267,6 +267,30 @@ def test_drr_vmap_is_a_loop():
         assert all(_relative(g[i], w) < 1e-6 for g, w in zip(gradients, wanted, strict=True))
 
 
+@pytest.mark.parametrize("inside", ["jit", "checkpoint", "scan", "vmap"])
+@pytest.mark.parametrize("name", ["splat", "voxelize", "drr"])
+def test_no_vmap_reaches_the_call_itself(name, inside):
+    """The C++ calls have no rule for vmap: it is the operators' batch axis, whatever it passes through on its way."""
+    operator, arrays, place = {
+        "splat": (lambda *a: splat_api.splat(*a, HEIGHT, WIDTH, implementation="ffi_cpu"), _splat_inputs(12), 1),
+        "voxelize": (lambda *a: voxelize_api.voxelize(*a, SHAPE, implementation="ffi_cpu"), _voxelize_inputs(12), 1),
+        "drr": (lambda *a: drr_api.drr(*a, *DRR_SIZE, implementation="ffi_cpu"), _drr_inputs(), 0),
+    }[name]
+    total = lambda x: jnp.sum(operator(*arrays[:place], x, *arrays[place + 1 :]) ** 2)
+    wrapped = {
+        "jit": jax.jit(total),
+        "checkpoint": jax.checkpoint(total),
+        "scan": lambda x: jax.lax.scan(lambda so_far, _: (so_far + total(x), None), 0.0, None, length=1)[0],
+        "vmap": lambda x: jax.vmap(total)(x[None])[0],
+    }[inside]
+    both = jnp.stack([arrays[place], 1.01 * arrays[place]])
+    values, gradients = jax.jit(jax.vmap(jax.value_and_grad(wrapped)))(both)
+    for value, gradient, x in zip(values, gradients, both, strict=True):
+        # Compiled as well: drr's rays round otherwise where each operation is run by itself.
+        true_value, true_gradient = jax.jit(jax.value_and_grad(total))(x)
+        assert _relative(value, true_value) < 1e-6 and _relative(gradient, true_gradient) < 1e-6
+
+
 def test_no_gaussians_and_no_images():
     for batch, n in (((2,), 0), ((0,), 5), ((), 0)):
         zeros = [np.zeros((*batch, n, *tail), np.float32) for tail in ((), (3,), (6,))]

@@ -1,17 +1,19 @@
-"""How many pairs a second, against what the sampling alone would take:
+"""How many pairs a second, against what the sampling alone would take.
 
-python -m data_pipelines.simulator.bench CT MASK LABEL [PAIRS]
+python -m data_pipelines.simulator.bench --scan=CT --mask=MASK --label=22 [--pairs=20]
 """
 
-import sys
 import time
 
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
+from data_pipelines import files
 from data_pipelines import scan as scans
 from data_pipelines.simulator import assembly
 from data_pipelines.simulator import posture
+from kernels import program
 
 
 def _seconds(function, repeats=5):
@@ -39,6 +41,14 @@ def report(body, label, pairs=20, seed=0, geometry=assembly.Geometry()):
 
     The bound is what a pair's samples would take at those rates: two materials through the rest of the body, two through
     each vertebra in sight (three through the target), and the voxels that the posture's warp looks up.
+
+    Args:
+      body: `assembly.Body`; label: VerSe number of the target; pairs: how many are simulated, once unmeasured and once timed.
+      seed: of the pairs; geometry: `assembly.Geometry`.
+    Returns:
+      floats by name; the names say the unit.
+    Raises:
+      InputError: the body has no complete vertebra of that label.
     """
     preset = assembly.Preset()
     for index in range(pairs):
@@ -87,8 +97,31 @@ def report(body, label, pairs=20, seed=0, geometry=assembly.Geometry()):
     }
 
 
-if __name__ == "__main__":
-    ct, mask, wanted, *count = sys.argv[1:]
-    figures = report(assembly.Body(scans.read_scan(ct, mask)), int(wanted), *map(int, count))
+FLAGS = flags.FlagValues()
+SCAN = flags.DEFINE_string("scan", None, "CT: NIfTI file or DICOM folder.", flag_values=FLAGS)
+MASK = flags.DEFINE_string("mask", None, "Its label map.", flag_values=FLAGS)
+LABEL = flags.DEFINE_integer("label", None, "VerSe number of the target.", flag_values=FLAGS)
+PAIRS = flags.DEFINE_integer("pairs", 20, "Pairs to time.", lower_bound=1, flag_values=FLAGS)
+HELP = flags.DEFINE_bool("help", False, "Show this help.", short_name="?", flag_values=FLAGS)
+
+
+def _check():
+    missing = [f"--{flag.name}" for flag in (SCAN, MASK, LABEL) if flag.value is None]
+    if missing:
+        raise flags.Error(f"{', '.join(missing)}: found nothing, wanted --scan, --mask and --label")
+
+
+def main():
+    """Reads the flags and prints the figures; bad flags or input end the program with one line and status 2."""
+    if not program.read_flags(FLAGS, HELP, __doc__, _check):
+        return
+    try:
+        figures = report(assembly.Body(scans.read_scan(SCAN.value, MASK.value)), LABEL.value, PAIRS.value)
+    except files.InputError as error:
+        program.stop(error)
     for name, value in figures.items():
         print(f"{name}: {value:.4g}")
+
+
+if __name__ == "__main__":
+    main()

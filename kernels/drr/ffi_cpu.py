@@ -12,13 +12,13 @@ from kernels import ffi_build
 
 
 def _call(target, symbol, volume_shape, results, arrays, step_mm):
-    """Calls `symbol` of drr.cc; a vmap is a loop around it, since every call feeds all threads."""
+    """Calls `symbol` of drr.cc; vmap goes no further than `batching.along_batch`."""
     dispatch.require("cpu", arrays)
     if math.prod(n + 2 for n in volume_shape) >= 2**31:
         raise NotImplementedError(f"fewer than 2^31 voxels only, with a border of one, not {volume_shape}")
     ffi_build.register(pathlib.Path(__file__).with_name("drr.cc"), target, symbol)
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
-    return jax.ffi.ffi_call(target, results, vmap_method="sequential")(*arrays, step_mm=np.float32(step_mm))
+    return jax.ffi.ffi_call(target, results)(*arrays, step_mm=np.float32(step_mm))
 
 
 def forward(volume, origin, direction, step_mm):

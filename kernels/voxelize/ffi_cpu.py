@@ -10,11 +10,11 @@ from kernels import ffi_build
 
 
 def _call(target, symbol, results, arrays):
-    """Calls `symbol` of voxelize.cc; leading axes are a batch there too, so vmap only adds one."""
+    """Calls `symbol` of voxelize.cc, whose leading axes are a batch; vmap goes no further than `batching.along_batch`."""
     dispatch.require("cpu", arrays)
     ffi_build.register(pathlib.Path(__file__).with_name("voxelize.cc"), target, symbol)
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
-    return jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")(*arrays)
+    return jax.ffi.ffi_call(target, results)(*arrays)
 
 
 def forward(density, mean, precision, shape):

@@ -1,6 +1,7 @@
 """X-rays from files: what their numbers mean, which pixels count, and cameras that point where the machine pointed."""
 
 import json
+import struct
 
 import ct_files
 import nibabel
@@ -66,6 +67,17 @@ def test_every_kind_of_file_holds_the_same_picture(kind, tmp_path):
     np.testing.assert_allclose(got.line_integrals, expected(), atol=2e-6)
     assert got.line_integrals.dtype == np.float32 and got.valid.all() and got.view is None
     np.testing.assert_array_equal(got.file_from_image, np.eye(3))
+
+
+def test_a_nifti_picture_needs_no_affine_and_is_scaled_as_it_says(tmp_path):
+    data = nibabel.Nifti1Image(malformed.pixels().T[:, :, None, None], None).to_bytes()
+    data = malformed.patched(data, 80, struct.pack("<3f", 0.0, 0.0, 0.0))
+    got = radiograph.read(written(tmp_path, "bare.nii", data), None, PLAIN)
+    np.testing.assert_allclose(got.line_integrals, expected(), atol=2e-6)
+    path = written(tmp_path, "scaled.nii", malformed.patched(data, 112, struct.pack("<2f", 0.5, 100.0)))
+    np.testing.assert_array_equal(radiograph.read_stored(path), 0.5 * malformed.pixels() + 100.0)
+    with pytest.raises(files.InputError, match=r"long.nii: size: found \d+ bytes"):
+        radiograph.read(written(tmp_path, "long.nii", data + b"\0"), None, PLAIN)
 
 
 def test_what_the_numbers_mean_is_never_guessed(tmp_path):
@@ -315,16 +327,6 @@ def test_a_mirrored_image_is_turned_with_its_calibration(tmp_path):
     pixel = P @ [5.0, -7.0, 3.0, 1.0]
     in_file = stored @ [5.0, -7.0, 3.0, 1.0]
     np.testing.assert_allclose(got.file_from_image @ (pixel / pixel[2]), in_file / in_file[2], atol=1e-9)
-
-
-def test_binning_carries_camera_mask_and_coordinates(tmp_path):
-    fine = read_dicom(tmp_path)
-    coarse = radiograph.binned(fine, 3)
-    assert coarse.line_integrals.shape == (SHAPE[0] // 3, SHAPE[1] // 3) and coarse.valid.all()
-    np.testing.assert_allclose(coarse.line_integrals[2, 4], fine.line_integrals[6:9, 12:15].mean(), rtol=1e-6)
-    np.testing.assert_allclose(coarse.view.intrinsics[2:], (fine.view.intrinsics[2:] - 1) / 3)
-    np.testing.assert_allclose(coarse.file_from_image @ [4, 2, 1], fine.file_from_image @ [13, 7, 1])
-    np.testing.assert_allclose(coarse.pixel_mm, (0.9, 0.6))
 
 
 # ---- collimators

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import ct_files
 import nibabel
 import numpy as np
 import pytest
@@ -240,6 +241,57 @@ def test_a_plain_folder_is_split_by_patient(tmp_path):
     assert_same_voxels(found[0][1], ct, labels)
 
 
+def dicom_subject(folder, name):
+    """Writes a series of DICOM slices and its label map, L2 below L1, stored along other axes; returns the series' paths."""
+    series = ct_files.write_series(folder / f"{name}_ct" / "slices", ct_files.slices())
+    labels = np.zeros(ct_files.SIZE, np.uint8)
+    labels[9:20, 6:21, 1:3], labels[11:23, 8:24, 3:5] = 21, 20
+    ct_files.write_nifti(folder / f"{name}_mask.nii.gz", labels, ct_files.nifti_affine(), "PIR")
+    return series, labels
+
+
+def places(shape, affine):
+    return np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) @ affine[:3, :3].T + affine[:3, 3]
+
+
+@pytest.mark.parametrize("config", ["lumbar", "lumbar_scans"])
+def test_a_ct_may_be_a_folder_of_dicom_slices(tmp_path, config):
+    series, labels = dicom_subject(tmp_path / "raw" / "validation", "p1_a")
+    found = examples_of(verse.prepare(tmp_path / "raw", tmp_path / "tfds", config))
+    assert len(found) == {"lumbar": 2, "lumbar_scans": 1}[config]
+    stored = places(ct_files.SIZE, ct_files.nifti_affine())
+    for split, example in found:
+        assert (split, example["patient"], example["scan"]) == ("validation", b"p1", b"p1_a")
+        here = places(example["hu"].shape, example["ct_from_index"])
+        # Half of the files' coarsest step, and half an HU for whole numbers.
+        np.testing.assert_allclose(example["hu"], ct_files.hu_at(here), atol=1.01)
+        for label in np.atleast_1d(example.get("complete", example.get("label"))):
+            np.testing.assert_allclose(
+                np.sort(here[example["labels"] == label], axis=0), np.sort(stored[labels == label], axis=0), atol=1e-3
+            )
+    series[2].unlink()
+    refusal(lambda: verse.prepare(tmp_path / "raw", tmp_path / "tfds", config), "another folder")
+    refusal(lambda: verse.prepare(tmp_path / "raw", tmp_path / "again", config), "p1_a_ct", "missing slice")
+    assert not list(tmp_path.glob("again/**/*.array_record*"))
+
+
+def test_only_a_folder_without_other_cts_is_a_series(tmp_path):
+    inner = tmp_path / "hospital_ct" / "p1_ct"
+    inner.mkdir(parents=True)
+    (inner / "notes.txt").touch()
+    for name in ("hospital_ct/p1_mask.nii.gz", "hospital_ct/p2_ct.nii.gz", "hospital_ct/p2_mask.nii.gz"):
+        (tmp_path / name).touch()
+    assert {scan.name: scan.ct for scan in verse.find_scans(tmp_path)} == {
+        "p1": inner,
+        "p2": tmp_path / "hospital_ct/p2_ct.nii.gz",
+    }
+    (tmp_path / "p1_ct.nii.gz").touch()
+    refusal(lambda: verse.find_scans(tmp_path), "p1_ct", "every scan once")
+    (tmp_path / "p1_ct.nii.gz").unlink()
+    (tmp_path / "hospital_ct/p1_mask.nii.gz").unlink()
+    refusal(lambda: verse.find_scans(tmp_path), "p1_ct: mask", "p1_mask.nii.gz")
+
+
 def test_tensorflow_is_never_imported(subjects, tmp_path):
     code = (
         "import sys\nfrom data_pipelines import verse\n"
@@ -343,11 +395,17 @@ def test_a_mask_without_a_ct_is_left_out(tmp_path, caplog):
         ('[{"direction": ["P", "A", "R"]}]', "axis codes"),
         ('[{"direction": [1, 2, 3]}]', "axis codes"),
         ('[{"direction": ["R", "A", "S"]}, {"label": 20, "X": 1, "Y": 2}]', "Z: found 'nothing', wanted a number"),
-        ('[{"direction": ["R", "A", "S"]}, {"label": "20", "X": 1, "Y": 2, "Z": 3}]', "label: found '20', wanted a whole number"),
+        (
+            '[{"direction": ["R", "A", "S"]}, {"label": "20", "X": 1, "Y": 2, "Z": 3}]',
+            "label: found '20', wanted a whole number",
+        ),
         ('[{"direction": ["R", "A", "S"]}, {"label": 20, "X": 200, "Y": 2, "Z": 3}]', "mm off its mask"),
         ('[{"direction": "RAS"}]', "axis codes"),
         ('[{"direction": ["R", "A", "S"]}, {"label": 20, "X": Infinity, "Y": 2, "Z": 3}]', "finite numbers"),
-        ('[{"direction": ["R", "A", "S"]}, {"label": 20, "X": 1' + "0" * 400 + ', "Y": 2, "Z": 3}]', "numbers of 64 bits"),
+        (
+            '[{"direction": ["R", "A", "S"]}, {"label": 20, "X": 1' + "0" * 400 + ', "Y": 2, "Z": 3}]',
+            "numbers of 64 bits",
+        ),
         ("[" * 100000, "valid JSON"),
         ('[{"label": 20, "X": 1, "Y": 2, "Z": 300}]', "mm off its mask"),
     ],
