@@ -61,19 +61,22 @@ def phantoms(folder, seeds, config, on_done=lambda: None):
     return [(subject, *scan_paths(folder, subject)) for subject in subjects]
 
 
-def simulated_pairs(folder, vertebrae, count, seed, config, gaussian_count, ct_count=1, on_done=lambda records: None):
+def simulated_pairs(
+    folder, vertebrae, count, seed, config, gaussian_count, ct_count=1, label_map=None, on_done=lambda records: None
+):
     """`count` simulated pairs and `ct_count` CT pairs of every vertebra, made where they are not there yet.
 
     Args:
       folder: where such sets lie, each in a folder named by its content, so that none is ever taken for another.
       vertebrae: [(patient, ct path, mask path, label)]; seed: of everything random; config: `pairs.PairConfig`.
+      label_map: what numbers the masks hold, as `scan.read_scan`.
       on_done: called with the number of records that are there now, of 1 + count + ct_count a vertebra.
     Returns:
       a `pairs.PairSet`.
     Raises:
       InputError: an unreadable scan, an absent or cut vertebra, or a damaged store.
     """
-    names, places = _named(vertebrae)
+    names, places = _named(vertebrae, label_map)
     which = pairs.Simulated(pairs.Vertebrae(names, gaussian_count), int(count), config)
     # Whole vertebrae in a shard where they fit, so that a process prepares each once.
     shard_size = A_SHARD // which.count * which.count or A_SHARD
@@ -111,14 +114,14 @@ def measured_pairs(
     return _pair_set(folder, which, 0, pairs.measured, ct_count, A_SHARD, archive, on_done)
 
 
-def _named(vertebrae):
-    """((digest, label), ...) and {digest: (patient, ct path, mask path)} of [(patient, ct path, mask path, label)]."""
+def _named(vertebrae, label_map=None):
+    """((digest, label), ...) and the scans of a `pairs.Archive`, of [(patient, ct path, mask path, label)]."""
     digests = {}
     for _, ct, mask, _ in vertebrae:
         if (ct, mask) not in digests:
-            digests[ct, mask] = pairs.scan_digest(ct, mask)
+            digests[ct, mask] = pairs.scan_digest(ct, mask, label_map)
     names = tuple((digests[ct, mask], int(label)) for _, ct, mask, label in vertebrae)
-    return names, {digests[ct, mask]: (patient, ct, mask) for patient, ct, mask, _ in vertebrae}
+    return names, {digests[ct, mask]: (patient, ct, mask, label_map) for patient, ct, mask, _ in vertebrae}
 
 
 def _pair_set(folder, which, seed, make_pair, ct_count, shard_size, archive, on_done):

@@ -112,7 +112,7 @@ class Archive:
     """
 
     def __init__(self, scans, scenes=None):
-        """scans: {digest: (patient, ct path, mask path)}; scenes: {name: (`cases.Scene`, world_from_ct)}."""
+        """scans: {digest: (patient, ct path, mask path, label map or None)}; scenes: {name: (`cases.Scene`, world_from_ct)}."""
         self.scans, self.scenes, self._kept = scans, scenes, {}
 
     def __reduce__(self):
@@ -126,26 +126,31 @@ class Archive:
         return self._kept[make][1]
 
 
-def scan_digest(ct_path, mask_path, digest=files.sha256):
-    """What a scan is called wherever its files lie; `digest` gives a file's.
+def scan_digest(ct_path, mask_path, label_map=None, digest=files.sha256):
+    """What a scan is called wherever its files lie; read with another `label_map` it is another one. `digest` gives a file's.
 
     Raises:
       InputError: a missing file.
     """
-    return config_hash("scan", [digest(ct_path), digest(mask_path)])
+    return config_hash("scan", [digest(ct_path), digest(mask_path), *([label_map] if label_map else [])])
 
 
-def _scan(archive, digest):
-    patient, ct, mask = archive.scans[digest]
-    return scans.read_scan(ct, mask, patient)
+def scan(archive, digest):
+    """The `scan.Scan` of that digest in an `Archive`.
+
+    Raises:
+      InputError: unreadable files.
+    """
+    patient, ct, mask, label_map = archive.scans[digest]
+    return scans.read_scan(ct, mask, patient, label_map)
 
 
 def _vertebra(archive, digest, label, count):
-    return scans.extract(archive.keep(_scan, digest), label, count, archive.scans[digest][2])
+    return scans.extract(archive.keep(scan, digest), label, count, archive.scans[digest][2])
 
 
 def _body(archive, digest, rest_mm, vertebra_mm):
-    return simulator.Body(archive.keep(_scan, digest), rest_mm, vertebra_mm)
+    return simulator.Body(archive.keep(scan, digest), rest_mm, vertebra_mm)
 
 
 def _rng(which, seed, owner, *numbers):

@@ -12,7 +12,7 @@ from absl import flags
 from data_pipelines import cases
 from data_pipelines import files
 from data_pipelines import radiograph
-from data_pipelines import scan as scans
+from data_pipelines import segmentation
 from experiments import cli
 from experiments import detectors
 
@@ -21,6 +21,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the detector that is m
 DETECTOR = flags.DEFINE_string("detector", None, "Detector file to start from or use.")
 CT = flags.DEFINE_string("ct", None, "CT, with --do=patient.")
 MASK = flags.DEFINE_string("mask", None, "Label map on the CT's grid, with --do=patient.")
+LABELS = flags.DEFINE_enum(
+    "labels", None, sorted(segmentation.LABEL_MAPS), "What numbers --mask holds; default: recognised, or refused."
+)
 STEPS = flags.DEFINE_integer("steps", None, "Training steps; default: as configured.", lower_bound=1)
 CASES = flags.DEFINE_string("cases", None, "Case file, with --do=find.")
 VARIANT = flags.DEFINE_string("variant", "real", "Array of the X-ray files, with --cases.")
@@ -65,9 +68,8 @@ def main():
         path = detectors.make_generic(WORKDIR.value, config)
     else:
         _need(CT, MASK, DETECTOR)
-        path = detectors.make_patient(
-            WORKDIR.value, scans.read_scan(CT.value, MASK.value), detectors.load(DETECTOR.value), config
-        )
+        base = detectors.load(DETECTOR.value)
+        path = detectors.make_patient(WORKDIR.value, CT.value, MASK.value, base, config, LABELS.value)
     print(f"made: {path}")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import time
 
@@ -18,6 +19,7 @@ from scipy import ndimage
 
 from data_pipelines import cases
 from data_pipelines import files
+from data_pipelines import pair_store
 from data_pipelines import pairs
 from data_pipelines import phantom
 from data_pipelines import scan as scans
@@ -35,12 +37,14 @@ CHECKPOINT_SECONDS = 60.0
 ARRAYS = ("clean", "measured", "valid", "intrinsics", "camera_from_world", "centroids", "in_sight")
 GEOMETRY = simulator.Geometry(window=160, binning=8)
 """Wider than a training crop, so that crops can be anywhere in it."""
+BODIES_A_SHARD = 6
+"""Of a patient: a process reads the scan again for each shard. A phantom is a shard of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Acquisitions simulated (`count` of each of `bodies`, of which the last `held_out` bodies or, of a single one, shards
-    calibrate the chain), and `steps` of `batch` crops of `crop_px` at a cosine `learning_rate`; seed: of all of it.
+    """Acquisitions simulated (as `Views`; those of the last `held_out` bodies calibrate the chain), and `steps` of `batch`
+    crops of `crop_px` at a cosine `learning_rate`; seed: of all of it.
 
     Crops are turned by up to `turn_deg` and scaled by up to the share `scale`, which makes patients of other sizes.
     """
@@ -79,67 +83,95 @@ class Model:
         return tuple(n for n, trained in zip(self.config.levels, self.chain.trained) if trained)
 
 
-def simulated_views(body, count, seed, geometry=GEOMETRY, preset=simulator.Preset(), on_done=lambda: None):
-    """Simulated X-rays of a body, two for each of `count` acquisitions, targets spread over its vertebrae.
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """Which acquisitions: `count` of each of `bodies`, one body after the other.
 
-    Returns:
-      dict of `ARRAYS`: clean, measured (N, S, S) float16, line integrals; valid (N, S, S) bool; intrinsics (N, 4);
-      camera_from_world (N, 4, 4); centroids (N, 29, 2) pixels; in_sight (N, 29) bool; `known` (29,) bool, labels whose
-      truth is told; `target` (count,) labels; `world_from_box` (count, 4, 4) of the targets.
+    scan: digest of one patient's scan, who is every body; None: bodies are phantoms `spine` of seeds that count up.
     """
-    lists, labels, poses = {name: [] for name in ARRAYS}, [], []
-    for index in range(count):
-        rng = np.random.default_rng([*seed, index])
-        labels.append(int(rng.choice(body.spine.labels)))
-        sample = simulator.simulate(body, labels[-1], rng, preset, geometry)
-        poses.append(sample.world_from_box)
-        for name in ARRAYS[1:]:
-            lists[name].append(getattr(sample, name))
-        lists["clean"].append(sample.rest + sample.excess)
-        on_done()
-    arrays = {name: np.concatenate(values) for name, values in lists.items()}
-    for name in ("clean", "measured"):
-        arrays[name] = np.clip(arrays[name], -30.0, 60.0).astype(np.float16)
-    known = np.isin(np.arange(simulator.assembly.LABELS), body.spine.labels)
-    return {**arrays, "known": known, "target": np.array(labels), "world_from_box": np.stack(poses)}
+
+    scan: str | None
+    bodies: int
+    count: int
+    geometry: simulator.Geometry = GEOMETRY
+    preset: simulator.Preset = simulator.Preset()
+    spine: phantom.PhantomConfig = phantom.PhantomConfig()
+
+    def __len__(self):
+        return self.bodies * self.count
 
 
-def _shard(path, make):
-    if not path.exists():
-        files.write_npz(path, **make())
-    return files.read_npz(path, *ARRAYS, "known", "target", "world_from_box")
-
-
-def phantom_body(seed):
-    """The `simulator.Body` of the phantom of that seed."""
-    made = phantom.make_phantom(seed, phantom.PhantomConfig())
+def _phantom(archive, seed, config):
+    made = phantom.make_phantom(seed, config)
     return simulator.Body(scans.Scan(f"phantom{seed}", made.hu.astype(np.float32), made.mask, made.affine))
 
 
-def phantom_shards(folder, config, on_done=lambda: None):
-    """`simulated_views` of each of `config.bodies` phantoms, made where they are not there yet."""
-    shards = []
-    for seed in range(config.seed, config.seed + config.bodies):
-        path = pathlib.Path(folder) / f"phantom{seed:05d}.npz"
-        shards.append(_shard(path, lambda: simulated_views(phantom_body(seed), config.count, [seed])))
-        on_done()
-    return shards
+def _patient(archive, digest):
+    return simulator.Body(pairs.scan(archive, digest))
 
 
-def patient_shards(folder, body, config, on_done=lambda: None):
-    """`config.bodies` shards of `simulated_views` of one body, made where they are not there yet."""
-    shards = []
-    for number in range(config.bodies):
-        path = pathlib.Path(folder) / f"patient{number:03d}.npz"
-        shards.append(_shard(path, lambda: simulated_views(body, config.count, [config.seed, number])))
-        on_done()
-    return shards
+def acquisition(which, seed, index, archive):
+    """Acquisition `index` of `Views`, a function of (which, seed, index) and of what the scan holds.
+
+    Its target, which the cameras aim at, is any of the body's vertebrae.
+
+    Args:
+      archive: `pairs.Archive`.
+    Returns:
+      dict of clean, measured (V, S, S) float16, line integrals; valid (V, S, S) bool; intrinsics (V, 4);
+      camera_from_world (V, 4, 4); centroids (V, 29, 2) pixels; in_sight (V, 29) bool; known (29,) bool, labels whose truth
+      is told; target, its label; world_from_box (4, 4), its pose.
+    Raises:
+      InputError: an unreadable scan, or one without a complete vertebra.
+    """
+    number, own = divmod(index, which.count)
+    if which.scan is None:
+        body, stream = archive.keep(_phantom, seed + number, which.spine), [seed + number, own]
+    else:
+        body, stream = archive.keep(_patient, which.scan), [seed, number, own]
+    rng = np.random.default_rng(stream)
+    target = int(rng.choice(body.spine.labels))
+    sample = simulator.simulate(body, target, rng, which.preset, which.geometry)
+    images = {"clean": sample.rest + sample.excess, "measured": sample.measured}
+    return {
+        **{name: np.clip(image, -30.0, 60.0).astype(np.float16) for name, image in images.items()},
+        **{name: getattr(sample, name) for name in ARRAYS[2:]},
+        "known": np.isin(np.arange(simulator.assembly.LABELS), body.spine.labels),
+        "target": np.int32(target),
+        "world_from_box": sample.world_from_box,
+    }
 
 
-def gather(shards):
-    """One pool of shards: dict of `ARRAYS` and `known` (N, 29)."""
-    pool = {name: np.concatenate([s[name] for s in shards]) for name in ARRAYS}
-    return {**pool, "known": np.concatenate([np.tile(s["known"], (len(s["valid"]), 1)) for s in shards])}
+def simulated_views(folder, which, seed, archive, on_done=lambda acquisitions: None):
+    """The `pair_store.Source` of `Views`, made where it is not there yet.
+
+    Args:
+      folder: where such stores lie, each in a folder named by its content; seed: of everything random.
+      archive: `pairs.Archive` that knows where the scan lies.
+      on_done: called with the number of acquisitions of every shard that is there.
+    Raises:
+      InputError: as `acquisition`; a damaged store.
+    """
+    # One process for two cores, since rendering is parallel in itself; an accelerator that renders is not shared.
+    processes = len(os.sched_getaffinity(0)) // 2 if jax.default_backend() == "cpu" else 1
+    return pair_store.write(
+        pathlib.Path(folder) / pairs.config_hash(which, seed),
+        acquisition,
+        len(which),
+        which,
+        seed,
+        processes=max(1, processes),
+        shard_size=which.count * (1 if which.scan is None else BODIES_A_SHARD),
+        context=archive,
+        on_done=on_done,
+    )
+
+
+def gather(acquisitions):
+    """One pool of the X-rays of all acquisitions: dict of `ARRAYS` (N, ...) and `known` (N, 29)."""
+    acquisitions = list(acquisitions)
+    pool = {name: np.concatenate([a[name] for a in acquisitions]) for name in ARRAYS}
+    return {**pool, "known": np.concatenate([np.tile(a["known"], (len(a["valid"]), 1)) for a in acquisitions])}
 
 
 def batch_of(pool, levels, rng, config, size):
@@ -241,16 +273,22 @@ def _apply(params, config, images, valid, beam):
     return detector.Detector(config).apply(params, images, valid, beam)
 
 
-def calibrate(params, config, pool, held_out, train_config, images=48):
+def calibrate(params, config, pool, held_out, train_config, images=48, prior=None):
     """The `detection.Chain` of a detector: spacings from `pool`, weight and link that suit crops of `held_out` best.
 
     The best gives the true cells and absences the largest log-probability in the chain's marginals.
+
+    Args:
+      prior: the chain whose spacings stand where no neighbouring levels of `pool` are in sight together.
     """
     levels, pixel_mm = list(config.levels), config.pixel_mm
     known = pool["known"][:, levels]
     trained = known.any(0)
     seen = pool["in_sight"][:, levels] & known
-    spacing, spread = detection.fit_spacing(pool["centroids"][:, levels], seen, pixel_mm)
+    if prior is not None and not (seen[:, 1:] & seen[:, :-1]).any():
+        spacing, spread = prior.spacing_mm, prior.spread_mm
+    else:
+        spacing, spread = detection.fit_spacing(pool["centroids"][:, levels], seen, pixel_mm)
     batch = batch_of(held_out, levels, np.random.default_rng(train_config.seed), train_config, images)
     prediction = jax.device_get(_apply(params, config, *batch[:3]))
     truth = jax.device_get(detector.target(*batch[3:5], batch[0].shape[1:]))
@@ -289,8 +327,9 @@ def load(path):
     Raises:
       InputError: a file that is not a detector, one of another format, or whose parameters are not those of its configuration.
     """
+    text = str(files.read_npz(path, "header")["header"])
     try:
-        header = json.loads(str(files.read_npz(path, "header")["header"]))
+        header = json.loads(text)
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()}
         config, form = detector.DetectorConfig(**fields), header["format"]
         centres = {int(k): np.array(v, np.float64).reshape(3) for k, v in header["centres_ct"].items()}
@@ -406,44 +445,45 @@ def start_pose(model, located, label, centre_ct):
 
 def make_generic(workdir, config=GENERIC, detector_config=detector.DetectorConfig()):
     """Trains a detector on phantoms; writes `workdir`/detector.npz and returns its path."""
-    folder = _folder(workdir, config, detector_config)
-    with progress.bar(config.bodies, "X-rays") as bar:
-        shards = phantom_shards(folder / "views", config, bar.update)
-    model = _fit(shards, folder / "state", config, detector_config)
-    return _finish(workdir, model, f"{config.bodies} phantoms")
+    which, start = Views(None, config.bodies, config.count), Model(None, detector_config, None)
+    return _make(workdir, which, pairs.Archive({}), config, start, f"{config.bodies} phantoms")
 
 
-def make_patient(workdir, scan, base, config=PATIENT):
-    """Adapts the detector `base` (`Model`) to X-rays simulated from a patient's `scan.Scan`; returns the file's path.
+def make_patient(workdir, ct, mask, base, config=PATIENT, label_map=None):
+    """Adapts a detector to X-rays simulated from a patient's scan; writes `workdir`/detector.npz and returns its path.
 
+    Args:
+      ct, mask, label_map: as `scan.read_scan`; base: the `Model` to start from.
     Raises:
-      InputError: a scan without a complete vertebra.
+      InputError: an unreadable scan, or one without a complete vertebra; nothing is written then.
     """
-    body = simulator.Body(scan)
-    folder = _folder(workdir, config, base.config, [*jax.tree.leaves(base.params), scan.hu, scan.labels])
-    with progress.bar(config.bodies, "X-rays") as bar:
-        shards = patient_shards(folder / "views", body, config, bar.update)
-    model = _fit(shards, folder / "state", config, base.config, base.params)
-    centres = dict(zip(body.spine.labels, body.spine.centres))
-    return _finish(workdir, dataclasses.replace(model, centres_ct=centres), "one patient")
+    digest = pairs.scan_digest(ct, mask, label_map)
+    archive = pairs.Archive({digest: (str(ct), ct, mask, label_map)})
+    spine = archive.keep(_patient, digest).spine
+    start = dataclasses.replace(base, centres_ct=dict(zip(spine.labels, spine.centres)))
+    which = Views(digest, config.bodies, config.count)
+    return _make(workdir, which, archive, config, start, "one patient")
 
 
-def _folder(workdir, config, detector_config, arrays=()):
-    """Where views and states lie: a folder for all that they were made from, so that nothing else is taken up again."""
-    digests = [hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for a in arrays]
-    name = pairs.config_hash(config, detector_config, GEOMETRY, simulator.Preset(), digests)
-    return pathlib.Path(workdir) / "detector" / name
+def patient_recipe(path, config=PATIENT):
+    """Digest of what a patient's detector is made of besides the scan: the detector in file `path`, and how it is adapted."""
+    return pairs.config_hash(files.sha256(path), config, Views(None, config.bodies, config.count))
 
 
-def _fit(shards, folder, config, detector_config, params=None):
-    pool, held_out = gather(shards[: -config.held_out]), gather(shards[-config.held_out :])
-    params = train(pool, folder, detector_config, config, params)
-    return Model(params, detector_config, calibrate(params, detector_config, pool, held_out, config))
-
-
-def _finish(workdir, model, note):
-    path = pathlib.Path(workdir) / "detector.npz"
-    save(path, model, note)
+def _make(workdir, which, archive, config, start, note):
+    """Trains from the `Model` `start`, whose parameters may be None, on `Views`, and writes what comes of it."""
+    folder = pathlib.Path(workdir) / "detector"
+    with progress.bar(len(which), "X-rays") as bar:
+        source = simulated_views(folder / "views", which, config.seed, archive, bar.update)
+    cut = len(which) - config.held_out * config.count
+    pool, held_out = (gather(source[i] for i in part) for part in (range(cut), range(cut, len(which))))
+    # A state is gone on with only where all is the same that it was made from.
+    leaves = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(start.params))
+    name = pairs.config_hash(config, start.config, source.identity(), hashlib.sha256(leaves).hexdigest())
+    params = train(pool, folder / "state" / name, start.config, config, start.params)
+    chain = calibrate(params, start.config, pool, held_out, config, prior=start.chain)
+    path = folder.with_name("detector.npz")
+    save(path, dataclasses.replace(start, params=params, chain=chain), note)
     return path
 
 

@@ -1,7 +1,7 @@
 """Prepared patients: data stage P3 on one scan, and the folder that `prepare` writes and `register` reads.
 
 A workdir W holds `manifest.json` with the hashes of everything its contents were made from, and per patient (one scan) the
-model and, per vertebra, what registering needs of the CT.
+model, per vertebra what registering needs of the CT, and, where it was asked for, the vertebra detector.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from data_pipelines import files
 from data_pipelines import pairs
 from data_pipelines import scan as scans
 from experiments import checkpoint
+from experiments import detectors
 from experiments import progress
 from experiments import stages
 from radgs_jax import gaussians
@@ -27,12 +28,16 @@ FINE_GAUSSIANS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One vertebra to prepare: the scan, its labels, the VerSe number, a patient's identifier."""
+    """One vertebra to prepare: a patient's identifier, the scan, its mask, the VerSe number.
+
+    labels: what numbers the mask holds, a name of `segmentation.LABEL_MAPS`; None finds out or refuses.
+    """
 
     patient: str
     ct: pathlib.Path
     mask: pathlib.Path
     label: int
+    labels: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +57,33 @@ class Identity:
         self._sha256 = functools.cache(files.sha256)
 
     def scan(self, target):
-        """Digest of a target's CT and mask."""
+        """Digest of a target's CT and mask; read with another label map a scan is another one."""
         paths = (pathlib.Path(target.ct).resolve(), pathlib.Path(target.mask).resolve())
-        return pairs.scan_digest(*paths, self._sha256)
+        return pairs.scan_digest(*paths, target.labels, self._sha256)
 
 
-def prepare(config, workdir, targets, base, minutes=None, modules=training.MODULES):
+def prepare(
+    config,
+    workdir,
+    targets,
+    base,
+    minutes=None,
+    modules=training.MODULES,
+    detector=None,
+    adapting=detectors.PATIENT,
+):
     """Prepares every target: one network per scan for all its vertebrae, from the model in folder `base`.
+
+    A workdir that was prepared without a detector can be given one later.
 
     Args:
       config: `configs.Config`; its p3 stage says what is done. minutes: wall time per scan instead of the config's steps.
       modules: module stages to run; the model is written after the last one, 'joint'.
+      detector: file of the vertebra detector to adapt to each scan, None for none; adapting: `detectors.TrainConfig` of
+        that, which `minutes` does not bound.
     Raises:
-      InputError: unreadable input, an absent or cut vertebra, or a workdir made from other inputs.
+      InputError: unreadable input, an absent or cut vertebra, one that the detector does not know, or a workdir made from
+        other inputs.
     """
     workdir = pathlib.Path(workdir)
     identity = Identity()
@@ -80,26 +99,40 @@ def prepare(config, workdir, targets, base, minutes=None, modules=training.MODUL
         ),
         "scans": {digest: sorted(group) for digest, group in groups.items()},
     }
+    if detector is not None:
+        generic = detectors.load(detector)
+        known = generic.config.levels
+        for target in targets:
+            if target.label not in known:
+                wanted = f"one from {scans.level_name(known[0])} to {scans.level_name(known[-1])}, or no detector"
+                files.fail(detector, f"label {target.label}", scans.level_name(target.label), wanted)
+        document["detector"] = detectors.patient_recipe(detector, adapting)
     missing = {d: group for d, group in groups.items() if not (workdir / d / "model" / "manifest.json").exists()}
     # Everything that can be wrong with the input is found before the first file is written.
     vertebrae = {digest: _extract(group.values(), model.config.gaussians) for digest, group in missing.items()}
     _claim(workdir, document)
     for digest, group in missing.items():
         _prepare_scan(config, workdir / digest, list(group.values()), vertebrae[digest], model, minutes, modules)
+    if detector is None:
+        return
+    for digest, group in groups.items():
+        if not _detector(workdir, digest).exists():
+            first = next(iter(group.values()))
+            detectors.make_patient(workdir / digest, first.ct, first.mask, generic, adapting, first.labels)
 
 
 def _extract(targets, gaussian_count):
     first = next(iter(targets))
-    scan = scans.read_scan(first.ct, first.mask, first.patient)
+    scan = scans.read_scan(first.ct, first.mask, first.patient, first.labels)
     return [scans.extract(scan, target.label, gaussian_count, target.mask) for target in targets]
 
 
 def _claim(workdir, document):
-    """Takes a fresh workdir, or checks that what it holds was made from the same inputs."""
+    """Takes a fresh workdir, or checks that what it holds was made from the same inputs; a detector may come later."""
     path = workdir / "manifest.json"
     if path.exists():
         found = files.read_json(path)
-        for field in ("format", "base", "config", "scans"):
+        for field in ("format", "base", "config", "scans", *({"detector"} & set(found) & set(document))):
             if found.get(field) != document[field]:
                 files.fail(
                     path,
@@ -107,6 +140,8 @@ def _claim(workdir, document):
                     found.get(field),
                     f"{document[field]} (a workdir is reused only for the same inputs; name another one or delete it)",
                 )
+        if set(document) - set(found):
+            files.write_json(path, {**found, **document})
     elif workdir.exists() and any(workdir.iterdir()):
         files.fail(workdir, "folder", "files but no manifest.json", "an empty folder or a prepared workdir")
     else:
@@ -127,6 +162,7 @@ def _prepare_scan(config, folder, targets, vertebrae, model, minutes, modules):
             config.pairs,
             model.config.gaussians,
             config.p3.ct_pairs,
+            first.labels,
             bar.update,
         )
     stage = dataclasses.replace(config, model=model.config)
@@ -169,6 +205,40 @@ def save_vertebra(path, vertebra, patient):
     )
 
 
+def _manifest(workdir):
+    path = pathlib.Path(workdir) / "manifest.json"
+    manifest = files.read_json(path)
+    if manifest.get("format") != FORMAT:
+        files.fail(path, "format", repr(manifest.get("format")), repr(FORMAT))
+    return manifest
+
+
+def _detector(workdir, digest):
+    return pathlib.Path(workdir) / digest / "detector.npz"
+
+
+def load_detector(workdir, target, identity, generic):
+    """The detector that finds a target's vertebra in X-rays, and whether it is one adapted to the patient.
+
+    Args:
+      generic: file of the detector that stands in where the workdir was prepared without one.
+    Returns:
+      `detectors.Model`, bool.
+    Raises:
+      InputError: neither is there, an unfinished preparation, or a damaged file.
+    """
+    path, generic = _detector(workdir, identity.scan(target)), pathlib.Path(generic)
+    if "detector" in _manifest(workdir):
+        if not path.exists():
+            wanted = "a finished one: run `experiments.prepare` again to go on"
+            files.fail(workdir, "detector", "an unfinished preparation", wanted)
+        return detectors.load(path), True
+    if not generic.exists():
+        wanted = "--init, --points, or a workdir with a detector: run `experiments.prepare --detector` on it"
+        files.fail(workdir, "start pose", "nothing to find the vertebra with", wanted)
+    return detectors.load(generic), False
+
+
 def load(workdir, target, identity):
     """The `Prepared` vertebra of a target.
 
@@ -176,9 +246,7 @@ def load(workdir, target, identity):
       InputError: a workdir that does not hold it.
     """
     workdir = pathlib.Path(workdir)
-    manifest = files.read_json(workdir / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        files.fail(workdir / "manifest.json", "format", repr(manifest.get("format")), repr(FORMAT))
+    manifest = _manifest(workdir)
     digest = identity.scan(target)
     folder = workdir / digest
     if target.label not in manifest["scans"].get(digest, []):
@@ -186,7 +254,7 @@ def load(workdir, target, identity):
             workdir,
             f"label {target.label} of {target.ct}",
             "not prepared",
-            "a vertebra that `experiments.prepare` was run for",
+            "a vertebra that `experiments.prepare` was run for, with the same --labels",
         )
     if not (folder / "model" / "manifest.json").exists():
         files.fail(

@@ -1,8 +1,8 @@
 """Registers cases with a prepared workdir.
 
 Many: `python -m experiments.register --cases=C.json --variant=full --workdir=W --out=OUT`. One: `--ct --mask --label --workdir
---xrays=ap.npy,lat.npy --cameras=cameras.json --init=T.json --out=OUT`; without --init, --points gives the vertebra's centre
-in each view and the CT's own orientation is taken.
+--xrays=ap.npy,lat.npy --cameras=cameras.json --out=OUT`, which finds the vertebra by the workdir's detector. With --init it
+starts from that pose; --points gives the vertebra's centre in each view, and the CT's own orientation is taken.
 """
 
 import pathlib
@@ -13,6 +13,8 @@ from absl import flags
 from data_pipelines import cases
 from data_pipelines import files
 from data_pipelines import radiograph
+from data_pipelines import scan as scans
+from data_pipelines import segmentation
 from experiments import cli
 from experiments import configs
 from experiments import patients
@@ -23,6 +25,9 @@ CASES = flags.DEFINE_string("cases", None, "Case file; all its cases are registe
 VARIANT = flags.DEFINE_string("variant", "full", "Array of the X-ray files, with --cases.")
 CT = flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder), instead of --cases.")
 MASK = flags.DEFINE_string("mask", None, "Label map on the CT's grid, with --ct.")
+LABELS = flags.DEFINE_enum(
+    "labels", None, sorted(segmentation.LABEL_MAPS), "What numbers --mask holds; default: recognised, or refused."
+)
 LABEL = flags.DEFINE_string("label", None, "VerSe number of the vertebra, with --ct.")
 XRAYS = flags.DEFINE_list("xrays", None, "One DICOM, PNG, TIFF, NPY or NIfTI image per view, with --ct.")
 VALUES = flags.DEFINE_enum(
@@ -34,7 +39,7 @@ VALUES = flags.DEFINE_enum(
 CAMERAS = flags.DEFINE_string(
     "cameras", None, 'JSON list with {"P": 3x4} or {"K": 3x3, "E": 4x4} per view; default: DICOM\'s nominal geometry.'
 )
-INIT = flags.DEFINE_string("init", None, "JSON 4x4 start pose world_from_ct, with --ct.")
+INIT = flags.DEFINE_string("init", None, "JSON 4x4 start pose world_from_ct, with --ct; default: a detector finds it.")
 POINTS = flags.DEFINE_string("points", None, "'u,v;u,v': the vertebra's centre in each view, instead of --init.")
 RAW = flags.DEFINE_bool("raw", False, "Short for --values=intensity.")
 AIR = flags.DEFINE_float("air", None, "Number of the unattenuated beam; default: the brightest pixels.")
@@ -47,17 +52,17 @@ PASSES = flags.DEFINE_integer("passes", configs.DEMO.passes, "Passes of the netw
 PICTURES = flags.DEFINE_bool("pictures", True, "Write pictures, volumes and transforms per case, besides results.json.")
 
 
-def _single():
-    """The one case that the flags describe: (id, target, views, images, valid, start, None)."""
+def _single(identity):
+    """The one case of the flags, (id, target, views, images, valid, start, None), and what a detector found or None."""
     for flag in (MASK, LABEL, XRAYS):
         if not flag.value:
             files.fail("flags", f"--{flag.name}", "nothing", "a value, with --ct")
-    if bool(INIT.value) == bool(POINTS.value):
-        files.fail("flags", "--init, --points", "both" if INIT.value else "neither", "one of the two")
+    if INIT.value and POINTS.value:
+        files.fail("flags", "--init, --points", "both", "one of the two, or neither")
     if not LABEL.value.isdigit():
         files.fail("flags", "--label", repr(LABEL.value), "a VerSe number")
     target = patients.Target(
-        pathlib.Path(CT.value).name, pathlib.Path(CT.value), pathlib.Path(MASK.value), int(LABEL.value)
+        pathlib.Path(CT.value).name, pathlib.Path(CT.value), pathlib.Path(MASK.value), int(LABEL.value), LABELS.value
     )
     options = radiograph.Options(
         values=VALUES.value or ("intensity" if RAW.value else None),
@@ -67,13 +72,30 @@ def _single():
     )
     measured = radiograph.read_views(XRAYS.value, CAMERAS.value, options, FLAT.value)
     views, images, valid = ([getattr(x, name) for x in measured] for name in ("view", "line_integrals", "valid"))
+    report = None
     if INIT.value:
         start = cases.check_rigid(INIT.value, "T_init", files.read_json(INIT.value))
     else:
-        vertebra = patients.load(WORKDIR.value, target, patients.Identity()).vertebra
-        start, miss = registering.start_from_points(views, _pixels(len(views)), vertebra)
-        print(f"start from --points: the rays miss each other by {miss:.2f} mm")
-    return [("case", target, views, images, valid, start, None)]
+        vertebra = patients.load(WORKDIR.value, target, identity).vertebra
+        if POINTS.value:
+            start, miss = registering.start_from_points(views, _pixels(len(views)), vertebra)
+            print(f"start from --points: the rays miss each other by {miss:.2f} mm")
+        else:
+            start, report = _found(identity, target, measured, vertebra)
+    return ("case", target, views, images, valid, start, None), report
+
+
+def _found(identity, target, measured, vertebra):
+    """Start pose and report of the vertebra that a detector finds."""
+    generic = cli.REPOSITORY / "base" / "detector.npz"
+    detector, adapted = patients.load_detector(WORKDIR.value, target, identity, generic)
+    if not adapted:
+        print("warning: this detector is generic, and weaker: `experiments.prepare --detector` makes the patient's")
+    start, located = registering.start_from_detector(detector, measured, vertebra)
+    report, level = located.report, scans.level_name(target.label)
+    apart = f"the views' rays pass {report['apart_mm'][level]:.1f} mm apart"
+    print(f"start from the X-rays: {level} with probability {report['probability']:.3f}, {apart}")
+    return start, {**report, "adapted": adapted, "start_world_from_ct": start.tolist()}
 
 
 def _pixels(count):
@@ -111,11 +133,17 @@ def _truth_for_pictures(scene):
 def main():
     if bool(CASES.value) == bool(CT.value):
         files.fail("flags", "--cases, --ct", "both" if CT.value else "neither", "one of the two")
+    if CASES.value and LABELS.value:
+        files.fail("flags", "--labels", f"{LABELS.value!r} with --cases", "it with --ct only")
     out = pathlib.Path(OUT.value)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         files.fail(out, "folder", "one that is not empty", "a new folder")
-    rows = _listed() if CASES.value else _single()
-    identity, prepared = patients.Identity(), {}
+    identity, prepared, report = patients.Identity(), {}, None
+    if CASES.value:
+        rows = _listed()
+    else:
+        row, report = _single(identity)
+        rows = [row]
     for _, target, *_ in rows:
         key = (identity.scan(target), target.label)
         if key not in prepared:
@@ -146,6 +174,8 @@ def main():
     cases.write_results(
         partial / "results.json", registering.PROGRAM, VARIANT.value if CASES.value else "xrays", results
     )
+    if report is not None:
+        files.write_json(partial / "detection.json", report)
     if out.exists():
         out.rmdir()
     partial.rename(out)

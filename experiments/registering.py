@@ -11,6 +11,7 @@ import numpy as np
 from data_pipelines import files
 from data_pipelines import pairs
 from data_pipelines import scan as scans
+from experiments import detectors
 from experiments import pictures
 from radgs_jax import camera
 from radgs_jax import gaussians
@@ -175,3 +176,18 @@ def start_from_points(views, pixels, vertebra):
     world_from_ct = np.eye(4)
     world_from_ct[:3, 3] = np.asarray(centre, np.float64) - vertebra.ct_from_box[:3, 3]
     return world_from_ct, float(miss)
+
+
+def start_from_detector(detector, xrays, vertebra):
+    """A start pose from the vertebra found in the X-rays.
+
+    Args:
+      detector: `detectors.Model`; xrays: `radiograph.Radiograph` of each view, with its camera.
+    Returns:
+      world_from_ct (4, 4) and `detectors.Located`.
+    Raises:
+      InputError: as `detectors.locate`.
+    """
+    images, views, valid = zip(*((x.line_integrals, x.view, x.valid) for x in xrays))
+    located = detectors.locate(detector, images, views, vertebra.label, valid)
+    return detectors.start_pose(detector, located, vertebra.label, vertebra.ct_from_box[:3, 3]), located

@@ -69,7 +69,7 @@ def p1(config, workdir, modules):
             config.pairs,
             config.model.gaussians,
             config.p1.ct_pairs,
-            bar.update,
+            on_done=bar.update,
         )
     params = jax.jit(lambda key: radgs_reg.init(config.model, key))(jax.random.key(config.seed))
     print("parameters: " + ", ".join(f"{k} {backbones.count_parameters(v):,}" for k, v in params.items()))

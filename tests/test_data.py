@@ -239,7 +239,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 def _simulated(stored, folder, labels=(21, 22), count=3, seed=4, on_done=lambda records: None, **changes):
     config = dataclasses.replace(tiny.config().pairs, **changes)
     vertebrae = [(*stored, label) for label in labels]
-    return build.simulated_pairs(folder, vertebrae, count, seed, config, 400, 5, on_done)
+    return build.simulated_pairs(folder, vertebrae, count, seed, config, 400, 5, on_done=on_done)
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +258,7 @@ def test_a_pair_is_a_function_of_seed_and_index(stored, pair_set):
     subject, ct, mask = stored
     digest = pairs.scan_digest(ct, mask)
     which = pairs.Simulated(pairs.Vertebrae(((digest, 21), (digest, 22)), 400), 3, tiny.config().pairs)
-    archive = pairs.Archive({digest: (subject, ct, mask)})
+    archive = pairs.Archive({digest: (subject, ct, mask, None)})
     for index in (5, 0, 4, 1):
         pair = pairs.simulated(which, 4, index, archive)
         assert set(pair) == {*pairs.ARRAYS, "owner"} and pair["owner"] == index // 3

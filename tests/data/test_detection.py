@@ -13,8 +13,10 @@ import pytest
 from data_pipelines import carm
 from data_pipelines import cases
 from data_pipelines import files
+from data_pipelines import pairs
 from data_pipelines import phantom
 from data_pipelines import scan as scans
+from data_pipelines import simulator
 from experiments import detectors
 from radgs_jax import detection
 from radgs_jax.models import detector
@@ -374,28 +376,81 @@ def test_a_start_pose_follows_the_spine_and_leaves_the_twist_to_the_ct():
     np.testing.assert_allclose(alone[:3, :3], np.eye(3), atol=1e-12)
 
 
+@pytest.fixture(scope="module")
+def patient_files(tmp_path_factory):
+    """A coarse phantom on disk, stored in another order than RAS: the phantom, its CT and its mask."""
+    made = phantom.make_phantom(5, phantom.PhantomConfig(spacing_mm=(2.5, 2.5, 3.0), levels=(20, 21, 22, 23, 24)))
+    paths = phantom.write_verse(made, tmp_path_factory.mktemp("patient"), "phantom", "PIR")
+    return made, paths["ct"], paths["mask"]
+
+
+def test_views_are_a_function_of_the_scan_its_labels_and_the_seed(patient_files, tmp_path):
+    """A store's acquisitions are those of its seeds, are kept, and another label map of the same bones shows the same."""
+    _, ct, mask = patient_files
+    values, affine = files.read_nifti(mask)
+    counted_up = np.array(values)
+    for number in (20, 21, 22, 23, 24):
+        counted_up[values == number] = 51 - number  # as TotalSegmentator counts: L5 is 27, L1 is 31
+    counted_up[values == 26] = 25
+    other = tmp_path / "other.nii.gz"
+    files.write_nifti(other, counted_up, affine)
+    geometry, stores = simulator.Geometry(window=48, binning=16), []
+    for path, labels in ((mask, None), (other, "totalsegmentator")):
+        digest = pairs.scan_digest(ct, path, labels)
+        which = detectors.Views(digest, bodies=2, count=2, geometry=geometry)
+        done = []
+        archive = pairs.Archive({digest: ("phantom", ct, path, labels)})
+        stores.append(detectors.simulated_views(tmp_path / "views", which, 3, archive, done.append))
+        assert sum(done) == len(stores[-1]) == 4
+    assert stores[0].folder != stores[1].folder
+    for index in range(4):
+        for name, array in stores[0][index].items():
+            np.testing.assert_array_equal(array, stores[1][index][name])
+    body = simulator.Body(scans.read_scan(ct, mask))
+    rng = np.random.default_rng([3, 1, 0])
+    label = int(rng.choice(body.spine.labels))
+    sample, stored = simulator.simulate(body, label, rng, simulator.Preset(), geometry), stores[0][2]
+    assert stored["target"] == label
+    np.testing.assert_array_equal(stored["measured"], np.clip(sample.measured, -30, 60).astype(np.float16))
+    pool = detectors.gather(stores[0][i] for i in (1, 2))
+    assert pool["valid"].shape == (4, 48, 48) and pool["known"].shape == (4, 29)
+    np.testing.assert_array_equal(pool["clean"][2:], stored["clean"])
+    np.testing.assert_array_equal(np.flatnonzero(pool["known"][3]), body.spine.labels)
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "views").rglob("*")}
+    again = detectors.simulated_views(tmp_path / "views", which, 3, archive)
+    assert again.identity() == stores[1].identity()
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "views").rglob("*")} == written
+
+
+def test_a_chain_of_a_scan_without_neighbours_keeps_the_spacings_that_it_started_from(tiny_model):
+    pool, config, _, model = tiny_model
+    alone = {**pool, "known": pool["known"] & np.isin(np.arange(29), (19, 21))}
+    chain = detectors.calibrate(model.params, TINY, alone, alone, config, images=1, prior=model.chain)
+    np.testing.assert_array_equal(chain.spacing_mm, model.chain.spacing_mm)
+    assert chain.trained.tolist() == [False, True, False, True]
+
+
 @pytest.mark.slow
-def test_a_detector_is_made_adapted_and_used_end_to_end(tmp_path):
+def test_a_detector_is_made_adapted_and_used_end_to_end(patient_files, tmp_path):
     """Phantoms, then one of them as the patient, then a command on X-rays that it has not seen; nothing is made twice."""
     config = detectors.TrainConfig(bodies=2, held_out=1, count=1, steps=2, batch=2, crop_px=64)
     generic = detectors.load(detectors.make_generic(tmp_path / "generic", config, detector.DetectorConfig()))
     assert generic.levels == tuple(range(16, 25)) and not generic.centres_ct
-    made = phantom.make_phantom(5, phantom.PhantomConfig(levels=(20, 21, 22, 23, 24)))
-    scan = scans.Scan("phantom", made.hu.astype(np.float32), made.mask, made.affine)
-    path = detectors.make_patient(tmp_path / "patient", scan, generic, config)
+    made, ct, mask = patient_files
+    path = detectors.make_patient(tmp_path / "patient", ct, mask, generic, config)
     patient = detectors.load(path)
     assert patient.levels == (20, 21, 22, 23, 24) == tuple(patient.centres_ct)
     for label, centre in patient.centres_ct.items():
         assert np.linalg.norm(centre - made.centroids[label]) < 25.0
-    views = sorted(tmp_path.rglob("*.npz"))
-    before = {p: p.stat().st_mtime_ns for p in views if p != path}
+    views = sorted(tmp_path.rglob("*.array_record"))
+    before = {p: p.stat().st_mtime_ns for p in views}
     first = path.read_bytes()
-    assert detectors.make_patient(tmp_path / "patient", scan, generic, config).read_bytes() == first
-    assert {p: p.stat().st_mtime_ns for p in views if p != path} == before
+    assert detectors.make_patient(tmp_path / "patient", ct, mask, generic, config).read_bytes() == first
+    assert len(before) == 3 and {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.array_record")} == before
     cameras = tmp_path / "cameras.json"
     view = cases.View(np.array([467.0, 467, 60, 60]), carm.extrinsics(0.0, 0.0, 700.0), 122, 122)
     files.write_json(cameras, [cases.view_json(view, "AP")])
-    np.save(tmp_path / "ap.npy", np.zeros((122, 122), np.float32))
+    np.save(tmp_path / "ap.npy", np.random.default_rng(0).normal(3.0, 1.0, (122, 122)).astype(np.float32))
     command = [sys.executable, "-m", "experiments.detect", "--do=find", f"--detector={path}", f"--cameras={cameras}"]
     command += [f"--xrays={tmp_path / 'ap.npy'}", "--label=21", f"--out={tmp_path / 'found.json'}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
