@@ -6,15 +6,11 @@ import hashlib
 import json
 import os
 import pathlib
-import time
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 from scipy import ndimage
 
 from data_pipelines import cases
@@ -25,8 +21,8 @@ from data_pipelines import phantom
 from data_pipelines import scan as scans
 from data_pipelines import simulator
 from data_pipelines.simulator import detector as faults
-from experiments import checkpoint
 from experiments import progress
+from experiments import stages
 from radgs_jax import detection
 from radgs_jax import sharding
 from radgs_jax import training
@@ -220,22 +216,27 @@ def _spoil(image, rng):
     return image + rng.uniform(0.0, 0.05) * rng.normal(size=image.shape)
 
 
-def make_update(mesh, config):
-    """The jitted update (state, rate, batch) -> (state, metrics) over a mesh; the batch is split over its axis 'data'."""
-    optimizer = training.optimizer()
+class _Crops:
+    """Endless `batch_of`s: batch n is a function of (seed, n), so that its place is n."""
 
-    def objective(params, images, valid, beam, centres, seen, known):
-        prediction = detector.Detector(config).apply(params, images, valid, beam)
-        return detector.loss(prediction, detector.target(centres, seen, images.shape[1:]), known)
+    def __init__(self, pool, levels, config, size):
+        self._make, self._seed, self._step = (lambda rng: batch_of(pool, levels, rng, config, size)), config.seed, 0
 
-    def update(state, rate, batch):
-        value, gradient = jax.value_and_grad(objective)(state["params"], *batch)
-        direction, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
-        params = jax.tree.map(lambda p, d: p - rate * d, state["params"], direction)
-        return {"params": params, "opt_state": opt_state}, {"loss": value, "gradient_norm": optax.global_norm(gradient)}
+    def __next__(self):
+        self._step += 1
+        return self._make(np.random.default_rng([self._seed, self._step - 1]))
 
-    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    return jax.jit(update, in_shardings=(whole, whole, split), out_shardings=whole, donate_argnums=0)
+    def get_state(self):
+        return self._step
+
+    def set_state(self, place):
+        self._step = place
+
+
+def _objective(params, key, batch, config):
+    images, valid, beam, centres, seen, known = batch
+    prediction = detector.Detector(config).apply(params["detector"], images, valid, beam)
+    return detector.loss(prediction, detector.target(centres, seen, images.shape[1:]), known), {}
 
 
 def train(pool, folder, config, train_config, params=None):
@@ -246,26 +247,22 @@ def train(pool, folder, config, train_config, params=None):
     """
     mesh = sharding.make_mesh()
     size = -(-train_config.batch // mesh.size) * mesh.size
-    params = detector.init(config, jax.random.key(train_config.seed)) if params is None else params
-    params = jax.tree.map(jnp.array, params)
-    state = sharding.replicate({"params": params, "opt_state": training.optimizer().init(params)}, mesh)
-    first, state, _ = checkpoint.load_state(folder, state) or (0, state, None)
-    update, log, saved = make_update(mesh, config), progress.Log(folder, "detector"), time.monotonic()
-    with progress.bar(train_config.steps, "detector", first) as bar:
-        for step in range(first, train_config.steps):
-            rng = np.random.default_rng([train_config.seed, step])
-            batch = batch_of(pool, config.levels, rng, train_config, size)
-            rate = np.float32(training.cosine(step, train_config.steps, train_config.learning_rate))
-            state, metrics = update(state, rate, batch)
-            if step % 10 == 9:
-                log.scalars(step + 1, {k: float(v) for k, v in metrics.items()})
-                bar.set_postfix({"loss": f"{float(metrics['loss']):.3g}"}, refresh=False)
-            bar.update()
-            if step == train_config.steps - 1 or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                checkpoint.save_state(folder, step + 1, state)
-                saved = time.monotonic()
-    log.close()
-    return jax.device_get(state["params"])
+    key = jax.random.key(train_config.seed)
+    params = detector.init(config, key) if params is None else params
+    state = training.state_of({"detector": jax.tree.map(jnp.array, params)}, ("detector",))
+    state = stages.loop(
+        pathlib.Path(folder) / "detector",
+        pathlib.Path(folder),
+        mesh,
+        sharding.replicate(state, mesh),
+        training.update_of(mesh, functools.partial(_objective, config=config), ("detector",)),
+        _Crops(pool, config.levels, train_config, size),
+        key=key,
+        rate=lambda step: training.cosine(step, train_config.steps, train_config.learning_rate),
+        steps=train_config.steps,
+        checkpoint_seconds=CHECKPOINT_SECONDS,
+    )
+    return jax.device_get(state["params"]["detector"])
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -59,36 +59,62 @@ def _module(config, workdir, name, module, mesh, batch, pair_set, params, steps,
     # Placed before the first step: a state that moves onto the mesh by itself would compile the update twice.
     state = sharding.replicate(training.init_state(jax.tree.map(jnp.copy, params), module), mesh)
     with contextlib.closing(pair_set.batches(seed, batch, module)) as batches:
-        start = batches.get_state()
         if budget_s is not None:
+            start = batches.get_state()
             probe = lambda: _time_step(update, state, key, _split(next(batches), mesh))
             steps = _steps_for(folder, budget_s, probe)
-        first, state, place = checkpoint.load_state(folder, state) or (0, state, start)
-        if first >= steps:
-            return state["params"]
-        batches.set_state(place)
-        log = progress.Log(workdir, stage)
-        saved = time.monotonic()
-        with progress.bar(steps, stage, first) as bar:
-            for step in range(first, steps):
-                rate = np.float32(training.cosine(step, steps, learning_rate, min(50, max(1, steps // 5))))
-                pair_batch = next(batches)
-                state, metrics = update(state, jax.random.fold_in(key, step), rate, _split(pair_batch, mesh))
-                if step % 10 == 9 or step == steps - 1:
-                    values = {k: float(v) for k, v in metrics.items()}
-                    log.scalars(step + 1, {**values, "learning_rate": rate})
-                    bar.set_postfix(
-                        {k: f"{v:.3g}" for k, v in values.items() if k in ("loss", "points_mm", "pose_mm")},
-                        refresh=False,
-                    )
-                bar.update()
-                if step == steps - 1 or time.monotonic() - saved > config.checkpoint_seconds:
-                    checkpoint.save_state(folder, step + 1, state, batches.get_state())
-                    saved = time.monotonic()
-    if module != "reg":
-        _log_pictures(log, steps, config, state["params"], pair_batch)
-    log.close()
+            batches.set_state(start)
+        rate = lambda step: training.cosine(step, steps, learning_rate, min(50, max(1, steps // 5)))
+        pictures = lambda log, state, batch: _log_pictures(log, steps, config, state["params"], batch)
+        state = loop(
+            folder,
+            workdir,
+            mesh,
+            state,
+            update,
+            batches,
+            key=key,
+            rate=rate,
+            steps=steps,
+            checkpoint_seconds=config.checkpoint_seconds,
+            finish=pictures if module != "reg" else None,
+        )
     return state["params"]
+
+
+def loop(folder, log_folder, mesh, state, update, batches, *, key, rate, steps, checkpoint_seconds, finish=None):
+    """Trains for `steps`, going on from the last checkpoint in `folder`, with a progress bar.
+
+    Args:
+      folder: of checkpoints; the stage has its name; log_folder: of TensorBoard logs.
+      mesh: of `sharding`; state, update: of `training`.
+      batches: an iterator whose place `get_state` tells and `set_state` restores; key: PRNG key of all steps.
+      rate: step -> learning rate; finish: called with (log, state, last batch) after the last step, if not None.
+    Returns:
+      the state after the last step.
+    """
+    first, state, place = checkpoint.load_state(folder, state) or (0, state, batches.get_state())
+    if first >= steps:
+        return state
+    batches.set_state(place)
+    log, saved = progress.Log(log_folder, folder.name), time.monotonic()
+    with progress.bar(steps, folder.name, first) as bar:
+        for step in range(first, steps):
+            batch, learning_rate = next(batches), np.float32(rate(step))
+            state, metrics = update(state, jax.random.fold_in(key, step), learning_rate, _split(batch, mesh))
+            if step % 10 == 9 or step == steps - 1:
+                values = {k: float(v) for k, v in metrics.items()}
+                log.scalars(step + 1, {**values, "learning_rate": learning_rate})
+                shown = {k: f"{v:.3g}" for k, v in values.items() if k in ("loss", "points_mm", "pose_mm")}
+                bar.set_postfix(shown, refresh=False)
+            bar.update()
+            if step == steps - 1 or time.monotonic() - saved > checkpoint_seconds:
+                checkpoint.save_state(folder, step + 1, state, batches.get_state())
+                saved = time.monotonic()
+    if finish is not None:
+        finish(log, state, batch)
+    log.close()
+    return state
 
 
 def _split(batch, mesh):

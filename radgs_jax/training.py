@@ -223,35 +223,41 @@ def cosine(step, steps, peak, warmup=50):
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + float(jnp.cos(jnp.pi * progress)))
 
 
+def state_of(params, trained):
+    """{'params', 'opt_state'} of a dict of parameter trees; only those named in `trained` get optimiser moments."""
+    return {"params": params, "opt_state": optimizer().init({name: params[name] for name in trained})}
+
+
 def init_state(params, module):
-    """{'params', 'opt_state'} for one module stage; only its own subtrees get optimiser moments."""
-    trained = {name: params[name] for name in TRAINED[module]}
-    return {"params": params, "opt_state": optimizer().init(trained)}
+    """`state_of` one module stage."""
+    return state_of(params, TRAINED[module])
 
 
-@functools.cache
-def make_update(mesh, module, config: ModelConfig, weights: LossConfig, strength):
+def update_of(mesh, objective, trained):
     """The jitted update (state, key, learning_rate, batch) -> (state, metrics) on a mesh with an axis 'data'.
 
     The batch is split over 'data'; parameters are replicated; gradients are averaged across the mesh. Each shard draws its
     own random numbers from (key, shard). The state is donated.
+
+    Args:
+      objective: (params, key, batch) -> scalar and a dict of scalars; trained: names in `params` that it is minimised over.
     """
     tx = optimizer()
 
     def shard_step(state, key, learning_rate, batch):
         key = jax.random.fold_in(key, jax.lax.axis_index("data"))
-        trained = {name: state["params"][name] for name in TRAINED[module]}
+        free = {name: state["params"][name] for name in trained}
 
-        def objective(trained):
-            return loss({**state["params"], **trained}, key, batch, module, config, weights, strength)
+        def of_free(free):
+            return objective({**state["params"], **free}, key, batch)
 
-        (value, parts), gradient = jax.value_and_grad(objective, has_aux=True)(trained)
+        (value, parts), gradient = jax.value_and_grad(of_free, has_aux=True)(free)
         gradient, value, parts = jax.lax.pmean((gradient, value, parts), "data")
         norm = optax.global_norm(gradient)
-        direction, opt_state = tx.update(gradient, state["opt_state"], trained)
+        direction, opt_state = tx.update(gradient, state["opt_state"], free)
         # A batch whose gradient is not finite is skipped, not allowed to poison the parameters.
         good = jnp.isfinite(norm)
-        stepped = jax.tree.map(lambda p, d: jnp.where(good, p - learning_rate * d, p), trained, direction)
+        stepped = jax.tree.map(lambda p, d: jnp.where(good, p - learning_rate * d, p), free, direction)
         opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state["opt_state"])
         new_state = {"params": {**state["params"], **stepped}, "opt_state": opt_state}
         return new_state, {"loss": value, "gradient_norm": norm, **parts}
@@ -266,6 +272,13 @@ def make_update(mesh, module, config: ModelConfig, weights: LossConfig, strength
     )
     whole, parts = NamedSharding(mesh, replicated), NamedSharding(mesh, split)
     return jax.jit(step, in_shardings=(whole, whole, whole, parts), out_shardings=(whole, whole), donate_argnums=0)
+
+
+@functools.cache
+def make_update(mesh, module, config: ModelConfig, weights: LossConfig, strength):
+    """`update_of` one module stage's `loss`."""
+    objective = functools.partial(loss, module=module, config=config, weights=weights, strength=strength)
+    return update_of(mesh, objective, TRAINED[module])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "passes"))
