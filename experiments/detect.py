@@ -1,7 +1,8 @@
 """X-ray vertebra detection: makes a detector, adapts it to a patient, and finds vertebrae with it.
 
 `python -m experiments.detect --do=generic --workdir=W` trains on phantoms. `--do=patient --ct=CT --mask=MASK --workdir=W`
-adapts `--detector` to one patient's CT. `--do=find --detector=D --out=OUT.json` with `--cases=C.json --variant=real`, or
+adapts `--detector` to one patient's CT. `--do=score --detector=D --workdir=W` scores it on X-rays of phantoms that it has not
+seen, with `--ct --mask` on new ones of that scan. `--do=find --detector=D --out=OUT.json` with `--cases=C.json --variant=real`, or
 with `--xrays=ap.npy,lat.npy --cameras=cameras.json --label=20`, finds. A detector is one file, `W/detector.npz`.
 """
 
@@ -16,14 +17,19 @@ from data_pipelines import segmentation
 from experiments import cli
 from experiments import detectors
 
-DO = flags.DEFINE_enum("do", None, ["generic", "patient", "find"], "Train, adapt to a patient, or use.", required=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the detector that is made.")
+DO = flags.DEFINE_enum(
+    "do", None, ["generic", "patient", "score", "find"], "What to do with a detector.", required=True
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the detector that is made, or of the X-rays that one is scored on."
+)
 DETECTOR = flags.DEFINE_string("detector", None, "Detector file to start from or use.")
-CT = flags.DEFINE_string("ct", None, "CT, with --do=patient.")
-MASK = flags.DEFINE_string("mask", None, "Label map on the CT's grid, with --do=patient.")
+CT = flags.DEFINE_string("ct", None, "CT, with --do=patient or score.")
+MASK = flags.DEFINE_string("mask", None, "Label map on the CT's grid, with --ct.")
 LABELS = flags.DEFINE_enum(
     "labels", None, sorted(segmentation.LABEL_MAPS), "What numbers --mask holds; default: recognised, or refused."
 )
+BODIES = flags.DEFINE_integer("bodies", 8, "Phantoms, or postures by the dozen, with --do=score.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", None, "Training steps; default: as configured.", lower_bound=1)
 CASES = flags.DEFINE_string("cases", None, "Case file, with --do=find.")
 VARIANT = flags.DEFINE_string("variant", "real", "Array of the X-ray files, with --cases.")
@@ -57,11 +63,24 @@ def _find():
     return {"xrays": detectors.locate(detectors.load(DETECTOR.value), images, views, LABEL.value, valid).report}
 
 
+def _score():
+    _need(DETECTOR)
+    if CT.value or MASK.value:
+        _need(CT, MASK)
+    model, config = detectors.load(DETECTOR.value), detectors.PATIENT if CT.value else detectors.GENERIC
+    scan = (CT.value, MASK.value, LABELS.value) if CT.value else ()
+    return detectors.score(model, detectors.held_out_views(WORKDIR.value, config, BODIES.value, *scan))
+
+
 def main():
     if DO.value == "find":
         files.write_json(OUT.value, _find())
         return print(f"found: {OUT.value}")
     _need(WORKDIR)
+    if DO.value == "score":
+        for name, figure in _score().items():
+            print(f"{name}: {figure:.4g}")
+        return
     config = detectors.GENERIC if DO.value == "generic" else detectors.PATIENT
     config = dataclasses.replace(config, steps=STEPS.value or config.steps)
     if DO.value == "generic":

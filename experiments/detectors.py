@@ -33,6 +33,10 @@ CHECKPOINT_SECONDS = 60.0
 ARRAYS = ("clean", "measured", "valid", "intrinsics", "camera_from_world", "centroids", "in_sight")
 GEOMETRY = simulator.Geometry(window=160, binning=8)
 """Wider than a training crop, so that crops can be anywhere in it."""
+HELD_OUT = 1_000_000
+"""What seeds of held-out acquisitions are above those of training, which has fewer bodies."""
+RIGHT_MM = 12.0
+"""A centre that is farther off is another vertebra's: half the height of a small one with its disc."""
 BODIES_A_SHARD = 6
 """Of a patient: a process reads the scan again for each shard. A phantom is a shard of its own."""
 
@@ -482,6 +486,75 @@ def _make(workdir, which, archive, config, start, note):
     path = folder.with_name("detector.npz")
     save(path, dataclasses.replace(start, params=params, chain=chain), note)
     return path
+
+
+def held_out_views(workdir, config, bodies, ct=None, mask=None, label_map=None):
+    """Acquisitions that no training with `config` has seen: of other phantoms, or of one scan in other postures.
+
+    Returns:
+      `pair_store.Source` of `config.count` acquisitions of each of `bodies`, kept in `workdir`.
+    Raises:
+      InputError: an unreadable scan, or one without a complete vertebra.
+    """
+    digest, places = None, {}
+    if ct is not None:
+        digest = pairs.scan_digest(ct, mask, label_map)
+        places[digest] = (str(ct), ct, mask, label_map)
+    which = Views(digest, bodies, config.count)
+    with progress.bar(len(which), "X-rays") as bar:
+        folder = pathlib.Path(workdir) / "detector" / "held_out"
+        return simulated_views(folder, which, config.seed + HELD_OUT, pairs.Archive(places), bar.update)
+
+
+def score(model, acquisitions):
+    """How well a detector does where the truth is known, as a dict of figures.
+
+    Of single views: `levels` told, in sight and not covered; `level_right`, the share whose reported place is nearer to the
+    true one than to another level's (missed ones are wrong); `centre_mm`, median distance at the isocentre from a reported
+    place to the nearest true centre. Of pairs: `targets`; `target_right`, the share within `RIGHT_MM`; `target_mm`,
+    median distance of the triangulated centre, inf where there is none; `refused`, the share without an answer;
+    `sure_and_wrong`, the share that is not right with a probability above 0.9.
+
+    Args:
+      acquisitions: iterable of what `acquisition` gives.
+    """
+    right, near, targets = [], [], []
+    for a in acquisitions:
+        images, size = a["measured"].astype(np.float32), a["measured"].shape[-1]
+        cameras = (
+            [k.astype(np.float64) for k in a["intrinsics"]],
+            [E.astype(np.float64) for E in a["camera_from_world"]],
+        )
+        for v, (k, E) in enumerate(zip(*cameras)):
+            upright, found = look(model, images[v], a["valid"][v], k, E)
+            uv = found.uv @ upright.matrix.T + upright.offset
+            reported = {model.levels[n]: p for n, p in zip(found.levels, uv)}
+            truth = {n: a["centroids"][v, n] for n in model.levels if a["known"][n]}
+            mm = E[2, 3] / k[0]
+            for level, p in truth.items():
+                column, row = np.clip(np.rint(p).astype(int), 0, size - 1)
+                if a["in_sight"][v, level] and a["valid"][v, row, column]:
+                    q = reported.get(level)
+                    right.append(q is not None and level == min(truth, key=lambda n: np.linalg.norm(truth[n] - q)))
+            near += [mm * min(np.linalg.norm(q - p) for p in truth.values()) for q in reported.values()]
+        views = [cases.View(k, E, size, size) for k, E in zip(*cameras)]
+        try:
+            found = locate(model, images, views, int(a["target"]), a["valid"])
+            miss = np.linalg.norm(found.centre - a["world_from_box"][:3, 3])
+            targets.append((miss, found.report["probability"]))
+        except files.InputError:
+            targets.append((np.inf, 0.0))
+    miss, probability = np.array(targets).T
+    return {
+        "levels": len(right),
+        "level_right": float(np.mean(right)),
+        "centre_mm": float(np.median(near)),
+        "targets": len(miss),
+        "target_right": float(np.mean(miss < RIGHT_MM)),
+        "target_mm": float(np.median(miss)),
+        "refused": float(np.mean(np.isinf(miss))),
+        "sure_and_wrong": float(np.mean((miss >= RIGHT_MM) & (probability > 0.9))),
+    }
 
 
 def find_in_cases(path, case_file, variant):

@@ -430,6 +430,48 @@ def test_a_chain_of_a_scan_without_neighbours_keeps_the_spacings_that_it_started
     assert chain.trained.tolist() == [False, True, False, True]
 
 
+@pytest.mark.parametrize(
+    "shift_px, wrong_level, wanted",
+    [(0.0, False, (1.0, 0.5, 1.0)), (0.0, True, (0.0, 0.5, 0.0)), (4.0, False, (1.0, 6.5, 1.0))],
+)
+def test_scores_of_answers_whose_error_is_known(tiny_model, monkeypatch, shift_px, wrong_level, wanted):
+    """Two views that say the truth, another level's name, or places 4 px of 1.5 mm to one side."""
+    rng, seen = np.random.default_rng(8), [1, 2, 3, 4, 5]
+    names = [n + 1 for n in seen] if wrong_level else seen
+    found, k, E, points = _two_views([(seen, names), (seen, names)], (6.0, 6.0), rng)
+    for f in found:
+        f.uv[:, 0] += shift_px
+    model = dataclasses.replace(tiny_model[3], config=detector.DetectorConfig(levels=tuple(range(18, 25))))
+    model = dataclasses.replace(model, chain=dataclasses.replace(model.chain, trained=np.ones(7, bool)))
+    centroids = np.zeros((2, 29, 2), np.float32)
+    for view in range(2):
+        camera = points @ E[view, :3, :3].T + E[view, :3, 3]
+        centroids[view, 18:25] = k[view, :2] * camera[:, :2] / camera[:, 2:] + k[view, 2:]
+    acquisition = {
+        "measured": np.zeros((2, 140, 140), np.float16),
+        "valid": np.ones((2, 140, 140), bool),
+        "intrinsics": k,
+        "camera_from_world": E,
+        "centroids": centroids,
+        "in_sight": np.isin(np.arange(29), [18 + n for n in seen])[None].repeat(2, 0),
+        "known": np.isin(np.arange(29), range(18, 25)),
+        "target": 21,
+        "world_from_box": carm.matrix(np.zeros(3), points[3]),
+    }
+    looks = {tuple(e[:3, 3]) + tuple(e[2, :3]): f for e, f in zip(E, found)}
+
+    def look(model, image, valid, intrinsics, camera_from_world):
+        same = detection.Upright(image, valid, intrinsics, camera_from_world, np.eye(2), np.zeros(2))
+        return same, looks[tuple(camera_from_world[:3, 3]) + tuple(camera_from_world[2, :3])]
+
+    monkeypatch.setattr(detectors, "look", look)
+    figures = detectors.score(model, [acquisition])
+    assert (figures["levels"], figures["targets"]) == (10, 1)
+    assert (figures["level_right"], figures["target_right"]) == wanted[::2]
+    assert figures["centre_mm"] == pytest.approx(wanted[1], abs=0.7)
+    assert figures["sure_and_wrong"] == (1.0 if wrong_level and figures["refused"] == 0 else 0.0)
+
+
 @pytest.mark.slow
 def test_a_detector_is_made_adapted_and_used_end_to_end(patient_files, tmp_path):
     """Phantoms, then one of them as the patient, then a command on X-rays that it has not seen; nothing is made twice."""
