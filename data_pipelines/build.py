@@ -27,7 +27,7 @@ A_SHARD = 128
 
 
 def scan_paths(folder, subject):
-    """CT and label map of a subject in the VerSe layout."""
+    """Paths (ct, mask) of a subject in the VerSe layout; nothing is opened."""
     return (
         pathlib.Path(folder) / f"sub-{subject}_ct.nii.gz",
         pathlib.Path(folder) / f"sub-{subject}_seg-vert_msk.nii.gz",
@@ -37,7 +37,13 @@ def scan_paths(folder, subject):
 def phantoms(folder, seeds, config, on_done=lambda: None):
     """Writes the phantoms that are not there yet, on all cores; returns [(subject, ct path, mask path)].
 
-    The centroid JSON is written last, so its presence means that a subject is complete.
+    The centroid JSON is written last, so its presence means that a subject is complete, of whatever config: names tell
+    seeds only.
+
+    Args:
+      folder: made if need be; seeds: one a subject; config: `phantom.PhantomConfig`; on_done: called after each subject.
+    Raises:
+      ValueError: a config that makes no spine.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,11 +171,15 @@ def simulated_cases(
 ):
     """Writes a case file whose X-rays are simulated from scans, with points, truth and start poses; returns its path.
 
-    Rendered finer than training pairs, from the native scan, with a detector that training never saw.
+    Rendered finer than simulated pairs, from the native scan, with another model of a detector. A case file that is there
+    is kept, whatever it was made from.
 
     Args:
-      subjects: [(subject, ct path, mask path)]; labels: VerSe numbers; scenes: acquisitions per vertebra.
+      subjects: [(subject, ct path, mask path)]; labels: VerSe numbers; scenes: acquisitions per vertebra; seed: of all draws.
       starts_mm: bins [(low, high)] of start mTRE, one case each per scene; detector: `xray.Detector` of the 'real' variant.
+      variants: arrays of the X-ray files, among `cases.VARIANTS`; on_done: called after each scene.
+    Raises:
+      InputError: an unreadable scan, an absent or cut vertebra.
     """
     path = pathlib.Path(path)
     if path.exists():

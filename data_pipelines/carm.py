@@ -27,7 +27,7 @@ def extrinsics(primary_deg, secondary_deg, source_isocentre_mm):
     """camera_from_world (4, 4) of a C-arm turned by its primary angle about +z and tilted by its secondary angle.
 
     At 0, 0 the source is anterior: the beam runs to -y (posterior), u to -x (patient's left), v to -z (feet). At primary 90
-    the source is on the patient's left.
+    the source is on the patient's left. Angles in degrees, distances in mm.
     """
     a, b = np.radians(primary_deg), np.radians(secondary_deg)
     z = np.array([np.sin(a) * np.cos(b), -np.cos(a) * np.cos(b), -np.sin(b)])
@@ -39,14 +39,14 @@ def extrinsics(primary_deg, secondary_deg, source_isocentre_mm):
 
 
 def intrinsics(carm, binning=1):
-    """fx, fy, cx, cy of the detector, exactly binned."""
+    """Intrinsics (4,) of a `CArm`: fx, fy, cx, cy in pixels of `binning` x `binning` detector pixels, exactly binned."""
     focal = carm.source_detector_mm / carm.pixel_mm / binning
     centre = (0.5 * (carm.detector_px - 1) - 0.5 * (binning - 1)) / binning
     return np.array([focal, focal, centre, centre])
 
 
 def sample_views(rng, carm, spread_deg=15.0):
-    """Extrinsics (2, 4, 4) of an AP and a lateral view, each angle off by up to `spread_deg`."""
+    """camera_from_world (2, 4, 4) of an AP and a lateral view of a `CArm`, each angle off by up to `spread_deg`."""
     return np.stack(
         [
             extrinsics(
@@ -60,7 +60,7 @@ def sample_views(rng, carm, spread_deg=15.0):
 
 
 def matrix(rotation_vector, translation):
-    """4x4 rigid matrix of a rotation vector in radians and a translation in mm."""
+    """(4, 4) rigid matrix of a rotation vector (3,) in radians and a translation (3,) in mm."""
     T = np.eye(4)
     T[:3, :3] = Rotation.from_rotvec(rotation_vector).as_matrix()
     T[:3, 3] = translation
@@ -68,26 +68,32 @@ def matrix(rotation_vector, translation):
 
 
 def motion_about(centre, twist):
-    """The motion of `radgs_jax.rigid.motion_about`, in float64 numpy."""
+    """The motion (4, 4) of `radgs_jax.rigid.motion_about`, in float64 numpy: centre (3,) mm, twist (6,) rad, then mm."""
     T = matrix(twist[:3], 0.0)
     T[:3, 3] = np.asarray(centre) + twist[3:] - T[:3, :3] @ centre
     return T
 
 
 def sample_world_from_ct(rng, centre_ct, rotation_deg=10.0, offset_mm=15.0):
-    """A patient on the table: CT axes turned by up to `rotation_deg` an axis, the vertebra up to `offset_mm` off the isocentre."""
+    """A patient on the table, (4, 4): CT axes turned by up to `rotation_deg` an axis, `centre_ct` (3,) near the isocentre.
+
+    The centre, the vertebra's in CT mm, is up to `offset_mm` off it along each axis.
+    """
     T = matrix(np.radians(rng.uniform(-rotation_deg, rotation_deg, 3)), 0.0)
     T[:3, 3] = rng.uniform(-offset_mm, offset_mm, 3) - T[:3, :3] @ centre_ct
     return T
 
 
 def sample_articulation(rng, strength=1.0):
-    """Twist of the rest of the body against the vertebra: up to 6 degrees and 3 mm an axis at strength 1."""
+    """Twist (6,), rad, then mm, of the rest of the body against the vertebra: up to 6 degrees and 3 mm an axis at strength 1."""
     return strength * np.concatenate([np.radians(rng.uniform(-6, 6, 3)), rng.uniform(-3, 3, 3)])
 
 
 def sample_start_twist(rng, size_mm):
-    """Twist of a start pose whose size is about `size_mm` (mm of translation and of rotation at the lever), split at random."""
+    """Twist (6,), rad, then mm, of a start pose: mm of translation and of rotation at the lever, split at random.
+
+    Its size is `size_mm`, or less where that would turn it by more than START_RAD.
+    """
     share = np.sqrt(rng.uniform(0.0, 1.0))
     direction = rng.normal(size=6)
     w, t = direction[:3] / np.linalg.norm(direction[:3]), direction[3:] / np.linalg.norm(direction[3:])
@@ -96,7 +102,10 @@ def sample_start_twist(rng, size_mm):
 
 
 def start_of_mtre(rng, world_from_ct, centre_ct, points_ct, target_mm):
-    """A start pose (4, 4) whose mTRE over `points_ct` (P, 3) is `target_mm` within 0.01 mm, turned by at most START_RAD."""
+    """A start pose (4, 4) whose mTRE over `points_ct` (P, 3) is `target_mm` within 0.01 mm, turned by at most START_RAD.
+
+    It is the pose `world_from_ct` (4, 4) moved about `centre_ct` (3,); both points in CT mm.
+    """
     centre = world_from_ct[:3, :3] @ centre_ct + world_from_ct[:3, 3]
     points = points_ct @ world_from_ct[:3, :3].T + world_from_ct[:3, 3]
     twist = sample_start_twist(rng, max(target_mm, 1e-6))

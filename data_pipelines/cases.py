@@ -119,7 +119,7 @@ def check_rigid(path, where, value):
 
 
 def decompose(path, where, P):
-    """K as (fx, fy, cx, cy) and E (4, 4) of a 3x4 projection of world mm, with P = K E[:3] up to scale and sign.
+    """K as fx, fy, cx, cy (4,), pixels, and E (4, 4), mm, of a projection (3, 4), with P = K E[:3] up to scale and sign.
 
     The world's origin, the isocentre, lies before the source: that settles the sign.
 
@@ -181,10 +181,11 @@ def read_view(path, where, value, shape=None):
 
 
 def read(path):
-    """Reads a case file; arrays that it names are read later.
+    """The `CaseFile` of a JSON file; the files that it names are read later, true poses checked by `truth`.
 
     Raises:
-      InputError: an unknown format, missing or mistyped fields, poses that are not rigid.
+      InputError: unreadable JSON, an unknown format, missing or mistyped fields, a volume or scene that is not there, a
+        malformed camera, a start pose that is not rigid.
     """
     path = pathlib.Path(path)
     raw = files.read_json(path)
@@ -272,7 +273,7 @@ def binning(view, pixel_mm, distance_mm=None):
 
 
 def view_json(view, name):
-    """A view as the case format writes it."""
+    """A `View` as the case format writes it: a dict of plain values, P (3x4), K (3x3) and E (4x4) as lists."""
     fx, fy, cx, cy = view.intrinsics.tolist()
     K = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
     return {
@@ -286,10 +287,13 @@ def view_json(view, name):
 
 
 def write_results(path, program, variant, results):
-    """Writes a result file.
+    """Writes a result file, atomically.
 
     Args:
-      results: dicts with id, T, runtime_s, cpu_s and optionally accepted, uncertainty_mm, covariance.
+      program, variant: names; results: dicts with id, T (world_from_ct, 4x4 lists), runtime_s, cpu_s and optionally
+        accepted, uncertainty_mm, covariance.
+    Raises:
+      ValueError: a pose, or another number, that is not finite; nothing is written then.
     """
     for result in results:
         if not all(math.isfinite(v) for row in result["T"] for v in row):

@@ -9,7 +9,10 @@ from data_pipelines import files
 
 @contextlib.contextmanager
 def silent():
-    """Keeps what a decoder in C prints of a damaged image off standard error; the exception that it raises says it too."""
+    """A context that keeps what a decoder in C prints of a damaged image off standard error, the whole process's.
+
+    The exception that the decoder raises says it too.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -26,6 +29,8 @@ def check(path, frame, wanted):
 
     A decoder allocates by the stream's size, and prints what it thinks of a cut one.
 
+    Args:
+      path: the file to name; frame: the stream's bytes.
     Raises:
       InputError: as said; other kinds of bytes too.
     """

@@ -33,7 +33,7 @@ _FLOOR = 0.003  # of the bright level: below it, differences are noise
 
 
 def find(image):
-    """The straight or circular border of a collimated X-ray, on linear intensity (H, W) of any positive scale.
+    """The `Border` of a collimated X-ray, straight or circular, on linear intensity (H, W) of any positive scale.
 
     A border is a line along an image side (turned by up to 8 degrees) or a circle, across which intensity rises inwards nearly all
     along, and beyond which it is dark and without structure. Anatomy fails one of these. Lines are found by summing the

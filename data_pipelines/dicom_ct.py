@@ -55,7 +55,7 @@ class _Slice:
 
 
 def is_dicom(path):
-    """Whether a file has the DICOM mark behind its preamble."""
+    """Whether a file has the DICOM mark behind its preamble; False for what cannot be read."""
     try:
         with open(path, "rb") as stream:
             return stream.read(132)[128:] == b"DICM"

@@ -82,13 +82,21 @@ class Codec:
 
     @classmethod
     def of_record(cls, record):
-        """The codec that a record's own header describes."""
+        """The codec that the header of a record, as `encode` makes it, describes.
+
+        Raises:
+          ValueError: a header that is not JSON.
+        """
         length = int.from_bytes(record[len(MAGIC) : len(MAGIC) + 4], "little")
         header = json.loads(record[len(MAGIC) + 4 : len(MAGIC) + 4 + length])
         return cls({name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in header.items()})
 
     def encode(self, example):
-        """The record of an example that has this codec's names, types and shapes."""
+        """The record of an example that has this codec's names, types and shapes; numpy casts and broadcasts what differs.
+
+        Raises:
+          KeyError, ValueError: an array that is missing, or of a shape that does not broadcast.
+        """
         record = bytearray(self.size)
         record[: len(self.prefix)] = self.prefix
         for name, dtype, shape, position in self._fields:
@@ -183,7 +191,11 @@ def write(
 
 
 def config_hash(config):
-    """Short digest of a configuration, the same on every machine."""
+    """Short digest of a configuration, a dataclass or plain values, the same on every machine.
+
+    Raises:
+      TypeError, ValueError: values that JSON has no form for, or numbers that are not finite.
+    """
     return hashlib.sha256(json.dumps([FORMAT, _plain(config)], sort_keys=True).encode()).hexdigest()[:16]
 
 

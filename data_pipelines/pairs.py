@@ -249,7 +249,8 @@ def binned_views(views, images, valid, pixel_mm):
     Args:
       views: V `cases.View`s; images, valid: V arrays (H_v, W_v), line integrals and bool.
     Returns:
-      list of images, list of where every averaged pixel is valid, intrinsics (V, 4), camera_from_world (V, 4, 4).
+      list of images (h_v, w_v), list of where every averaged pixel is valid (bool, as the images), intrinsics (V, 4) of the
+      images, camera_from_world (V, 4, 4).
     """
     small, inside, cameras = [], [], []
     for view, image, mask in zip(views, images, valid):
@@ -263,7 +264,7 @@ def binned_views(views, images, valid, pixel_mm):
 
 
 def mean_shape_grid():
-    """box_from_index (4, 4) of the mean-shape grid."""
+    """box_from_index (4, 4), mm, of the mean-shape grid, whose middle is the origin of the vertebra's frame."""
     affine = np.diag([MEAN_SHAPE_MM] * 3 + [1.0])
     affine[:3, 3] = -0.5 * MEAN_SHAPE_MM * (np.array(MEAN_SHAPE) - 1)
     return affine
@@ -320,7 +321,13 @@ class PairSet:
         return gaussians.Gaussians(**{name: np.stack([record[name] for record in records]) for name in CLOUD})
 
     def batches(self, seed, batch, module="rec"):
-        """`Batches` of `batch` pairs over all processes, of CT pairs for the module stage 'reg'; close them when done."""
+        """`Batches` of `batch` pairs over all processes, of CT pairs for the module stage 'reg'; close them when done.
+
+        Args:
+          seed: of the shuffles; module: 'rec', 'reg' or 'joint'.
+        Raises:
+          ValueError: a batch that does not divide by jax's processes.
+        """
         return Batches(self.moved if module == "reg" else self.source, self.clouds, seed, batch)
 
     def mean_shapes(self):
@@ -334,6 +341,6 @@ class PairSet:
 
 
 def config_hash(*configs):
-    """Short digest of frozen dataclasses and plain values, for cache keys and reuse checks."""
+    """Short digest of frozen dataclasses and plain values, for cache keys and reuse checks; of other values their `str` counts."""
     plain = [dataclasses.asdict(c) if dataclasses.is_dataclass(c) else c for c in configs]
     return hashlib.sha256(json.dumps([FORMAT, plain], sort_keys=True, default=str).encode()).hexdigest()[:16]

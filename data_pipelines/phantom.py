@@ -898,5 +898,8 @@ def write_verse(phantom, folder, subject, axcodes="RAS"):
 
 
 def make_and_write(seed, config, folder, subject, axcodes):
-    """`make_phantom`, then `write_verse`: one job for a worker process, which then imports neither jax nor a network."""
+    """`make_phantom`, then `write_verse`: one job for a worker process, which then imports neither jax nor a network.
+
+    Returns and raises what they do.
+    """
     return write_verse(make_phantom(seed, config), folder, subject, axcodes)

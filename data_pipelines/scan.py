@@ -79,9 +79,10 @@ def read_ct(path):
 
 
 def read_scan(ct_path, mask_path, patient=None, label_map=None):
-    """Reads a CT (NIfTI or DICOM, see `read_ct`) and its label map, in any orientation.
+    """The `Scan` of a CT (NIfTI or DICOM, see `read_ct`) and its label map, stored in any orientation.
 
     Args:
+      patient: an identifier; None: the CT's path.
       label_map: which numbers the mask holds, as `segmentation.read_labels`; None finds out or refuses.
 
     Raises:
@@ -132,7 +133,10 @@ def _centroid(scan, label):
 def ct_from_box(scan, label, path="mask"):
     """The vertebra's own frame (4, 4): origin at the mask's centroid, +z along the spine to the head, +x to the right.
 
-    The spine's direction is taken from the neighbours' centroids; where none is labelled the CT's axes stand in.
+    The spine's direction is taken from the neighbours' centroids; where none is labelled the CT's axes stand in. CT mm.
+
+    Raises:
+      InputError: the label is not in the mask, whose file is `path`.
     """
     find_label(scan, label, path)
     centre = _centroid(scan, label)
@@ -166,10 +170,11 @@ class Vertebra:
 
 
 def extract(scan, label, count, mask_path="mask", points=500):
-    """Takes the vertebra `label` out of a scan, with `count` Gaussians of its density.
+    """The `Vertebra` of VerSe number `label`, with `count` Gaussians of its density and at most `points` points.
 
     Raises:
-      InputError: the label is absent, or its mask touches the scan's border (the vertebra is cut).
+      InputError: the label is absent, or its mask, whose file is `mask_path`, touches the scan's border (it is cut).
+      ValueError: as `gaussians.from_density`: a mask over nothing but air, or fewer than 27 Gaussians.
     """
     box = complete_box(scan, label, mask_path)
     box = tuple(slice(part.start - 1, part.stop + 1) for part in box)
@@ -267,7 +272,11 @@ def _apply(matrix, points):
 
 
 def resample(array, ct_from_index, ct_from_grid, shape, order=1, outside=0.0):
-    """`array` on another affine grid of the same frame, `outside` where it ends; order 1 trilinear, 0 nearest."""
+    """An array (X, Y, Z) on another affine grid of the same frame, `outside` where it ends; order 1 trilinear, 0 nearest.
+
+    Args:
+      ct_from_index, ct_from_grid: (4, 4) of the array and of the result; shape: the result's, float32.
+    """
     index_from_grid = np.linalg.inv(ct_from_index) @ ct_from_grid
     return ndimage.affine_transform(
         np.asarray(array, np.float32),
@@ -297,7 +306,13 @@ def _blocks(ct_from_index, spacing_mm):
 
 
 def block_average(array, ct_from_index, spacing_mm):
-    """`array` averaged over whole blocks of voxels, the last ones filled up with zeros, and its exact affine."""
+    """An array (X, Y, Z) averaged over whole blocks of voxels, the last ones filled up with zeros, and its exact affine.
+
+    Args:
+      ct_from_index: (4, 4) of the array; spacing_mm: largest side of a block, unless a voxel's is larger.
+    Returns:
+      float32 array, ct_from_index (4, 4) of it.
+    """
     factor = _blocks(ct_from_index, spacing_mm)
     padded = np.pad(array, [(0, -n % f) for n, f in zip(array.shape, factor)])
     shape = np.array(padded.shape) // factor
@@ -350,7 +365,7 @@ def coarse_body(array, ct_from_index, spacing_mm):
 
 
 def excess_over_fill(vertebra):
-    """Attenuation (X, Y, Z) that the vertebra has above the muscle that fills its hole, on its own grid."""
+    """Attenuation (X, Y, Z), 1/mm, that a `Vertebra` has above the muscle that fills its hole, on its own grid."""
     fill = attenuation.from_hounsfield(np.array(FILL_HU, np.float32))
     return np.where(vertebra.mask, vertebra.density - fill, 0.0).astype(np.float32)
 
@@ -454,7 +469,13 @@ def _outside_mm(points, scan):
 
 
 def write_centroids(path, scan, points, direction=("R", "A", "S")):
-    """Writes {label: (3,) CT mm} as a VerSe centroid JSON for a label map that is stored along `direction`, atomically."""
+    """Writes {label: (3,) CT mm} as a VerSe centroid JSON for a label map that is stored along `direction`, atomically.
+
+    Args:
+      scan: `Scan` of that label map; direction: three axis codes. Coordinates are its voxels, to a thousandth.
+    Raises:
+      ValueError: a point that is not finite.
+    """
     stored_from_ct = np.linalg.inv(scan.ct_from_index @ _index_from_stored(direction, scan.labels.shape))
     entries = [{"direction": list(direction)}]
     for label, point in sorted(points.items()):

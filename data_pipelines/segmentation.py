@@ -44,7 +44,7 @@ def to_verse(values, label_map):
 
 
 def read_labels(path, label_map=None):
-    """A label map in VerSe numbers: (X, Y, Z) uint8, axes nearest to RAS+, and its affine.
+    """A label map in VerSe numbers: (X, Y, Z) uint8, axes nearest to RAS+, and its affine (4, 4) in mm.
 
     Args:
       label_map: a name of LABEL_MAPS; None finds out: by the table of names that TotalSegmentator writes into its files,
@@ -84,7 +84,7 @@ def _named(path):
 
 
 def boxes(labels):
-    """Bounding box (tuple of slices) of each label in an array of whole numbers, found in one pass: {label: box}."""
+    """Bounding box (tuple of slices) of each label above 0 in an array of an integer type, found in one pass: {label: box}."""
     # Along the order in memory, which for axes turned on reading is not C's: six times faster.
     order = np.argsort(np.abs(labels.strides))[::-1]
     found = enumerate(ndimage.find_objects(labels.transpose(order)), 1)
@@ -144,7 +144,8 @@ def segment(ct_path, output_path, mask_path=None, label_map=None, options=Option
       What the JSON holds.
 
     Raises:
-      InputError: unreadable files, a mask on another grid, TotalSegmentator absent, failing, or finding no vertebra.
+      InputError: an output that is not named as a NIfTI, unreadable files, a mask on another grid, TotalSegmentator absent,
+        failing, or finding no vertebra.
     """
     output_path = pathlib.Path(output_path)
     if not output_path.name.endswith((".nii.gz", ".nii")):

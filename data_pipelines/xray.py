@@ -56,11 +56,11 @@ class Body:
         self.excess = scans.excess_over_fill(vertebra)
 
     def render_rest(self, world_from_rest, intrinsics, camera_from_world, size, step_mm=2.0):
-        """Line integrals (V, H, W) of everything but the vertebra."""
+        """Line integrals (V, H, W) of everything but the vertebra, placed by `world_from_rest` (4, 4); arguments as `render`."""
         return render(self.rest, self.rest_ct_from_index, world_from_rest, intrinsics, camera_from_world, size, step_mm)
 
     def render_vertebra(self, world_from_ct, intrinsics, camera_from_world, size, step_mm=0.75, oversample=2):
-        """Line integrals (V, H, W) of the excess over muscle, and of the vertebra alone."""
+        """Line integrals, (V, H, W) each, of the vertebra's excess over muscle and of the vertebra alone; arguments as `render`."""
         arguments = (
             self.vertebra.ct_from_index,
             world_from_ct,
@@ -88,7 +88,10 @@ class Detector:
 def degrade(line_integrals, rng, detector):
     """Line integrals (V, H, W) as a detector would give them: hardened, scattered, blurred, noisy, with a wrong air value.
 
-    Each strength is drawn between half and all of its setting; the same draw holds for both views.
+    Each strength but the photons is drawn between half and all of its setting; the same draw holds for both views.
+
+    Args:
+      rng: np.random.Generator; detector: `Detector`.
     """
     strength = {
         field.name: getattr(detector, field.name) * rng.uniform(0.5, 1.0) for field in dataclasses.fields(detector)

@@ -42,7 +42,7 @@ def latest(folder):
 
 
 def load_state(folder, like):
-    """The latest (step, state, place) in `folder`, the state in the shapes and shardings of `like`, or None."""
+    """The latest (step, state, place) in `folder`, the state in the shapes, types and shardings of the tree `like`, or None."""
     folder = pathlib.Path(folder).resolve()
     step = latest(folder)
     if step is None:
@@ -68,7 +68,7 @@ class Model:
 
 
 def save_model(folder, model, note):
-    """Writes a model to `folder`, whole or not at all; `note` says what it is."""
+    """Writes a `Model` to `folder`, whole or not at all, in place of what is there; `note` says what it is."""
     folder = pathlib.Path(folder).resolve()
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -97,8 +97,10 @@ def save_model(folder, model, note):
 def load_model(folder):
     """Reads a model.
 
+    Returns:
+      `Model`.
     Raises:
-      InputError: a folder that is not a model, or one of another format.
+      InputError: a folder that is not a model, one of another format, or parameters that are not those of its configuration.
     """
     folder = pathlib.Path(folder).resolve()
     manifest = files.read_json(folder / "manifest.json")
@@ -131,7 +133,7 @@ def _config(value):
 
 
 def model_hash(model):
-    """Digest of a model's values and configuration, the same wherever and whenever it was saved."""
+    """Digest of a `Model`'s values and configuration, the same wherever and whenever it was saved."""
     digest = hashlib.sha256(pairs.config_hash(model.config).encode())
     leaves = [*jax.tree.leaves(model.params), *(model.mean_shapes[k] for k in sorted(model.mean_shapes))]
     for leaf in leaves:

@@ -16,7 +16,7 @@ DATA_STAGES = ("p1", "p2", "p3")
 class StageConfig:
     """One data stage: X-ray pairs and CT pairs per vertebra, and steps of each module stage (RecM, RegM, joint).
 
-    In P2 `pairs` are the acquisitions of each vertebra, where they are simulated.
+    In P2 `pairs` are the acquisitions of each vertebra, where they are simulated. learning_rate: peak of each module stage.
     """
 
     pairs: int
@@ -30,7 +30,8 @@ class Config:
     """Everything that a run depends on besides its inputs.
 
     p1_patients, p2_patients: phantoms of the public and of the 'real' stage; labels: VerSe numbers trained on; p2_folds,
-    p2_fold: folds by patient and the one held out; patient_labels: the patient's vertebrae prepared in P3.
+    p2_fold: folds by patient and the one held out; patient_labels: the patient's vertebrae prepared in P3; batch: examples a
+    step; passes: of the network, and eval_scenes: acquisitions of each vertebra, in scores.
     """
 
     seed: int = 0
@@ -54,7 +55,7 @@ class Config:
     eval_scenes: int = 2
 
     def stage(self, name):
-        """The `StageConfig` of 'p1', 'p2' or 'p3'."""
+        """The `StageConfig` of 'p1', 'p2' or 'p3'; KeyError for another name."""
         return {"p1": self.p1, "p2": self.p2, "p3": self.p3}[name]
 
 

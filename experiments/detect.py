@@ -73,6 +73,11 @@ def _score():
 
 
 def main():
+    """Does what --do says, and prints where the result is.
+
+    Raises:
+      InputError: a flag that is missing, as `detectors.make_patient`, `detectors.find_in_cases` or `detectors.locate`.
+    """
     if DO.value == "find":
         files.write_json(OUT.value, _find())
         return print(f"found: {OUT.value}")

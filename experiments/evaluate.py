@@ -76,6 +76,8 @@ def evaluate(case_file, variant, workdir, passes, picture_folder=None, score_vol
     Returns:
       dict of arrays over cases: start_mm, error_mm, passes_mm (C, passes + 1), runtime_s, cpu_s; 'volumes': name -> score ->
       (C,); and 'results' for `cases.write_results`.
+    Raises:
+      InputError: a vertebra that was not prepared, unreadable X-rays, or a scene without its true pose.
     """
     identity = patients.Identity()
     passes_mm, results, volumes, shown = [], [], {}, set()
@@ -113,7 +115,7 @@ def evaluate(case_file, variant, workdir, passes, picture_folder=None, score_vol
 
 
 def table(scores, variant):
-    """The scores as text; without times, so that a resumed run prints the same."""
+    """What `evaluate` returns as text; without times, so that a resumed run prints the same."""
     start, error = scores["start_mm"], scores["error_mm"]
     lines = [
         f"registration, variant {variant}: {len(error)} cases, mTRE in mm",
@@ -147,6 +149,8 @@ def table(scores, variant):
 def report(case_file, variant, workdir, passes, out, score_volumes=True):
     """Evaluates, and writes `out`/results_VARIANT.json, table_VARIANT.txt, errors_VARIANT.png and the first cases' files.
 
+    Args:
+      out: a folder, made if need be; the rest as in `evaluate`, which says what is raised.
     Returns:
       the table, and a line with the times.
     """
@@ -165,7 +169,13 @@ def report(case_file, variant, workdir, passes, out, score_volumes=True):
 
 
 def held_out(model, case_file, names, variant, passes):
-    """Start and final mTRE, mm, (C,) each, of a model that was not prepared for the patients, on the scenes `names`."""
+    """Start and final mTRE, mm, (C,) each, of a model that was not prepared for the patients, on the scenes `names`.
+
+    Args:
+      model: `checkpoint.Model`; case_file: `cases.CaseFile` with truth; passes: network passes.
+    Raises:
+      InputError: an unreadable scan or X-ray, an absent or cut vertebra, a scene without its true pose.
+    """
 
     def prepare(volume):
         scan = scans.read_scan(volume.full_ct, volume.full_mask, volume.patient)

@@ -57,7 +57,7 @@ class Identity:
         self._sha256 = functools.cache(files.sha256)
 
     def scan(self, target):
-        """Digest of a target's CT and mask; read with another label map a scan is another one."""
+        """Digest of a target's CT and mask; read with another label map a scan is another one. InputError: a missing file."""
         paths = (pathlib.Path(target.ct).resolve(), pathlib.Path(target.mask).resolve())
         return pairs.scan_digest(*paths, target.labels, self._sha256)
 
@@ -77,13 +77,14 @@ def prepare(
     A workdir that was prepared without a detector can be given one later.
 
     Args:
-      config: `configs.Config`; its p3 stage says what is done. minutes: wall time per scan instead of the config's steps.
+      config: `configs.Config`; its p3 stage says what is done. workdir: made if need be; targets: list of `Target`.
+      minutes: wall time per scan instead of the config's steps.
       modules: module stages to run; the model is written after the last one, 'joint'.
       detector: file of the vertebra detector to adapt to each scan, None for none; adapting: `detectors.TrainConfig` of
         that, which `minutes` does not bound.
     Raises:
-      InputError: unreadable input, an absent or cut vertebra, one that the detector does not know, or a workdir made from
-        other inputs.
+      InputError: unreadable input, an absent or cut vertebra, one that the detector does not know, a base or detector that is
+        none, or a workdir made from other inputs.
     """
     workdir = pathlib.Path(workdir)
     identity = Identity()
@@ -190,7 +191,7 @@ def fine_cloud(vertebra):
 
 
 def save_vertebra(path, vertebra, patient):
-    """Writes what registering needs of a vertebra."""
+    """Writes what registering needs of a `scan.Vertebra` as an npz, atomically; `load` reads it."""
     files.write_npz(
         path,
         label=np.int32(vertebra.label),
@@ -221,7 +222,7 @@ def load_detector(workdir, target, identity, generic):
     """The detector that finds a target's vertebra in X-rays, and whether it is one adapted to the patient.
 
     Args:
-      generic: file of the detector that stands in where the workdir was prepared without one.
+      identity: `Identity`; generic: file of the detector that stands in where the workdir was prepared without one.
     Returns:
       `detectors.Model`, bool.
     Raises:
@@ -240,10 +241,10 @@ def load_detector(workdir, target, identity, generic):
 
 
 def load(workdir, target, identity):
-    """The `Prepared` vertebra of a target.
+    """The `Prepared` vertebra of a target; `identity`: an `Identity`.
 
     Raises:
-      InputError: a workdir that does not hold it.
+      InputError: a workdir that does not hold it, an unfinished preparation, or an unreadable file.
     """
     workdir = pathlib.Path(workdir)
     manifest = _manifest(workdir)

@@ -22,7 +22,7 @@ def _outline(axes, silhouette, colour, style="-"):
 
 
 def registration(path, title, views, images, vertebra, poses, outcome, reconstruction, moved_ct):
-    """Both X-rays with the vertebra's outline at each pose, the attention map, and slices of reconstruction and CT.
+    """Both X-rays with the vertebra's outline at each pose, the attention map, and slices of reconstruction and CT, as a PNG.
 
     Args:
       views, images: `cases.View`s and line integrals; vertebra: `scan.Vertebra`; poses: name -> world_from_ct, among 'start',
@@ -94,7 +94,7 @@ def registration(path, title, views, images, vertebra, poses, outcome, reconstru
 
 
 def errors(path, title, start_mm, error_mm, trajectories_mm):
-    """Error against start error, and error against the number of passes.
+    """A PNG of error against start error, and of error against the number of passes; mTRE in mm.
 
     Args:
       start_mm, error_mm: (C,); trajectories_mm: (C, passes + 1).

@@ -39,7 +39,7 @@ def targets():
     """What the flags name, as a list of `patients.Target`.
 
     Raises:
-      InputError: flags that do not go together, or labels that are not numbers.
+      InputError: flags that do not go together, labels that are not numbers, or an unreadable case file.
     """
     if CASES.value:
         if CT.value or MASK.value or LABEL.value or LABELS.value:
@@ -93,6 +93,7 @@ def generic_detector(chosen):
 
 
 def main():
+    """Prepares what the flags name; raises as `targets`, `generic_detector` and `patients.prepare`."""
     chosen = targets()
     patients.prepare(
         configs.PRESETS[PRESET.value],

@@ -8,19 +8,19 @@ import tqdm
 
 
 def bar(total, text, start=0):
-    """A progress bar with ETA on standard error; quiet updates where it is not a terminal."""
+    """A tqdm bar with ETA on standard error, `start` of `total` done; quiet updates where it is not a terminal."""
     interval = 0.2 if sys.stderr.isatty() else 20.0
     return tqdm.tqdm(total=total, initial=start, desc=text, mininterval=interval, maxinterval=4 * interval, ncols=110)
 
 
 class Log:
-    """TensorBoard event file of one stage."""
+    """TensorBoard event file of one stage, in `folder`/tensorboard/`stage`."""
 
     def __init__(self, folder, stage):
         self._writer = tensorboardX.SummaryWriter(str(pathlib.Path(folder) / "tensorboard" / stage))
 
     def scalars(self, step, values):
-        """Writes a dict of scalars."""
+        """Writes a dict of scalars by name."""
         for name, value in values.items():
             self._writer.add_scalar(name, float(value), step)
 
@@ -29,4 +29,5 @@ class Log:
         self._writer.add_image(name, image[None], step)
 
     def close(self):
+        """Writes what is pending and closes the file."""
         self._writer.close()

@@ -131,6 +131,12 @@ def _truth_for_pictures(scene):
 
 
 def main():
+    """Registers what the flags name into the folder --out, which appears whole or not at all.
+
+    Raises:
+      InputError: flags that do not go together, a folder that is not new, unreadable input, a vertebra that was not prepared
+        or is not found.
+    """
     if bool(CASES.value) == bool(CT.value):
         files.fail("flags", "--cases, --ct", "both" if CT.value else "neither", "one of the two")
     if CASES.value and LABELS.value:

@@ -101,7 +101,10 @@ def _rigid(T):
 
 
 def reconstruction_in_ct(outcome, world_from_ct, ct_from_index, shape):
-    """The reconstructed density (X, Y, Z) carried to CT axes by the inverse of `world_from_ct`, on a grid there."""
+    """The reconstructed density, 1/mm, carried to CT axes by the inverse of `world_from_ct` (4, 4).
+
+    ct_from_index (4, 4), shape: the grid there that it is sampled on.
+    """
     ct = gaussians.move(outcome.reconstruction, jnp.asarray(np.linalg.inv(world_from_ct), jnp.float32))
     # Centred first: CT coordinates of hundreds of mm would cost float32 its digits.
     middle = ct_from_index[:3, :3] @ (0.5 * (np.array(shape) - 1)) + ct_from_index[:3, 3]
@@ -112,7 +115,7 @@ def reconstruction_in_ct(outcome, world_from_ct, ct_from_index, shape):
 
 
 def itk_transform(world_from_ct):
-    """The pose as an ITK text transform (LPS) that 3D Slicer loads.
+    """The pose (4, 4) as the text of an ITK transform (LPS) that 3D Slicer loads.
 
     ITK stores the map from the fixed frame (world) back to the moving one (CT); Slicer shows its inverse, which carries the CT
     into the C-arm's frame.
@@ -127,7 +130,12 @@ def itk_transform(world_from_ct):
 
 
 def write(folder, name, outcome, prepared, views, images, start_world_from_ct, true_world_from_ct=None):
-    """Writes a case's files into `folder`/`name`: pose, ITK transform, volumes, Gaussians and the picture."""
+    """Writes a case's files into `folder`/`name`, made if need be: pose, ITK transform, volumes, Gaussians and the picture.
+
+    Args:
+      outcome: `Outcome`; prepared, views, images, start_world_from_ct: as in `register`.
+      true_world_from_ct: (4, 4), to be drawn; None without one.
+    """
     folder = pathlib.Path(folder) / name
     vertebra = prepared.vertebra
     files.write_json(
@@ -162,9 +170,9 @@ def start_from_points(views, pixels, vertebra):
     """A start pose from the vertebra's centre clicked in every view, with the CT's own orientation.
 
     Args:
-      pixels: one (u, v) per view.
+      views: `cases.View`s; pixels: one (u, v) per view; vertebra: `scan.Vertebra`.
     Returns:
-      world_from_ct (4, 4) and the rms distance of the rays from their common point, mm.
+      world_from_ct (4, 4) and the rms distance of the rays from their common point, mm; wild for parallel rays.
     """
     cameras = [
         camera.Camera(
@@ -182,7 +190,7 @@ def start_from_detector(detector, xrays, vertebra):
     """A start pose from the vertebra found in the X-rays.
 
     Args:
-      detector: `detectors.Model`; xrays: `radiograph.Radiograph` of each view, with its camera.
+      detector: `detectors.Model`; xrays: `radiograph.Radiograph` of each view, with its camera; vertebra: `scan.Vertebra`.
     Returns:
       world_from_ct (4, 4) and `detectors.Located`.
     Raises:

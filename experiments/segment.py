@@ -21,6 +21,7 @@ DEVICE = flags.DEFINE_string("device", None, "TotalSegmentator's device, such as
 
 
 def main():
+    """Runs `segmentation.segment` on what the flags name, and raises as it does."""
     options = segmentation.Options(FAST.value, DEVICE.value)
     made = segmentation.segment(CT.value, OUTPUT.value, MASK.value, LABELS.value, options)
     print(f"{OUTPUT.value}: labels {made['vertebrae']}")

@@ -55,7 +55,11 @@ def folds(patients_, count):
 
 
 def p1(config, workdir, modules):
-    """Public CTs with simulated X-rays."""
+    """Trains P1, on public CTs with simulated X-rays, where `workdir`/p1/model is not there yet.
+
+    Args:
+      config: `configs.Config`; workdir: pathlib.Path; modules: module stages to run; the model is written after 'joint'.
+    """
     if (workdir / "p1" / "model").exists():
         return
     subjects = _phantom_scans(config, workdir, P1_SEED, config.p1_patients, "p1 phantoms")
@@ -80,7 +84,13 @@ def p1(config, workdir, modules):
 
 
 def p2(config, workdir, modules, case_path=None, variant="real"):
-    """Real cases of known pose, five folds by patient; by default simulated ones, harder than P1's."""
+    """Trains P2, on real cases of known pose, all folds of patients but one; by default on simulated ones, harder than P1's.
+
+    Args:
+      config, workdir, modules: as in `p1`; case_path, variant: as in `train`.
+    Raises:
+      InputError: no model of P1, unreadable cases, a fold that is none, or no patient outside it.
+    """
     if (workdir / "p2" / "model").exists():
         return
     model = checkpoint.load_model(workdir / "p1" / "model")
@@ -135,7 +145,13 @@ def p2(config, workdir, modules, case_path=None, variant="real"):
 
 
 def p3(config, workdir, modules):
-    """The patient's own CT, from the result of P1 and P2."""
+    """Trains P3, on the patient's own CT, from the result of P1 and P2; returns (subject, ct path, mask path) of the patient.
+
+    Args:
+      config, workdir, modules: as in `p1`.
+    Raises:
+      InputError: no model of P2; as `patients.prepare`.
+    """
     subject, ct, mask = _phantom_scans(config, workdir, PATIENT_SEED, 1, "patient")[0]
     targets = [patients.Target(subject, ct, mask, label) for label in config.patient_labels]
     patients.prepare(config, workdir / "p3", targets, workdir / "p2" / "model", modules=modules)
@@ -143,7 +159,7 @@ def p3(config, workdir, modules):
 
 
 def score(config, workdir, subject, ct, mask):
-    """The table: X-rays and poses of the patient that no stage has seen. Returns it as text."""
+    """The table, as text, of X-rays and poses of the patient that no stage has seen; written to `workdir`/eval too."""
     with progress.bar(len(config.patient_labels) * config.eval_scenes, "held-out X-rays") as bar:
         path = build.simulated_cases(
             workdir / "eval" / "cases.json",
@@ -186,9 +202,9 @@ def train(config, workdir, stage="full", case_path=None, variant="real"):
       config: `configs.Config`; workdir: folder that holds the run; stage: one of STAGES.
       case_path, variant: real cases for P2, or None.
     Returns:
-      the score table after 'full', else None.
+      the score table after 'full' and 'p3', else None.
     Raises:
-      InputError: a stage whose predecessor is not there, or unusable input.
+      InputError: a stage whose predecessor is not there, a workdir of another configuration, or unusable input.
     """
     workdir = pathlib.Path(workdir)
     _claim(workdir / "config.json", pairs.config_hash(config))
@@ -213,6 +229,7 @@ def train(config, workdir, stage="full", case_path=None, variant="real"):
 
 
 def main():
+    """Runs `train` with the flags, prints the table where there is one, and raises as it does."""
     config = dataclasses.replace(configs.PRESETS[PRESET.value], seed=SEED.value, p2_fold=P2_FOLD.value)
     table = train(config, WORKDIR.value, STAGE.value, P2_CASES.value, P2_VARIANT.value)
     if table:

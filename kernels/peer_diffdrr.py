@@ -17,6 +17,7 @@ import time
 
 
 def main():
+    """Reads the settings from the first argument, then answers until standard input ends."""
     settings = json.loads(sys.argv[1])
     try:
         import numpy as np

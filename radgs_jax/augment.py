@@ -16,7 +16,8 @@ START_RAD = math.radians(25.0)
 def start_twist(key, batch, max_mm=25.0):
     """Twists (B, 6) of start poses: 40 % of size 0-6 mm, 24 % 0-12, the rest up to `max_mm`; small ones are where iteration lives.
 
-    The size is split at random between translation and rotation at the lever; rotations are at most `START_RAD`.
+    The size is split at random between translation and rotation at the lever; rotations are at most `START_RAD`. A twist is
+    rad, then mm.
     """
     keys = jax.random.split(key, 4)
     kind = jax.random.uniform(keys[0], (batch, 1))
@@ -34,7 +35,7 @@ def contrast(key, rest, excess, strength):
     """Line integrals (B, V, H, W) of a body and its vertebra, each attenuating up to 15 and 30 % more or less than it does.
 
     Args:
-      strength: (B, 1, 1, 1); 0 gives their sum.
+      rest, excess: (B, V, H, W) of the body and of what the vertebra adds; strength: (B, 1, 1, 1), 0 gives their sum.
     """
     body, vertebra = (jax.random.uniform(k, strength.shape, minval=-1.0) for k in jax.random.split(key))
     return rest * (1 + 0.15 * strength * body) + excess * (1 + 0.3 * strength * vertebra)

@@ -47,7 +47,7 @@ def ray(camera, uv):
 
 
 def crop(camera, row, column, height, width):
-    """Camera of image[row:row + height, column:column + width]; the window may hang over the image. Exact."""
+    """Camera of image[row:row + height, column:column + width], arrays (...); the window may hang over the image. Exact."""
     shift = jnp.stack([jnp.zeros_like(row), jnp.zeros_like(row), column, row], -1)
     return Camera(camera.intrinsics - shift, camera.camera_from_world, height, width)
 
@@ -79,7 +79,11 @@ def box_blur(image, radius):
 
 
 def triangulate(cameras, uv):
-    """World point (3,) nearest to the rays of one pixel per view; uv is a list of (2,), and the rms ray distance in mm."""
+    """World point (3,) nearest to the rays of one pixel per view, and its rms distance from them, mm; wild for parallel rays.
+
+    Args:
+      cameras: list of `Camera`s, one view each; uv: list of (2,), a pixel of each.
+    """
     lines = [ray(camera, pixel[None]) for camera, pixel in zip(cameras, uv)]
     sources = jnp.stack([source for source, _ in lines])
     projectors = jnp.stack([jnp.eye(3) - d[0][:, None] * d[0][None] for _, d in lines])

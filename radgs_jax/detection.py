@@ -43,7 +43,7 @@ class Chain:
 def fit_spacing(centres, seen, pixel_mm):
     """`spacing_mm` and `spread_mm` of a `Chain` from true centres (N, K, 2) in pixels and whether they are in sight (N, K).
 
-    A pair of levels that is never in sight together takes the mean of all.
+    A pair of levels that is never in sight together takes the mean of all, which is nan where there is none.
     """
     step = (centres[:, 1:] - centres[:, :-1]) * pixel_mm
     both = seen[:, 1:] & seen[:, :-1]
@@ -54,9 +54,9 @@ def fit_spacing(centres, seen, pixel_mm):
 
 
 class Lattice:
-    """The chain over one image's cells, for the levels that are trained.
+    """The chain over one image's cells, for its L trained levels, which have no gap between them.
 
-    log_cells: (L, h, w); log_absent: (L,): a detector's answer for those levels; step_mm: side of a cell.
+    log_cells: (K, h, w); log_absent: (K,): a detector's answer for all levels; chain: `Chain`; step_mm: side of a cell.
     """
 
     def __init__(self, log_cells, log_absent, chain, step_mm):
@@ -99,7 +99,7 @@ class Lattice:
         )
 
     def marginals(self):
-        """Probabilities: cells (L, h, w), absent (L,); and the log-likelihood of everything."""
+        """Probabilities: cells (L, h, w), absent (L,); and the logarithm of the sum over all joint answers."""
         count = len(self.cells)
         total = special.logsumexp
         # States of a level: out of sight before the first one, in a cell, out of sight after the last one.
@@ -125,7 +125,7 @@ class Lattice:
         return cells, np.exp(out - z), z
 
     def best(self):
-        """The most probable joint answer: for each level its cell (row, column), or None."""
+        """The most probable joint answer: for each of the L levels its cell (row, column), or None."""
         count = len(self.cells)
         h, w = self.cells[0].shape
         score, came = [self.cells[0]], [np.full((h, w), -1)]
@@ -175,7 +175,7 @@ def decode(log_cells, log_absent, chain, step_mm):
     The place of a level is the detector's mean over the 5 x 5 cells round its cell in the best joint answer.
 
     Args:
-      log_cells: (K, h, w); log_absent: (K,); step_mm: side of a cell at the isocentre.
+      log_cells: (K, h, w); log_absent: (K,); chain: `Chain`; step_mm: side of a cell at the isocentre.
     """
     lattice = Lattice(log_cells, log_absent, chain, step_mm)
     marginal, _, _ = lattice.marginals()
@@ -229,7 +229,9 @@ def upright(image, valid, intrinsics, camera_from_world, pixel_mm):
     with pixels that are not valid.
 
     Args:
-      image, valid: (H, W); intrinsics: (4,); camera_from_world: (4, 4).
+      image, valid: (H, W); intrinsics: (4,); camera_from_world: (4, 4); pixel_mm: of the result.
+    Returns:
+      `Upright`.
     Raises:
       ValueError: a beam within 30 degrees of the patient's axis.
     """
@@ -332,6 +334,8 @@ def agree(found, intrinsics, camera_from_world, reach=2):
       found: `Found` of each view; intrinsics: (V, 4); camera_from_world: (V, 4, 4).
     Returns:
       `Agreement`, or None where no level is in sight of two views.
+    Raises:
+      ValueError: parallel rays, as of one view given twice.
     """
     lines = [rays(f.uv, k, E) for f, k, E in zip(found, intrinsics, camera_from_world)]
     views = range(len(found))

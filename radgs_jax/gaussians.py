@@ -67,11 +67,14 @@ def _congruent(matrix, symmetric_matrix):
 def project(gaussians, camera_from_frame, intrinsics, height, width, *, implementation=None):
     """Line integrals (..., height, width) of a cloud, differentiable in the cloud, the pose and the intrinsics.
 
+    Gaussians with a parameter that is not finite add nothing.
+
     Args:
       gaussians: batch axes (...) as the cameras'.
       camera_from_frame: (..., 4, 4) rigid, the cloud's frame to the camera's.
-      intrinsics: (..., 4) fx, fy, cx, cy.
-    Gaussians with a parameter that is not finite add nothing.
+      intrinsics: (..., 4) fx, fy, cx, cy; height, width: static pixels; implementation: as `kernels.splat`.
+    Raises:
+      ValueError: batch axes that do not agree, or an unknown implementation.
     """
     gaussians = _harmless(gaussians)
     mean = rigid.apply(camera_from_frame, gaussians.mean)
@@ -80,7 +83,13 @@ def project(gaussians, camera_from_frame, intrinsics, height, width, *, implemen
 
 
 def voxelize(gaussians, grid, *, implementation=None):
-    """Density (..., *grid.shape) in 1/mm at the voxel centres of any affine grid in the cloud's frame."""
+    """Density (..., *grid.shape) in 1/mm at the voxel centres of any affine `VoxelGrid` in the cloud's frame, differentiable.
+
+    Gaussians with a parameter that is not finite add nothing.
+
+    Raises:
+      ValueError: an unknown implementation (see `kernels.voxelize`).
+    """
     gaussians = _harmless(gaussians)
     A = grid.frame_from_index[..., :3, :3]
     index_from_frame = jnp.linalg.inv(A)
@@ -115,7 +124,10 @@ def views(gaussians, count):
 
 
 def uniform_cloud(side, spacing_mm, density):
-    """side^3 isotropic Gaussians on a regular grid round the origin: the anchors of a reconstruction without a prior."""
+    """side^3 isotropic Gaussians on a regular grid round the origin: the anchors of a reconstruction without a prior.
+
+    Peaks are `density`, 1/mm, standard deviations half of `spacing_mm`.
+    """
     axis = (np.arange(side) - 0.5 * (side - 1)) * spacing_mm
     mean = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
     n = len(mean)

@@ -14,7 +14,7 @@ class VoxelGrid:
 
 
 def centred(shape, spacing_mm, dtype=jnp.float32):
-    """Axis-aligned grid whose middle is the frame's origin; `spacing_mm` one number or three."""
+    """Axis-aligned `VoxelGrid` of three sizes whose middle is the frame's origin; `spacing_mm` one number or three."""
     size = jnp.asarray(shape, dtype)
     spacing = jnp.broadcast_to(jnp.asarray(spacing_mm, dtype), (3,))
     affine = jnp.diag(jnp.concatenate([spacing, jnp.ones(1, dtype)]))
@@ -22,7 +22,7 @@ def centred(shape, spacing_mm, dtype=jnp.float32):
 
 
 def points(grid):
-    """Voxel centres in the frame, (*shape, 3) mm."""
+    """Voxel centres in the frame, (*shape, 3) mm, of a grid without batch axes."""
     axes = [jnp.arange(n, dtype=grid.frame_from_index.dtype) for n in grid.shape]
     index = jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1)
     return jnp.sum(grid.frame_from_index[:3, :3] * index[..., None, :], -1) + grid.frame_from_index[:3, 3]

@@ -17,7 +17,7 @@ DENSITY_RANGE = 0.06
 
 
 def l1(prediction, target):
-    """Mean absolute difference."""
+    """Mean absolute difference of arrays of one shape, in their unit."""
     return jnp.mean(jnp.abs(prediction - target))
 
 
@@ -56,12 +56,12 @@ def ssim_map(prediction, target, data_range, dims, window=11, sigma=1.5):
 
 
 def ssim2d(prediction, target, data_range=IMAGE_RANGE):
-    """1 - mean SSIM of images (..., H, W)."""
+    """1 - mean SSIM of images (..., H, W); raises as `ssim_map`."""
     return 1.0 - jnp.mean(ssim_map(prediction, target, data_range, 2))
 
 
 def ssim3d(prediction, target, data_range=DENSITY_RANGE, window=11):
-    """1 - mean SSIM of volumes (..., X, Y, Z)."""
+    """1 - mean SSIM of volumes (..., X, Y, Z); raises as `ssim_map`."""
     return 1.0 - jnp.mean(ssim_map(prediction, target, data_range, 3, window))
 
 
@@ -98,7 +98,7 @@ def reconstruction_branch(image, target_image, volume, lambda_ssim=0.2, lambda_t
 def cal_reconstruction(
     effect_image, effect_volume, factual_image, factual_volume, target_image, lambda_ssim=0.2, lambda_tv=0.05
 ):
-    """Eq. 2: the effect branch's loss plus the same of the factual branch.
+    """Eq. 2: the effect branch's loss plus the same of the factual branch; images (..., H, W), volumes (..., X, Y, Z).
 
     `target_image` is the vertebra alone, projected at the true pose: one vertebra cannot render a cluttered X-ray.
     """
@@ -108,7 +108,10 @@ def cal_reconstruction(
 
 
 def registration(moved_ct, reconstruction, pose, true_pose, lambda_geodesic=0.02):
-    """Eq. 3: NCC and SSIM between the CT moved by the estimate and the reconstruction (..., X, Y, Z), + 0.02 geodesic (mm)."""
+    """Eq. 3: NCC and SSIM between the CT moved by the estimate and the reconstruction (..., X, Y, Z), + 0.02 geodesic (mm).
+
+    pose, true_pose: (..., 4, 4), whose distance is taken at the origin of their source frame.
+    """
     return (
         ncc3d(moved_ct, reconstruction) + ssim3d(moved_ct, reconstruction) + lambda_geodesic * geodesic(pose, true_pose)
     )

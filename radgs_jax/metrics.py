@@ -19,7 +19,7 @@ def mtre(points, estimate, truth):
 
 
 def capture_range(start_mm, error_mm):
-    """Upper edge in mm of the last of the consecutive 5 mm bins of start mTRE, from 0 up, with success >= 95 %."""
+    """Upper edge in mm of the last of the consecutive 5 mm bins of start mTRE (C,), from 0 up, with success >= 95 %; 0 for none."""
     start_mm, error_mm = np.asarray(start_mm), np.asarray(error_mm)
     edge = 0.0
     while True:
@@ -43,7 +43,7 @@ def reconstruction_scores(estimate, truth, mask, spacing_mm=1.0):
 
     Args:
       estimate, truth: (X, Y, Z) density of the vertebra alone, 1/mm, on the 96^3 grid of 1 mm in CT axes.
-      mask: (X, Y, Z) bool, the vertebra.
+      mask: (X, Y, Z) bool, the vertebra; spacing_mm: of the grid.
     Returns:
       dict: `ssim_honest`, `psnr_honest` with the fixed range [0, 0.06] 1/mm, averaged over the mask dilated by 5 mm;
       `ssim_paper`, `psnr_paper` on the whole grid after min-max normalisation of each volume. 11^3 Gaussian window, sigma 1.5.

@@ -12,7 +12,7 @@ LEVER_MM = 25.0
 
 
 def matmul(a, b):
-    """Matrix product at full float32 precision on every device; coordinates must not go through reduced precision."""
+    """Product (..., i, k) of (..., i, j) and (..., j, k) at full float32 precision on every device, which coordinates need."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -92,7 +92,7 @@ def matrix_from_quaternion(q):
 
 
 def multiply_quaternions(a, b):
-    """Hamilton product (..., 4): the rotation b followed by a."""
+    """Hamilton product (..., 4), order (w, x, y, z): the rotation b followed by a."""
     aw, ax, ay, az = (a[..., i] for i in range(4))
     bw, bx, by, bz = (b[..., i] for i in range(4))
     return jnp.stack(
@@ -107,7 +107,7 @@ def multiply_quaternions(a, b):
 
 
 def log_so3(R):
-    """Rotation vector (..., 3) of a rotation matrix, angle in [0, pi]; stable near 0 and near pi."""
+    """Rotation vector (..., 3) in radians of a rotation matrix (..., 3, 3), angle in [0, pi]; stable near 0 and near pi."""
     q = quaternion_from_matrix(R)
     w, v = q[..., :1], q[..., 1:]
     norm, square = _safe_norm(v)
@@ -120,7 +120,7 @@ def log_so3(R):
 
 
 def transform(R, t):
-    """(..., 3, 3), (..., 3) -> (..., 4, 4)."""
+    """The transform x -> R x + t: (..., 3, 3), (..., 3) -> (..., 4, 4)."""
     top = jnp.concatenate([R, t[..., None]], -1)
     bottom = jnp.broadcast_to(jnp.asarray([0, 0, 0, 1], top.dtype), (*top.shape[:-2], 1, 4))
     return jnp.concatenate([top, bottom], -2)
@@ -143,7 +143,7 @@ def apply(target_from_source, points):
 
 
 def exp_se3(twist):
-    """The group exponential (..., 6) -> (..., 4, 4)."""
+    """The transform (..., 4, 4) of a twist (..., 6), by the group's exponential."""
     w, v = twist[..., :3], twist[..., 3:]
     W = skew(w)
     a, b, c = _coefficients(jnp.sum(w**2, -1, keepdims=True))
@@ -152,7 +152,7 @@ def exp_se3(twist):
 
 
 def log_se3(T):
-    """The group logarithm (..., 4, 4) -> (..., 6), inverse of `exp_se3` for angles below pi."""
+    """The twist (..., 6) of a transform (..., 4, 4), by the group's logarithm: inverse of `exp_se3` for angles below pi."""
     w = log_so3(T[..., :3, :3])
     square = jnp.sum(w**2, -1, keepdims=True)
     a, b, _ = _coefficients(square)

@@ -142,10 +142,13 @@ class Body:
         self._rest = jnp.asarray(rest), jnp.asarray(rest_bone)
 
     def render_rest(self, smooth, world_from_ct, intrinsics, camera_from_world, size, step_mm=2.5):
-        """Line integrals of the rest of the body in a posture: two arrays (V, S, S), all of it and its bone.
+        """Line integrals at 70 keV of the rest of the body in a posture: two arrays (V, S, S), all of it and its bone.
 
         Args:
-          smooth: (K, 4, 4) motions of `posture.Posture`.
+          smooth: (K, 4, 4) motions of `posture.Posture`; world_from_ct: (4, 4).
+          intrinsics: (V, 4); camera_from_world: (V, 4, 4); size: S; step_mm: sample distance.
+        Raises:
+          ValueError: as `posture.pull_back`.
         """
         spacing = np.linalg.norm(self.ct_from_index[:3, :3], axis=0)
         margin = int(MARGIN_MM / spacing[:2].max())
@@ -183,6 +186,11 @@ class Body:
         """Line integrals of one vertebra at its pose: excess over muscle, its bone, and (if `alone`) itself; (V, S, S) each.
 
         Each pixel is the mean of four rays, as a detector integrates.
+
+        Args:
+          label: VerSe number; world_from_ct: (4, 4), of the vertebra; the rest as in `render_rest`.
+        Raises:
+          ValueError: a label that the body has no complete vertebra of.
         """
         volumes, ct_from_index, outermost = self._crops[self.spine.labels.index(label)]
         volumes = volumes if alone else volumes[:2]
@@ -267,6 +275,7 @@ def stand(body, label, rng, preset=Preset(), geometry=Geometry()):
       body: `Body`; rng: np.random.Generator, which drives all of it.
     Raises:
       InputError: the body has no complete vertebra of that label.
+      ValueError: as `posture.pull_back`.
     """
     if label not in body.spine.labels:
         files.fail("simulate", "label", label, f"a complete vertebra of the scan, one of {body.spine.labels}")
@@ -346,7 +355,7 @@ def simulate(body, label, rng, preset=Preset(), geometry=Geometry()):
     Args:
       body: `Body`; rng: np.random.Generator, for example default_rng([seed, label, index]).
     Raises:
-      InputError: the body has no complete vertebra of that label.
+      InputError, ValueError: as `stand`.
     """
     return expose(stand(body, label, rng, preset, geometry), rng)
 
@@ -380,10 +389,13 @@ def _label_places(labels, world_from_box, intrinsics, camera_from_world, size):
 
 
 def measure(line_integrals, rng, preset, pixel_mm):
-    """One view as the detector gives it: line integrals (H, W) after flat-field correction, and where they are valid.
+    """One view as the detector gives it: line integrals (H, W) after flat-field correction, and where they are valid (H, W).
 
     Args:
-      line_integrals: dict from material to (H, W) at 70 keV; rng: drives all of it; pixel_mm: in the detector's plane.
+      line_integrals: dict from material to (H, W) at 70 keV; rng: drives all of it; preset: `Preset`.
+      pixel_mm: in the detector's plane.
+    Raises:
+      ValueError: an unknown material, or a peak voltage that `beam.tube_photons` refuses.
     """
     drawn = {
         field.name: _draw(rng, getattr(preset, field.name))

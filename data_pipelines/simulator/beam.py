@@ -67,19 +67,19 @@ def tube_photons(kvp, aluminium_mm, copper_mm=0.0):
 
 
 def detected(energies_kev, photons):
-    """The `Spectrum` of photon numbers (N,) as an energy-integrating scintillator weighs them."""
+    """The `Spectrum` of photon numbers (N,) at energies (N,) in keV, as an energy-integrating scintillator weighs them."""
     absorbed = 1.0 - np.exp(-SCINTILLATOR_MM * materials.attenuation_per_mm("caesium iodide", energies_kev))
     weights = photons * energies_kev * absorbed
     return Spectrum(energies_kev, weights / weights.sum())
 
 
 def monochromatic(energy_kev=materials.REFERENCE_KEV):
-    """A beam of one energy."""
+    """The `Spectrum` of one energy, keV."""
     return Spectrum(np.array([energy_kev]), np.ones(1))
 
 
 def few(spectrum):
-    """Gauss quadrature of a spectrum: a `Spectrum` of `NODES` energies.
+    """Gauss quadrature of a spectrum of `NODES` energies or more: a `Spectrum` of `NODES` energies.
 
     Nodes and weights are exact for polynomials of degree 2 NODES - 1 in the energy (Golub and Welsch, Math. Comp. 23 (1969)
     221), which follow what passes a body: no tissue or implant has an edge within the spectrum.
@@ -99,7 +99,7 @@ def few(spectrum):
 
 
 def tube(kvp, aluminium_mm, copper_mm=0.0):
-    """The `Spectrum` of a tube in `NODES` energies."""
+    """The `Spectrum`, in `NODES` energies, of a tube at `kvp` kV behind mm of filters; raises as `tube_photons`."""
     return few(detected(*tube_photons(kvp, aluminium_mm, copper_mm)))
 
 
@@ -112,6 +112,8 @@ def transmit(spectrum, line_integrals):
     Returns:
       signal (H, W): sum over energies of weight exp(-sum over materials of L relative(E)).
       variance_ratio (H, W): the signal's variance over signal / (quanta detected without a body); see `detector.noise`.
+    Raises:
+      ValueError: an unknown material.
     """
     exponent = 0.0
     for material, image in line_integrals.items():

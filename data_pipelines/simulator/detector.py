@@ -1,6 +1,7 @@
 """What the C-arm does to a beam's signal: pure functions of a signal, a strength and a generator; strength 0 does nothing.
 
-A signal is (H, W), 1 where the full beam arrives without a body. Lengths are mm in the detector's plane.
+A signal is (H, W), 1 where the full beam arrives without a body, and what a function gives is (H, W) too. Lengths are mm in
+the detector's plane; `rng` is an np.random.Generator.
 """
 
 import numpy as np
@@ -33,6 +34,9 @@ def scatter(signal, line_integral, strength, rng, pixel_mm):
     Scatter starts from primary times line integral (Ohnesorge et al., Eur. Radiol. 9 (1999) 563) and spreads as two broad
     Gaussians, the broader the thicker the body: 20 mm and 8 mm for each unit of the mean line integral, and three times
     that, within a random fifth.
+
+    Args:
+      signal: the primary; line_integral: (H, W) at 70 keV, of everything.
     """
     behind = line_integral > BODY
     if strength == 0 or not behind.any():
@@ -113,5 +117,5 @@ def collimator(shape, strength, rng, pixel_mm):
 
 
 def line_integrals(signal, quanta):
-    """-log of a signal, which is taken to be a quarter of a quantum at least."""
+    """-log (H, W) of a signal, taken to be a quarter of a quantum at least; `quanta`: detected in a pixel without a body."""
     return -np.log(np.maximum(signal, np.float32(0.25 / quanta)))

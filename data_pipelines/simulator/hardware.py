@@ -20,6 +20,7 @@ def draw(rng, world_from_box, extents, target):
     """Random implants near the vertebra `target` (an index): pedicle screws with rods, wires, or both.
 
     Args:
+      rng: np.random.Generator.
       world_from_box: (K, 4, 4) frames of vertebrae from head to feet, as posed; extents: (K, 2, 3) their lowest and highest
         coordinates in them, mm.
     Returns:
@@ -72,7 +73,7 @@ def chords(implants, intrinsics, camera_from_world, height, width):
     Where capsules of one chain overlap at their joint the metal counts once; separate implants add.
 
     Args:
-      intrinsics: (V, 4); camera_from_world: (V, 4, 4).
+      implants: `Implant`s in world mm; intrinsics: (V, 4); camera_from_world: (V, 4, 4); height, width: pixels.
     """
     images = np.zeros((len(intrinsics), height, width), np.float32)
     for image, k, E in zip(images, intrinsics, camera_from_world):

@@ -63,7 +63,7 @@ def _reference(material):
 
 
 def relative(material, energies_kev):
-    """Attenuation (N,) of a material at energies (N,) in keV, over that at the reference energy."""
+    """Attenuation (N,) of a material at energies (N,) in keV, over that at the reference energy; raises as `attenuation_per_mm`."""
     return attenuation_per_mm(material, energies_kev) / _reference(material)
 
 

@@ -44,8 +44,9 @@ def draw(rng, spine, anchor, bend_deg, jitter_deg, jitter_mm):
     Between neighbours the spine turns about the middle between their centres, by angles that run in waves along it.
 
     Args:
+      rng: np.random.Generator; spine: `Spine`.
       bend_deg: (3,) largest angle between neighbours about the upper one's x (flexion), y (lateral bend), z (twist).
-      jitter_deg, jitter_mm: largest motion of a vertebra of its own about each axis, beyond the smooth part.
+      jitter_deg, jitter_mm: largest turn about and shift along each axis of a vertebra of its own, beyond the smooth part.
     """
     count = len(spine.labels)
     length, phase = rng.uniform(*WAVE_LEVELS, 3), rng.uniform(0.0, 2.0 * np.pi, 3)
@@ -61,7 +62,7 @@ def draw(rng, spine, anchor, bend_deg, jitter_deg, jitter_mm):
 
 
 def jitter(rng, centre, largest_deg, largest_mm):
-    """A motion (4, 4) of one vertebra about its centre (3,): a turn and a shift, each uniform about and along each axis."""
+    """A motion (4, 4) of one vertebra about its centre (3,) mm: a rotation vector and a shift, uniform along each axis."""
     twist = rng.uniform(-1.0, 1.0, 6) * ([np.radians(largest_deg)] * 3 + [largest_mm] * 3)
     return carm.motion_about(centre, twist)
 
@@ -80,6 +81,8 @@ def pull_back(spine, smooth, ct_from_index, first, count):
     among the posed centres (monotone cubics, Fritsch and Carlson 1980); beyond the last they stay. Neighbours differ by a
     few degrees, where blended matrices are rigid within a part in a thousand.
 
+    Args:
+      spine: `Spine`; smooth: (K, 4, 4) of its `Posture`; ct_from_index: (4, 4) of the grid.
     Raises:
       ValueError: posed centres that do not follow each other along the grid's third axis.
     """

@@ -22,17 +22,21 @@ def _call(target, symbol, volume_shape, results, arrays, step_mm):
 
 
 def forward(volume, origin, direction, step_mm):
-    """As `xla.forward`, float32 only."""
+    """As `xla.forward`, float32 only.
+
+    Raises:
+      NotImplementedError: the device is no CPU, an array is not float32, 2^31 voxels or more, or the library cannot be built.
+    """
     results = [direction.shape[:-1]]
     return _call("radgs_drr_forward", "RadgsDrr", volume.shape, results, (volume, origin, direction), step_mm)[0]
 
 
 def to_rays(volume, origin, direction, cotangent, step_mm):
-    """As `xla.to_rays`, float32 only."""
+    """As `xla.to_rays`, float32 only; errors as in `forward`."""
     arrays, results = (volume, origin, direction, cotangent), [origin.shape, direction.shape]
     return tuple(_call("radgs_drr_rays", "RadgsDrrRays", volume.shape, results, arrays, step_mm))
 
 
 def to_volume(shape, origin, direction, cotangent, step_mm):
-    """As `xla.to_volume`, float32 only."""
+    """As `xla.to_volume`, float32 only; errors as in `forward`."""
     return _call("radgs_drr_volume", "RadgsDrrVolume", shape, [shape], (origin, direction, cotangent), step_mm)[0]

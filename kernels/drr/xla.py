@@ -45,7 +45,11 @@ def _weight(bits, f):
 
 
 def forward(volume, origin, direction, step_mm):
-    """Sums of samples along rays (B, H, W) given in voxel indices, times `step_mm`."""
+    """Line integrals (B, H, W): sums of samples along rays, times `step_mm`.
+
+    Args:
+      volume: (X, Y, Z), 1/mm; origin: (B, 3), direction: (B, H, W, 3) per mm, in voxel indices.
+    """
     flat = jnp.pad(volume, 1).reshape(-1)
 
     def body(corners, f, t, inside, image):
@@ -61,7 +65,7 @@ def forward(volume, origin, direction, step_mm):
 
 
 def to_rays(volume, origin, direction, cotangent, step_mm):
-    """Gradients to origin (B, 3) and direction (B, H, W, 3)."""
+    """Gradients to origin (B, 3) and direction (B, H, W, 3) from the cotangent (B, H, W) of `forward`."""
     flat, scaled = jnp.pad(volume, 1).reshape(-1), cotangent * step_mm
 
     def body(corners, f, t, inside, carry):
@@ -84,7 +88,7 @@ def to_rays(volume, origin, direction, cotangent, step_mm):
 
 
 def to_volume(shape, origin, direction, cotangent, step_mm):
-    """Gradient to the volume of that shape, summed over views."""
+    """Gradient to the volume of that shape, summed over views, from the cotangent (B, H, W) of `forward`."""
     scaled = cotangent * step_mm
 
     def body(corners, f, t, inside, d_volume):

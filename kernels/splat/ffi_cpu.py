@@ -18,13 +18,17 @@ def _call(target, symbol, results, arrays):
 
 
 def forward(density, mean, precision, intrinsics, height, width):
-    """As `xla.forward`, float32 only."""
+    """As `xla.forward`, float32 only.
+
+    Raises:
+      NotImplementedError: the device is no CPU, an array is not float32, or the library cannot be built.
+    """
     arrays = (density, mean, precision, intrinsics)
     return _call("radgs_splat_forward", "RadgsSplatForward", [(*density.shape[:-1], height, width)], arrays)[0]
 
 
 def backward(density, mean, precision, intrinsics, cotangent, to_camera=True):
-    """As `xla.backward`, float32 only."""
+    """As `xla.backward`, float32 only; errors as in `forward`."""
     arrays = (density, mean, precision, intrinsics, cotangent)
     cloud = [density.shape, mean.shape, precision.shape]
     if not to_camera:

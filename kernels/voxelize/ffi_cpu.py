@@ -18,12 +18,16 @@ def _call(target, symbol, results, arrays):
 
 
 def forward(density, mean, precision, shape):
-    """As `xla.forward`, float32 only."""
+    """As `xla.forward`, float32 only.
+
+    Raises:
+      NotImplementedError: the device is no CPU, an array is not float32, or the library cannot be built.
+    """
     arrays = (density, mean, precision)
     return _call("radgs_voxelize_forward", "RadgsVoxelizeForward", [(*density.shape[:-1], *shape)], arrays)[0]
 
 
 def backward(density, mean, precision, cotangent):
-    """As `xla.backward`, float32 only."""
+    """As `xla.backward`, float32 only; errors as in `forward`."""
     arrays = (density, mean, precision, cotangent)
     return tuple(_call("radgs_voxelize_backward", "RadgsVoxelizeBackward", [a.shape for a in arrays[:3]], arrays))

@@ -27,7 +27,7 @@ class AttentionMaps(nn.Module):
 def counterfactual_maps(key, shape, draws):
     """Attention under intervention: `draws` maps of i.i.d. uniform weights in [0, 2), (draws, *shape).
 
-    Without a key, one map of ones: the mean of that distribution, so that inference is deterministic.
+    Without a PRNG key, one map of ones, (1, *shape): the mean of that distribution, so that inference is deterministic.
     """
     if key is None:
         return jnp.ones((1, *shape))

@@ -11,6 +11,7 @@ class ModelConfig:
     head: 'anchored' (queries at the CT's Gaussians see back-projected features) or 'paper' (one global Linear-ReLU-Linear).
     gaussians: number of Gaussians N. attention_maps: M of the counterfactual attention. counterfactual_draws: samples of
     the expectation in Eq. 1 in training (inference takes the mean map and is deterministic).
+    hidden, context: widths of the heads' layers and of the context that views share ('anchored').
     crop_px, pixel_mm: the X-ray window of a view, and the pixel size at the isocentre it is binned to.
     grid, voxel_mm, grid_blur_mm: RegM's volume; Gaussians are blurred by grid_blur_mm so that it can sample them.
     """

@@ -101,7 +101,7 @@ class Detector(nn.Module):
 
 
 def init(config, key):
-    """Fresh parameters."""
+    """Fresh parameters of a `Detector` with a `DetectorConfig`, from a PRNG key."""
     image = jnp.zeros((1, 2 * MULTIPLE, 2 * MULTIPLE))
     return Detector(config).init(key, image, jnp.ones(image.shape, bool), jnp.zeros((1, 3)))
 

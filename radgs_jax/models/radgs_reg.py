@@ -13,7 +13,7 @@ from radgs_jax.models.recm import Reconstruction
 
 
 def init(config, key, views=2):
-    """Fresh parameters {'recm': ..., 'regm': ...} for a `ModelConfig`."""
+    """Fresh parameters {'recm': ..., 'regm': ...} for a `ModelConfig` and so many views, from a PRNG key."""
     size = config.crop_px
     key_rec, key_reg = jax.random.split(key)
     camera_from_box = jnp.broadcast_to(jnp.eye(4).at[2, 3].set(700.0), (1, views, 4, 4))

@@ -71,7 +71,11 @@ def activate(logits, base, step_mm):
 
 
 def view_from_box(camera_from_box):
-    """Rotation (..., 3, 3) from the box to a view's own axes: the camera's, turned so that +z passes through the box's origin."""
+    """Rotation (..., 3, 3) from the box to a view's own axes: the camera's, turned so that +z passes through the box's origin.
+
+    Args:
+      camera_from_box: (..., 4, 4).
+    """
     R, origin = camera_from_box[..., :3, :3], camera_from_box[..., :3, 3]
     z = origin / jnp.linalg.norm(origin, axis=-1, keepdims=True)
     x = jnp.asarray([1.0, 0, 0]) - z[..., :1] * z
@@ -83,6 +87,9 @@ def sampling_weights(uv, image_size, feature_size):
     """Bilinear weights (..., N, h * w) that read a feature map at image pixels uv (..., N, 2); clamped to its border.
 
     Feature cell i covers image pixels [i s, (i + 1) s), s = image_size / feature_size, so its centre is s (i + 1/2) - 1/2.
+
+    Args:
+      image_size, feature_size: (height, width); the latter (h, w).
     """
     hats = []
     for axis in (1, 0):  # v picks the row, u the column
@@ -98,7 +105,10 @@ def image_channels(xrays, valid, prior, intrinsics, camera_from_box):
     """What the encoder sees of each view, (B, V, H, W, 6): X-ray, its high pass, the prior's projection, coordinates, validity.
 
     The X-ray channels are standardised per view over the valid pixels, since a real detector's gain and air value are unknown,
-    and 0 elsewhere; coordinates are pixels from the projection of the box's origin, over half a width.
+    and 0 elsewhere; coordinates are pixels from the projection of the box's origin, over half a width and half a height.
+
+    Args:
+      xrays, valid, prior: (B, V, H, W); intrinsics: (B, V, 4); camera_from_box: (B, V, 4, 4).
     """
     height, width = xrays.shape[-2:]
     counts = valid.astype(xrays.dtype)
@@ -250,8 +260,8 @@ class AnchoredHead(nn.Module):
 def fuse_views(answers, rotation):
     """Logits (..., B, N, 11) of `activate` from per-view answers (..., B, V, N, 12) and rotations view_from_box (B, V, 3, 3).
 
-    The shift is the precision-weighted least squares of the views' shifts; rotation vectors are turned to the box and
-    averaged; scale and density are averaged.
+    Answers are those of `AnchoredHead`. The shift is the precision-weighted least squares of the views' shifts; rotation
+    vectors are turned to the box and averaged; scale and density are averaged.
     """
     shift, log_precision, scale, turn, density = jnp.split(answers, (3, 5, 8, 11), -1)
     precision = jnp.exp(2.0 * jnp.tanh(log_precision) + jnp.asarray([0.0, -3.0]))

@@ -35,7 +35,7 @@ class RegM(nn.Module):
 
 
 def volume(cloud, config):
-    """RegM's view of Gaussians (B, N): density (B, D, D, D) on its grid, low-passed to what the grid can carry."""
+    """RegM's view of Gaussians (B, N): density (B, D, D, D), 1/mm, on its grid, low-passed to what the grid can carry."""
     cells = grid.centred((config.grid,) * 3, config.voxel_mm)
     return gaussians.voxelize(gaussians.blur(cloud, config.grid_blur_mm), cells)
 
