@@ -180,7 +180,10 @@ def simulated_cases(
       variants: arrays of the X-ray files, among `cases.VARIANTS`; on_done: called after each scene.
     Raises:
       InputError: an unreadable scan, an absent or cut vertebra.
+      ValueError: a variant that is none.
     """
+    if unknown := [v for v in variants if v not in cases.VARIANTS]:
+        raise ValueError(f"variants: found {unknown[0]!r}, wanted some of {', '.join(cases.VARIANTS)}")
     path = pathlib.Path(path)
     if path.exists():
         return path

@@ -184,8 +184,8 @@ def read(path):
     """The `CaseFile` of a JSON file; the files that it names are read later, true poses checked by `truth`.
 
     Raises:
-      InputError: unreadable JSON, an unknown format, missing or mistyped fields, a volume or scene that is not there, a
-        malformed camera, a start pose that is not rigid.
+      InputError: unreadable JSON, an unknown format, missing or mistyped fields, a volume or scene that is not there, an
+        id given twice, a malformed camera, a start pose that is not rigid.
     """
     path = pathlib.Path(path)
     raw = files.read_json(path)
@@ -207,6 +207,8 @@ def read(path):
     for index, value in enumerate(_get(path, "file", raw, "scenes", list)):
         where = f"scenes[{index}]"
         name, volume = _get(path, where, value, "id", str), _get(path, where, value, "volume", str)
+        if name in scenes:
+            files.fail(path, f"{where}.id", f"{name!r} a second time", "each id once")
         if volume not in volumes:
             files.fail(path, f"{where}.volume", repr(volume), f"one of {sorted(volumes)}")
         views = tuple(
@@ -217,9 +219,13 @@ def read(path):
         scenes[name] = Scene(
             name, volume, views, path.parent / _get(path, where, value, "xrays", str), value.get("T_gt")
         )
+    names = set()
     for index, value in enumerate(_get(path, "file", raw, "cases", list)):
         where = f"cases[{index}]"
         name, scene = _get(path, where, value, "id", str), _get(path, where, value, "scene", str)
+        if name in names:
+            files.fail(path, f"{where}.id", f"{name!r} a second time", "each id once")
+        names.add(name)
         if scene not in scenes:
             files.fail(path, f"{where}.scene", repr(scene), "the id of a scene")
         cases.append(Case(name, scene, check_rigid(path, f"{where}.T_init", value.get("T_init"))))
@@ -233,6 +239,18 @@ def truth(case_file, scene):
       InputError: absent or not rigid.
     """
     return check_rigid(case_file.path, f"scene {scene.name}: T_gt", scene.world_from_ct)
+
+
+def points(case_file, name):
+    """Surface points (N, 3) of the volume `name`, CT mm, for scoring.
+
+    Raises:
+      InputError: absent, or not a list of points.
+    """
+    value, where = case_file.raw["volumes"][name].get("points"), f"volumes.{name}.points"
+    if not isinstance(value, list) or not value:
+        files.fail(case_file.path, where, repr(value)[:60], "a list of points [x, y, z]")
+    return check_matrix(case_file.path, where, value, (len(value), 3))
 
 
 def check_image(path, where, image, view):
@@ -266,10 +284,9 @@ def read_xrays(scene, variant):
     ]
 
 
-def binning(view, pixel_mm, distance_mm=None):
-    """Whole factor that brings a view's pixel, at the isocentre (or `distance_mm` from the source), nearest to `pixel_mm`."""
-    depth = view.camera_from_world[2, 3] if distance_mm is None else distance_mm
-    return max(1, round(pixel_mm * view.intrinsics[0] / depth))
+def binning(view, pixel_mm):
+    """Whole factor that brings a view's pixel, at the isocentre, nearest to `pixel_mm`."""
+    return max(1, round(pixel_mm * view.intrinsics[0] / view.camera_from_world[2, 3]))
 
 
 def view_json(view, name):

@@ -190,13 +190,13 @@ def write(
     return None
 
 
-def config_hash(config):
-    """Short digest of a configuration, a dataclass or plain values, the same on every machine.
+def config_hash(config, format=FORMAT):
+    """Short digest of a configuration, a dataclass or plain values, the same on every machine; another one in another `format`.
 
     Raises:
       TypeError, ValueError: values that JSON has no form for, or numbers that are not finite.
     """
-    return hashlib.sha256(json.dumps([FORMAT, _plain(config)], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([format, _plain(config)], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open(folder):

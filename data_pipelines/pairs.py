@@ -6,8 +6,6 @@ the digest of its files, wherever they lie.
 
 import dataclasses
 import functools
-import hashlib
-import json
 
 import jax
 import numpy as np
@@ -341,6 +339,7 @@ class PairSet:
 
 
 def config_hash(*configs):
-    """Short digest of frozen dataclasses and plain values, for cache keys and reuse checks; of other values their `str` counts."""
-    plain = [dataclasses.asdict(c) if dataclasses.is_dataclass(c) else c for c in configs]
-    return hashlib.sha256(json.dumps([FORMAT, plain], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """Short digest of frozen dataclasses and plain values, for cache keys and reuse checks; raises as `pair_store.config_hash`."""
+    return pair_store.config_hash(
+        [dataclasses.asdict(c) if dataclasses.is_dataclass(c) else c for c in configs], FORMAT
+    )

@@ -888,13 +888,24 @@ def write_verse(phantom, folder, subject, axcodes="RAS"):
     }
     for name, array in (("ct", phantom.hu), ("mask", phantom.mask)):
         files.write_nifti(paths[name], nib.orientations.apply_orientation(array, turn), ras_from_stored)
+    write_centroids(paths["centroids"], phantom.centroids, ras_from_stored, axcodes)
+    return paths
+
+
+def write_centroids(path, points, ras_from_stored, axcodes):
+    """Writes {label: (3,) RAS+ mm} as a VerSe centroid JSON, atomically: voxels of a label map, to a thousandth.
+
+    Args:
+      ras_from_stored: (4, 4) from that map's voxels, as they are stored along the three axis codes `axcodes`, to mm.
+    Raises:
+      ValueError: a point that is not finite.
+    """
     stored_from_ras = np.linalg.inv(ras_from_stored)
     entries = [{"direction": list(axcodes)}]
-    for label in sorted(phantom.centroids):
-        voxel = _point(stored_from_ras, phantom.centroids[label])
+    for label in sorted(points):
+        voxel = _point(stored_from_ras, points[label])
         entries.append({"label": int(label), **{axis: round(float(c), 3) for axis, c in zip("XYZ", voxel)}})
-    files.write_json(paths["centroids"], entries)
-    return paths
+    files.write_json(path, entries)
 
 
 def make_and_write(seed, config, folder, subject, axcodes):

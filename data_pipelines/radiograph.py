@@ -152,7 +152,7 @@ def read(path, calibration=None, options=None):
         # The end of the range where the X-rays are: beyond it the detector no longer tells how many there were.
         usable &= stored.pixels < top if sign > 0 or options.saturation is not None else stored.pixels > stored.bottom
     numbers = _numbers(stored, values, sign)
-    references = {name: _reference(path, name, options, stored, values, sign) for name in ("flat", "dark")}
+    references = {name: _reference(name, options, stored, values, sign) for name in ("flat", "dark")}
 
     signal = _signal(numbers, values, sign, options, references["dark"])
     usable &= signal > 0
@@ -271,7 +271,7 @@ def _numbers(stored, values, sign):
     return (stored.rescale(pixels) if stored.rescale else pixels).astype(np.float32)
 
 
-def _reference(path, name, options, stored, values, sign):
+def _reference(name, options, stored, values, sign):
     source = getattr(options, name)
     if source is None:
         return None

@@ -173,14 +173,19 @@ def extract(scan, label, count, mask_path="mask", points=500):
     """The `Vertebra` of VerSe number `label`, with `count` Gaussians of its density and at most `points` points.
 
     Raises:
-      InputError: the label is absent, or its mask, whose file is `mask_path`, touches the scan's border (it is cut).
-      ValueError: as `gaussians.from_density`: a mask over nothing but air, or fewer than 27 Gaussians.
+      InputError: the label is absent, or its mask, whose file is `mask_path`, touches the scan's border (it is cut) or
+        lies over nothing but air.
+      ValueError: fewer than 27 Gaussians.
     """
     box = complete_box(scan, label, mask_path)
     box = tuple(slice(part.start - 1, part.stop + 1) for part in box)
     mask = scan.labels[box] == label
     density = np.where(mask, attenuation.from_hounsfield(scan.hu[box]), 0.0).astype(np.float32)
-    ct_from_index = _shifted(scan.ct_from_index, [s.start for s in box])
+    if not density.any():
+        files.fail(
+            mask_path, f"label {label} ({level_name(label)})", "a mask over nothing but air", "one over its CT's bone"
+        )
+    ct_from_index = part_from_index(scan.ct_from_index, [s.start for s in box])
     frame = ct_from_box(scan, label, mask_path)
     coarse, coarse_grid = block_average(density, ct_from_index, CLOUD_VOXEL_MM)
     cloud = gaussians.from_density(coarse, np.linalg.inv(frame) @ coarse_grid, count)
@@ -190,8 +195,8 @@ def extract(scan, label, count, mask_path="mask", points=500):
     return Vertebra(int(label), density, mask, ct_from_index, frame, cloud, surface_ct)
 
 
-def _shifted(ct_from_index, start):
-    """The affine of an array's part that begins at voxel `start`."""
+def part_from_index(ct_from_index, start):
+    """The affine (4, 4), mm, of an array's part that begins at voxel `start` (3,), from the whole array's."""
     affine = ct_from_index.copy()
     affine[:3, 3] += ct_from_index[:3, :3] @ np.asarray(start)
     return affine
@@ -257,7 +262,7 @@ def vertebra_cube(
     low = np.clip(np.floor(seen.min(0) - margin), 0, np.array(scan.hu.shape) - 1).astype(int)
     high = np.clip(np.ceil(seen.max(0) + margin) + 1, low + 1, scan.hu.shape).astype(int)
     part = tuple(slice(a, b) for a, b in zip(low, high))
-    affine = _shifted(scan.ct_from_index, low)
+    affine = part_from_index(scan.ct_from_index, low)
     hu = scan.hu[part]
     if coarser.any():
         hu = ndimage.gaussian_filter(hu, coarser / native, mode="nearest")
@@ -466,22 +471,6 @@ def _outside_mm(points, scan):
         beyond = np.maximum(0, np.maximum(first - index, index - last))
         distances[label] = float(np.linalg.norm(beyond * spacing))
     return distances
-
-
-def write_centroids(path, scan, points, direction=("R", "A", "S")):
-    """Writes {label: (3,) CT mm} as a VerSe centroid JSON for a label map that is stored along `direction`, atomically.
-
-    Args:
-      scan: `Scan` of that label map; direction: three axis codes. Coordinates are its voxels, to a thousandth.
-    Raises:
-      ValueError: a point that is not finite.
-    """
-    stored_from_ct = np.linalg.inv(scan.ct_from_index @ _index_from_stored(direction, scan.labels.shape))
-    entries = [{"direction": list(direction)}]
-    for label, point in sorted(points.items()):
-        voxel = _apply(stored_from_ct, np.asarray(point))
-        entries.append({"label": int(label), **{axis: round(float(v), 3) for axis, v in zip("XYZ", voxel)}})
-    files.write_json(path, entries)
 
 
 def _index_from_stored(direction, shape):

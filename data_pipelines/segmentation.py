@@ -54,7 +54,10 @@ def read_labels(path, label_map=None):
     Raises:
       InputError: unreadable or damaged files, values that are not whole numbers from 0 to 255, no vertebra, a numbering
         that is not known for certain.
+      ValueError: a `label_map` that is none.
     """
+    if label_map is not None and label_map not in LABEL_MAPS:
+        raise ValueError(f"label_map is {label_map!r}, wanted one of {', '.join(LABEL_MAPS)}")
     values, affine = files.read_nifti(path)
     low, high = values.min(), values.max()
     if not (np.isfinite(low) and np.isfinite(high) and 0 <= low and high <= 255):

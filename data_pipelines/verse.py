@@ -332,13 +332,11 @@ def _box(scan, label):
 
 
 def _arrays(scan, box, member):
-    ct_from_index = scan.ct_from_index.copy()
-    ct_from_index[:3, 3] += scan.ct_from_index[:3, :3] @ [part.start for part in box]
     limits = np.iinfo(np.int16)
     return {
         "hu": np.clip(np.rint(scan.hu[box]), limits.min, limits.max).astype(np.int16),
         "labels": np.ascontiguousarray(scan.labels[box]),
-        "ct_from_index": ct_from_index,
+        "ct_from_index": scans.part_from_index(scan.ct_from_index, [part.start for part in box]),
         "patient": member.patient,
         "scan": member.name,
     }

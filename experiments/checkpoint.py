@@ -7,6 +7,7 @@ import shutil
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from data_pipelines import files
@@ -54,7 +55,7 @@ def load_state(folder, like):
 
 def _abstract(x):
     # A sharding in the abstract tree keeps Orbax from trusting the one in the file, which may be another machine's.
-    sharding = x.sharding if isinstance(x, jax.Array) else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = x.sharding if isinstance(x, jax.Array) else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
@@ -68,12 +69,31 @@ class Model:
 
 
 def save_model(folder, model, note):
-    """Writes a `Model` to `folder`, whole or not at all, in place of what is there; `note` says what it is."""
+    """Writes a `Model` to `folder`, whole or not at all, in place of what is there; `note` says what it is.
+
+    Every one of jax's processes calls this, with one file system; the model is there when it returns.
+    """
     folder = pathlib.Path(folder).resolve()
     temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if jax.process_index() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _wait_for_all(f"{folder} begun")
     ocp.save_pytree(temporary / "params", model.params)
+    if jax.process_index() == 0:
+        _finish_model(temporary, model, note)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    _wait_for_all(f"{folder} written")
+
+
+def _wait_for_all(place):
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(place)
+
+
+def _finish_model(temporary, model, note):
+    """All of a model that is beside its parameters."""
     # A note to people that names a path of the machine it was written on; models travel.
     (temporary / "params" / "commit_success.txt").unlink(missing_ok=True)
     files.write_npz(
@@ -90,8 +110,6 @@ def save_model(folder, model, note):
             "model_hash": pairs.config_hash(model.config),
         },
     )
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 def load_model(folder):
@@ -103,19 +121,17 @@ def load_model(folder):
       InputError: a folder that is not a model, one of another format, or parameters that are not those of its configuration.
     """
     folder = pathlib.Path(folder).resolve()
-    manifest = files.read_json(folder / "manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("format") != MODEL_FORMAT:
-        files.fail(
-            folder / "manifest.json",
-            "format",
-            repr(manifest.get("format") if isinstance(manifest, dict) else None),
-            repr(MODEL_FORMAT),
-        )
-    config = _config(manifest["model"])
+    path = folder / "manifest.json"
+    manifest = files.read_json(path)
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != MODEL_FORMAT:
+        files.fail(path, "format", repr(found), repr(MODEL_FORMAT))
+    for field, kind in (("model", dict), ("model_hash", str)):
+        if not isinstance(manifest.get(field), kind):
+            files.fail(path, field, repr(manifest.get(field))[:60], f"a {kind.__name__}")
+    config = _config(path, manifest["model"])
     if pairs.config_hash(config) != manifest["model_hash"]:
-        files.fail(
-            folder / "manifest.json", "model", "fields that do not match their hash", "an unchanged model configuration"
-        )
+        files.fail(path, "model", "fields that do not match their hash", "an unchanged model configuration")
     shapes = files.read_npz(folder / "mean_shapes.npz", "labels", "shapes")
     like = jax.eval_shape(lambda: radgs_reg.init(config, jax.random.key(0)))
     try:
@@ -125,7 +141,11 @@ def load_model(folder):
     return Model(params, config, {int(k): v for k, v in zip(shapes["labels"], shapes["shapes"])})
 
 
-def _config(value):
+def _config(path, value):
+    known = [field.name for field in dataclasses.fields(ModelConfig)]
+    if unknown := sorted(set(value) - set(known)):
+        files.fail(path, f"model.{unknown[0]}", "a field that is not known", f"some of {', '.join(known)}")
+
     def frozen(item):
         return tuple(frozen(i) for i in item) if isinstance(item, list) else item
 

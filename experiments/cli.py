@@ -9,6 +9,7 @@ from absl import app
 from absl import flags
 
 from data_pipelines import files
+from kernels import program
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
@@ -25,11 +26,6 @@ def run(main):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         main()
     except flags.Error as error:
-        _stop("flags: " + " ".join(str(error).split()))
+        program.stop("flags: " + " ".join(str(error).split()))
     except files.InputError as error:
-        _stop(str(error))
-
-
-def _stop(line):
-    print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
+        program.stop(str(error))

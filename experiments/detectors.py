@@ -392,7 +392,7 @@ def locate(model, images, views, label, valid=None):
       `apart_mm`, by level, how far the views' rays pass each other, and `own_apart_mm`, before the move.
     Raises:
       InputError: a level that the detector was not trained on, that is not found in two views, or whose rays pass
-        each other by more than `detection.APART_MM`.
+        each other by more than `detection.APART_MM`; one camera given twice.
     """
     name = scans.level_name(label)
     if label not in model.levels:
@@ -402,7 +402,12 @@ def locate(model, images, views, label, valid=None):
     seen = [look(model, i, m, v.intrinsics, v.camera_from_world) for i, m, v in zip(images, valid, views)]
     found = [f for _, f in seen]
     cameras = [u.intrinsics for u, _ in seen], [u.camera_from_world for u, _ in seen]
-    together = detection.agree(found, *cameras)
+    try:
+        together = detection.agree(found, *cameras)
+    except ValueError:
+        files.fail(
+            "X-rays", "cameras", "rays that are parallel or meet in a source", "views from the front and the side"
+        )
     level = model.levels.index(label)
     if together is None or level not in together.centres:
         listed = [", ".join(scans.level_name(model.levels[n]) for n in f.levels) or "nothing" for f in found]
@@ -578,14 +583,19 @@ def find_in_cases(path, case_file, variant):
 
 
 def centre_errors(case_file, found):
-    """Scene -> distance in mm from the true centre (inf where nothing was found); scenes without a truth are left out."""
+    """Scene -> distance in mm from the true centre (inf where nothing was found); scenes without a truth are left out.
+
+    Raises:
+      InputError: a pose or a centre that is none.
+    """
     errors = {}
     for name, located in found.items():
         scene = case_file.scenes[name]
         centre = case_file.raw["volumes"][scene.volume].get("centre")
         if centre is None or scene.world_from_ct is None:
             continue
+        centre = cases.check_matrix(case_file.path, f"volumes.{scene.volume}.centre", centre, (3,))
         T = cases.truth(case_file, scene)
-        truth = T[:3, :3] @ np.asarray(centre, np.float64) + T[:3, 3]
+        truth = T[:3, :3] @ centre + T[:3, 3]
         errors[name] = np.inf if isinstance(located, str) else float(np.linalg.norm(located.centre - truth))
     return errors

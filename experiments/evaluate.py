@@ -77,10 +77,12 @@ def evaluate(case_file, variant, workdir, passes, picture_folder=None, score_vol
       dict of arrays over cases: start_mm, error_mm, passes_mm (C, passes + 1), runtime_s, cpu_s; 'volumes': name -> score ->
       (C,); and 'results' for `cases.write_results`.
     Raises:
-      InputError: a vertebra that was not prepared, unreadable X-rays, or a scene without its true pose.
+      InputError: a vertebra that was not prepared or has no points, unreadable X-rays, or a scene without its true pose.
     """
     identity = patients.Identity()
     passes_mm, results, volumes, shown = [], [], {}, set()
+    scored = {case_file.scenes[case.scene].volume for case in case_file.cases}
+    points = {name: cases.points(case_file, name) for name in sorted(scored)}
 
     def prepare(volume):
         target = patients.Target(volume.patient, volume.full_ct, volume.full_mask, volume.full_label)
@@ -89,8 +91,7 @@ def evaluate(case_file, variant, workdir, passes, picture_folder=None, score_vol
     with progress.bar(len(case_file.cases), f"evaluate {variant}") as bar:
         for one in _registered(case_file, case_file.cases, variant, passes, prepare):
             start, outcome = one.case.world_from_ct, one.outcome
-            points = np.asarray(case_file.raw["volumes"][one.scene.volume]["points"])
-            passes_mm.append([metrics.mtre(points, T, one.truth) for T in outcome.trajectory])
+            passes_mm.append([metrics.mtre(points[one.scene.volume], T, one.truth) for T in outcome.trajectory])
             times = {"runtime_s": outcome.runtime_s, "cpu_s": outcome.cpu_s}
             results.append({"id": one.case.name, "T": outcome.world_from_ct.tolist(), **times})
             if score_volumes:
@@ -180,7 +181,7 @@ def held_out(model, case_file, names, variant, passes):
     def prepare(volume):
         scan = scans.read_scan(volume.full_ct, volume.full_mask, volume.patient)
         vertebra = scans.extract(scan, volume.full_label, model.config.gaussians, volume.full_mask)
-        return patients.Prepared(model, vertebra, patients.fine_cloud(vertebra), volume.patient)
+        return patients.Prepared(model, vertebra, patients.fine_cloud(vertebra))
 
     chosen = [case for case in case_file.cases if case.scene in names]
     errors = [

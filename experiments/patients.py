@@ -47,7 +47,6 @@ class Prepared:
     model: checkpoint.Model
     vertebra: scans.Vertebra
     fine_cloud: gaussians.Gaussians
-    patient: str
 
 
 class Identity:
@@ -132,8 +131,8 @@ def _claim(workdir, document):
     """Takes a fresh workdir, or checks that what it holds was made from the same inputs; a detector may come later."""
     path = workdir / "manifest.json"
     if path.exists():
-        found = files.read_json(path)
-        for field in ("format", "base", "config", "scans", *({"detector"} & set(found) & set(document))):
+        found = _manifest(workdir)
+        for field in ("base", "config", "scans", *({"detector"} & set(found) & set(document))):
             if found.get(field) != document[field]:
                 files.fail(
                     path,
@@ -152,7 +151,7 @@ def _claim(workdir, document):
 def _prepare_scan(config, folder, targets, vertebrae, model, minutes, modules):
     first = targets[0]
     for vertebra in vertebrae:
-        save_vertebra(folder / f"vertebra_{vertebra.label}.npz", vertebra, first.patient)
+        save_vertebra(folder / f"vertebra_{vertebra.label}.npz", vertebra)
     labels = [target.label for target in targets]
     with progress.bar(len(labels) * (1 + config.p3.pairs + config.p3.ct_pairs), "p3 pairs") as bar:
         pair_set = build.simulated_pairs(
@@ -190,14 +189,12 @@ def fine_cloud(vertebra):
     return gaussians.from_density(vertebra.density, box_from_index, FINE_GAUSSIANS)
 
 
-def save_vertebra(path, vertebra, patient):
+def save_vertebra(path, vertebra):
     """Writes what registering needs of a `scan.Vertebra` as an npz, atomically; `load` reads it."""
     files.write_npz(
         path,
-        label=np.int32(vertebra.label),
         density=vertebra.density,
         mask=vertebra.mask,
-        patient=np.asarray(patient),
         ct_from_index=vertebra.ct_from_index,
         ct_from_box=vertebra.ct_from_box,
         points=vertebra.points,
@@ -209,8 +206,12 @@ def save_vertebra(path, vertebra, patient):
 def _manifest(workdir):
     path = pathlib.Path(workdir) / "manifest.json"
     manifest = files.read_json(path)
-    if manifest.get("format") != FORMAT:
-        files.fail(path, "format", repr(manifest.get("format")), repr(FORMAT))
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        files.fail(path, "format", repr(found), repr(FORMAT))
+    prepared = manifest.get("scans")
+    if not isinstance(prepared, dict) or not all(isinstance(labels, list) for labels in prepared.values()):
+        files.fail(path, "scans", repr(prepared)[:60], "lists of labels by the scans' digests")
     return manifest
 
 
@@ -261,18 +262,22 @@ def load(workdir, target, identity):
         files.fail(
             workdir, "model", "an unfinished preparation", "a finished one: run `experiments.prepare` again to go on"
         )
-    names = ("density", "mask", "ct_from_index", "ct_from_box", "points", "patient")
+    names = ("density", "mask", "ct_from_index", "ct_from_box", "points")
     cloud = ("format", "density", "mean", "scale", "quaternion")
     stored = (f"{prefix}_{k}" for prefix in ("cloud", "fine") for k in cloud)
-    a = files.read_npz(folder / f"vertebra_{target.label}.npz", *names, *stored)
-    fine = gaussians.from_arrays({k: a[f"fine_{k}"] for k in cloud})
+    path = folder / f"vertebra_{target.label}.npz"
+    a = files.read_npz(path, *names, *stored)
+    for field in ("cloud_format", "fine_format"):
+        if str(a[field]) != gaussians.FORMAT:
+            files.fail(path, field, repr(str(a[field])), repr(gaussians.FORMAT))
+    coarse, fine = (gaussians.from_arrays({k: a[f"{prefix}_{k}"] for k in cloud}) for prefix in ("cloud", "fine"))
     vertebra = scans.Vertebra(
         target.label,
         a["density"],
         a["mask"],
         a["ct_from_index"],
         a["ct_from_box"],
-        gaussians.from_arrays({k: a[f"cloud_{k}"] for k in cloud}),
+        coarse,
         a["points"],
     )
-    return Prepared(checkpoint.load_model(folder / "model"), vertebra, fine, str(a["patient"]))
+    return Prepared(checkpoint.load_model(folder / "model"), vertebra, fine)

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from data_pipelines import files
 from data_pipelines import xray
+from radgs_jax import camera
 
 COLOURS = {"start": "#e8a33d", "estimate": "#35c4e8", "truth": "#7bd150"}
 PIXELS = 300
@@ -34,11 +35,9 @@ def registration(path, title, views, images, vertebra, poses, outcome, reconstru
     top = rows[0].subplots(1, 2 * len(views))
     for i, (view, image) in enumerate(zip(views, images)):
         factor = max(1, min(view.height, view.width) // PIXELS)
-        small = image[: view.height // factor * factor, : view.width // factor * factor]
-        small = small.reshape(view.height // factor, factor, -1, factor).mean((1, 3))
-        k = view.intrinsics.copy()
-        k[2:] -= 0.5 * (factor - 1)
-        k = k / factor
+        small = camera.bin_image(image, factor)
+        full = camera.Camera(view.intrinsics, view.camera_from_world, view.height, view.width)
+        k = camera.bin(full, factor).intrinsics
         axes = top[2 * i]
         low, high = np.percentile(small, [1, 99.5])
         axes.imshow(small, cmap="gray", vmin=low, vmax=high)

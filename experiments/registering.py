@@ -13,7 +13,7 @@ from data_pipelines import pairs
 from data_pipelines import scan as scans
 from experiments import detectors
 from experiments import pictures
-from radgs_jax import camera
+from radgs_jax import detection
 from radgs_jax import gaussians
 from radgs_jax import grid
 from radgs_jax import training
@@ -172,18 +172,22 @@ def start_from_points(views, pixels, vertebra):
     Args:
       views: `cases.View`s; pixels: one (u, v) per view; vertebra: `scan.Vertebra`.
     Returns:
-      world_from_ct (4, 4) and the rms distance of the rays from their common point, mm; wild for parallel rays.
+      world_from_ct (4, 4) and the rms distance of the rays from their common point, mm.
+    Raises:
+      InputError: a single view, or rays that do not meet.
     """
-    cameras = [
-        camera.Camera(
-            jnp.asarray(v.intrinsics, jnp.float32), jnp.asarray(v.camera_from_world, jnp.float32), v.height, v.width
-        )
-        for v in views
-    ]
-    centre, miss = camera.triangulate(cameras, [jnp.asarray(p, jnp.float32) for p in pixels])
+    lines = [detection.rays(np.array([p]), v.intrinsics, v.camera_from_world) for v, p in zip(views, pixels)]
+    sources, directions = np.stack([source for source, _ in lines]), np.concatenate([d for _, d in lines])
+    try:
+        centre, _ = detection.triangulate(sources, directions, np.ones(len(lines)))
+    except ValueError:
+        found = "a single view" if len(lines) == 1 else "rays that are parallel or meet in a source"
+        files.fail("flags", "--points", found, "the vertebra's centre in views from two sides")
+    away = centre - sources
+    miss = away - (away * directions).sum(1, keepdims=True) * directions
     world_from_ct = np.eye(4)
-    world_from_ct[:3, 3] = np.asarray(centre, np.float64) - vertebra.ct_from_box[:3, 3]
-    return world_from_ct, float(miss)
+    world_from_ct[:3, 3] = centre - vertebra.ct_from_box[:3, 3]
+    return world_from_ct, float(np.sqrt((miss**2).sum(1).mean()))
 
 
 def start_from_detector(detector, xrays, vertebra):

@@ -89,12 +89,15 @@ def p2(config, workdir, modules, case_path=None, variant="real"):
     Args:
       config, workdir, modules: as in `p1`; case_path, variant: as in `train`.
     Raises:
-      InputError: no model of P1, unreadable cases, a fold that is none, or no patient outside it.
+      InputError: no model of P1, unreadable cases, a variant or a fold that is none, or no patient outside it.
     """
     if (workdir / "p2" / "model").exists():
         return
     model = checkpoint.load_model(workdir / "p1" / "model")
     if case_path is None:
+        if variant not in cases.VARIANTS:
+            wanted = f"one of {', '.join(cases.VARIANTS)}, or --p2_cases that have it"
+            files.fail("flags", "--p2_variant", repr(variant), wanted)
         subjects = _phantom_scans(config, workdir, P2_SEED, config.p2_patients, "p2 phantoms")
         with progress.bar(len(subjects) * len(config.labels) * config.p2.pairs, "p2 X-rays") as bar:
             case_path = build.simulated_cases(

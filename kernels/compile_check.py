@@ -255,11 +255,11 @@ def operations(jaxpr):
     return flops / pairs, specials / pairs
 
 
-def tiled_work(op, spec, module):
+def tiled_work(spec, module):
     """What the Triton backend makes of a spec's cloud; runs on the CPU, without its kernels.
 
     Args:
-      op: splat or voxelize; spec: a `Spec` of it; module: its `pallas_triton`.
+      spec: a `Spec` of splat or voxelize; module: the operator's `pallas_triton`.
     Returns:
       dict with `launches` of the forward kernel (of the backward kernel it is one), and the pairs that both kernels evaluate:
       `forward`, all samples of each tile that a Gaussian's box touches, and `backward`, all of each block.
@@ -300,7 +300,7 @@ def model(op, spec_name, kind):
     spec, module = bench.OPERATORS[op].specs.SPECS[spec_name], backend(op, kind)
     arrays = spec.arrays()
     pairs = bench.pairs(op, spec, arrays)
-    work = tiled_work(op, spec, module) if kind == "gpu" else {"launches": 1}
+    work = tiled_work(spec, module) if kind == "gpu" else {"launches": 1}
     result = {}
     for what, (function, shapes) in programs(op, spec, module, interpret=True).items():
         flops, specials = operations(jax.make_jaxpr(function)(*shapes).jaxpr)

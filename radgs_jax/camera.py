@@ -1,4 +1,4 @@
-"""Cameras as intrinsics and extrinsics, with exact crop and binning.
+"""Cameras as intrinsics and extrinsics, with exact binning.
 
 Conventions: pixel centres are integers, u is the column and v the row; the camera sits at the X-ray source, +x along +u,
 +y along +v, +z to the detector; world mm. Intrinsics are (..., 4): fx, fy, cx, cy in pixels.
@@ -36,22 +36,6 @@ def project_camera(intrinsics, points_camera):
     return points_camera[..., :2] / points_camera[..., 2:] * k[..., :2] + k[..., 2:]
 
 
-def ray(camera, uv):
-    """World ray of pixels uv (..., N, 2): source (..., 3) and unit directions (..., N, 3)."""
-    k = camera.intrinsics[..., None, :]
-    xy = (uv - k[..., 2:]) / k[..., :2]
-    d = jnp.concatenate([xy, jnp.ones_like(xy[..., :1])], -1)
-    world_from_camera = rigid.inverse(camera.camera_from_world)
-    d = rigid.apply_rotation(world_from_camera[..., None, :3, :3], d / jnp.linalg.norm(d, axis=-1, keepdims=True))
-    return world_from_camera[..., :3, 3], d
-
-
-def crop(camera, row, column, height, width):
-    """Camera of image[row:row + height, column:column + width], arrays (...); the window may hang over the image. Exact."""
-    shift = jnp.stack([jnp.zeros_like(row), jnp.zeros_like(row), column, row], -1)
-    return Camera(camera.intrinsics - shift, camera.camera_from_world, height, width)
-
-
 def bin(camera, factor):
     """Camera of the image averaged over factor x factor pixels: u' = (u - (factor - 1) / 2) / factor. Exact.
 
@@ -76,17 +60,3 @@ def box_blur(image, radius):
     padded = jnp.pad(image, [(0, 0)] * (image.ndim - 2) + [(radius, radius)] * 2, mode="edge")
     window = (1,) * (image.ndim - 2) + (size, size)
     return jax.lax.reduce_window(padded, 0.0, jax.lax.add, window, (1,) * image.ndim, "VALID") / size**2
-
-
-def triangulate(cameras, uv):
-    """World point (3,) nearest to the rays of one pixel per view, and its rms distance from them, mm; wild for parallel rays.
-
-    Args:
-      cameras: list of `Camera`s, one view each; uv: list of (2,), a pixel of each.
-    """
-    lines = [ray(camera, pixel[None]) for camera, pixel in zip(cameras, uv)]
-    sources = jnp.stack([source for source, _ in lines])
-    projectors = jnp.stack([jnp.eye(3) - d[0][:, None] * d[0][None] for _, d in lines])
-    point = jnp.linalg.solve(projectors.sum(0), jnp.einsum("vij,vj->i", projectors, sources))
-    miss = jnp.einsum("vij,vj->vi", projectors, point - sources)
-    return point, jnp.sqrt(jnp.mean(jnp.sum(miss**2, -1)))

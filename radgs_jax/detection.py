@@ -13,6 +13,7 @@ from scipy import ndimage
 from scipy import signal
 from scipy import special
 
+from radgs_jax import camera
 from radgs_jax.models.detector import MULTIPLE
 from radgs_jax.models.detector import STRIDE
 
@@ -243,9 +244,8 @@ def upright(image, valid, intrinsics, camera_from_world, pixel_mm):
     turn = np.array([[feet[1], -feet[0]], [feet[0], feet[1]]])  # camera x, y to upright x, y
     fine = camera_from_world[2, 3] / focal
     block = np.maximum(1, np.rint(pixel_mm / fine)).astype(int).min()
-    h, w = (n // block * block for n in image.shape)
-    small = image[:h, :w].reshape(h // block, block, w // block, block).mean((1, 3))
-    clear = valid[:h, :w].reshape(h // block, block, w // block, block).mean((1, 3))
+    small, clear = camera.bin_image(image, block), camera.bin_image(valid, block)
+    h, w = (block * n for n in small.shape)
     # Pixels here to pixels there: both are lengths at the isocentre.
     matrix = np.diag(1.0 / fine) @ turn.T * pixel_mm
     corners = np.array([[x, y] for x in (-0.5, w - 0.5) for y in (-0.5, h - 0.5)])
@@ -296,7 +296,7 @@ def triangulate(sources, directions, spreads_mm):
     Returns:
       point (3,) and its covariance (3, 3) in mm^2.
     Raises:
-      ValueError: fewer than two rays, or parallel ones.
+      ValueError: fewer than two rays, parallel ones, or rays that are nearest to each other at a source or behind it.
     """
     across = np.eye(3) - directions[:, :, None] * directions[:, None]
     across = across / np.square(spreads_mm)[:, None, None]
@@ -304,6 +304,9 @@ def triangulate(sources, directions, spreads_mm):
     if len(sources) < 2 or np.linalg.cond(information) > 1e8:
         raise ValueError("triangulate: wanted two rays or more that are not parallel")
     point = np.linalg.solve(information, np.einsum("vij,vj->i", across, sources))
+    # Different pixels of one camera: their rays meet in its source.
+    if (((point - sources) * directions).sum(1) < 1.0).any():
+        raise ValueError("triangulate: wanted rays that meet before their sources")
     return point, np.linalg.inv(information)
 
 
@@ -335,7 +338,7 @@ def agree(found, intrinsics, camera_from_world, reach=2):
     Returns:
       `Agreement`, or None where no level is in sight of two views.
     Raises:
-      ValueError: parallel rays, as of one view given twice.
+      ValueError: as `triangulate`: one camera given twice.
     """
     lines = [rays(f.uv, k, E) for f, k, E in zip(found, intrinsics, camera_from_world)]
     views = range(len(found))

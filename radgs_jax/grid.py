@@ -19,10 +19,3 @@ def centred(shape, spacing_mm, dtype=jnp.float32):
     spacing = jnp.broadcast_to(jnp.asarray(spacing_mm, dtype), (3,))
     affine = jnp.diag(jnp.concatenate([spacing, jnp.ones(1, dtype)]))
     return VoxelGrid(affine.at[:3, 3].set(-0.5 * (size - 1) * spacing), tuple(int(n) for n in shape))
-
-
-def points(grid):
-    """Voxel centres in the frame, (*shape, 3) mm, of a grid without batch axes."""
-    axes = [jnp.arange(n, dtype=grid.frame_from_index.dtype) for n in grid.shape]
-    index = jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1)
-    return jnp.sum(grid.frame_from_index[:3, :3] * index[..., None, :], -1) + grid.frame_from_index[:3, 3]

@@ -38,18 +38,18 @@ def _psnr(squared_error, data_range):
     return float(10 * np.log10(data_range**2 / max(float(squared_error), 1e-20)))
 
 
-def reconstruction_scores(estimate, truth, mask, spacing_mm=1.0):
+def reconstruction_scores(estimate, truth, mask):
     """SSIM and PSNR of a density volume by both protocols.
 
     Args:
       estimate, truth: (X, Y, Z) density of the vertebra alone, 1/mm, on the 96^3 grid of 1 mm in CT axes.
-      mask: (X, Y, Z) bool, the vertebra; spacing_mm: of the grid.
+      mask: (X, Y, Z) bool, the vertebra.
     Returns:
       dict: `ssim_honest`, `psnr_honest` with the fixed range [0, 0.06] 1/mm, averaged over the mask dilated by 5 mm;
       `ssim_paper`, `psnr_paper` on the whole grid after min-max normalisation of each volume. 11^3 Gaussian window, sigma 1.5.
     """
     estimate, truth = np.asarray(estimate, np.float32), np.asarray(truth, np.float32)
-    near = ndimage.distance_transform_edt(~np.asarray(mask, bool)) * spacing_mm <= 5.0
+    near = ndimage.distance_transform_edt(~np.asarray(mask, bool)) <= 5.0
     clipped = np.clip(estimate, 0.0, losses.DENSITY_RANGE)
     clipped_truth = np.clip(truth, 0.0, losses.DENSITY_RANGE)
     inner = (slice(5, -5),) * 3  # where the unpadded 11^3 window is defined

@@ -173,7 +173,7 @@ def test_tiled_work_by_hand():
             precision = jnp.array([[0.25, 0, 0, 0.25, 0, 0.25]], jnp.float32)
             return jnp.ones(1), jnp.full((1, 3), 16.0), precision
 
-    found = compile_check.tiled_work("voxelize", Spec, voxelize_triton)
+    found = compile_check.tiled_work(Spec, voxelize_triton)
     # Bricks of 8 x 8 x 4: 3 x 3 x 5, 4 a launch for a single Gaussian; blocks of 4 x 4 x 4 from the box's corner: 5 x 5 x 5.
     assert voxelize_triton.BRICK == (8, 8, 4) and voxelize_triton.BLOCK == (4, 4, 4) and support.SIGMA_MAX == 4
     assert found == {"launches": 12, "forward": 45 * 256, "backward": 125 * 64}

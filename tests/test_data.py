@@ -16,6 +16,7 @@ from data_pipelines import build
 from data_pipelines import carm
 from data_pipelines import cases
 from data_pipelines import files
+from data_pipelines import pair_store
 from data_pipelines import pairs
 from data_pipelines import phantom
 from data_pipelines import scan as scans
@@ -92,13 +93,16 @@ def test_the_body_goes_on_where_the_scan_stops(scan):
     np.testing.assert_allclose(mu[:, :, -1:], end, atol=1e-7)
 
 
-def test_a_cut_vertebra_and_an_absent_label_are_refused(scan):
+def test_a_cut_vertebra_an_absent_label_and_a_mask_over_air_are_refused(scan):
     with pytest.raises(files.InputError, match="mask: label: found .* wanted 9 among them"):
         scans.extract(scan, 9, 64)
     top = np.argwhere(scan.labels == 22)[:, 2].max()
     cut = dataclasses.replace(scan, hu=scan.hu[:, :, :top], labels=scan.labels[:, :, :top])
     with pytest.raises(files.InputError, match="touches the scan's border on axis 2"):
         scans.extract(cut, 22, 64)
+    air = dataclasses.replace(scan, hu=np.full_like(scan.hu, -1000.0))
+    with pytest.raises(files.InputError, match=r"mask: label 22 \(L3\): found a mask over nothing but air, wanted"):
+        scans.extract(air, 22, 64)
 
 
 def test_carm_angles_are_those_of_the_convention():
@@ -169,6 +173,8 @@ BROKEN = {
     "skewed K": (lambda d: d["scenes"][0]["views"][0]["K"][0].__setitem__(1, 5.0), r"views\[0\].K"),
     "view without camera": (lambda d: d["scenes"][0]["views"][0].clear(), r"views\[0\]: found {}"),
     "size": (lambda d: d["scenes"][0]["views"][1].update(height=-4), "height, width"),
+    "scene twice": (lambda d: d["scenes"].append(d["scenes"][0]), r"scenes\[1\].id: found '.*' a second time"),
+    "case twice": (lambda d: d["cases"].append(d["cases"][0]), r"cases\[2\].id: found '.*' a second time"),
     "case scene": (lambda d: d["cases"][0].update(scene="s"), r"cases\[0\].scene: found 's'"),
 }
 
@@ -181,6 +187,39 @@ def test_broken_case_files_are_one_clear_line(case_path, tmp_path, name):
     with pytest.raises(files.InputError, match=message) as caught:
         cases.read(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_points_are_wanted_for_scoring_only(case_path, tmp_path):
+    name = next(iter(cases.read(case_path).volumes))
+    assert cases.points(cases.read(case_path), name).shape == (500, 3)
+    for value in ({}, {"points": []}, {"points": [[1, 2]]}, {"points": "x"}):
+        document = files.read_json(case_path)
+        del document["volumes"][name]["points"]
+        document["volumes"][name].update(value)
+        files.write_json(tmp_path / "cases.json", document)
+        read = cases.read(tmp_path / "cases.json")
+        with pytest.raises(files.InputError, match=f"cases.json: volumes.{name}.points: found .*, wanted"):
+            cases.points(read, name)
+
+
+def test_an_unknown_variant_is_refused_before_anything_is_written(stored, tmp_path):
+    with pytest.raises(ValueError, match="variants: found 'hard', wanted some of easy, full, artic, real"):
+        build.simulated_cases(tmp_path / "c.json", [stored], (21,), 1, ((0, 5),), 5, xray.Detector(), ("real", "hard"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_that_json_cannot_say_has_no_digest():
+    config = tiny.config()
+    assert pairs.config_hash(config) == pairs.config_hash(tiny.config()) != pairs.config_hash(tiny.config(seed=1))
+    assert (
+        pairs.config_hash(config, 1)
+        != pairs.config_hash(config)
+        != pair_store.config_hash([dataclasses.asdict(config)])
+    )
+    with pytest.raises(TypeError):
+        pairs.config_hash(pathlib.Path("x"))
+    with pytest.raises(ValueError):
+        pairs.config_hash(float("nan"))
 
 
 def test_broken_arrays_are_one_clear_line(stored, tmp_path):

@@ -476,6 +476,52 @@ def test_a_prepared_workdir_is_reused_only_for_the_same_inputs(trained):
     assert (trained[0] / "p3" / "manifest.json").read_text() == before
 
 
+def test_a_damaged_workdir_is_one_clear_line(trained, tmp_path):
+    target, identity = _case(trained)[3], patients.Identity()
+    digest = identity.scan(target)
+    shutil.copytree(
+        trained[0] / "p3" / digest, tmp_path / digest, ignore=shutil.ignore_patterns("pairs", "checkpoints")
+    )
+    good = files.read_json(trained[0] / "p3" / "manifest.json")
+    for manifest, line in (
+        ([], "format: found None"),
+        ({**good, "format": "x/1"}, "format: found 'x/1'"),
+        ({k: v for k, v in good.items() if k != "scans"}, "scans: found None"),
+        ({**good, "scans": {digest: 21}}, "scans: found"),
+    ):
+        files.write_json(tmp_path / "manifest.json", manifest)
+        for use in (
+            lambda: patients.load(tmp_path, target, identity),
+            lambda: patients.prepare(tiny.config(), tmp_path, [target], trained[0] / "p2" / "model"),
+        ):
+            with pytest.raises(files.InputError, match=f"manifest.json: {line}"):
+                use()
+    files.write_json(tmp_path / "manifest.json", good)
+    patients.load(tmp_path, target, identity)
+    path = tmp_path / digest / f"vertebra_{target.label}.npz"
+    files.write_npz(path, **{**np.load(path), "fine_format": np.asarray("radgs-gaussians/0")})
+    with pytest.raises(
+        files.InputError, match="npz: fine_format: found 'radgs-gaussians/0', wanted 'radgs-gaussians/1'"
+    ):
+        patients.load(tmp_path, target, identity)
+
+
+def test_a_case_file_without_points_is_refused_before_it_is_scored(trained):
+    case_file = cases.read(trained[0] / "eval" / "cases.json")
+    name, volume = next(iter(case_file.raw["volumes"].items()))
+    del volume["points"]
+    with pytest.raises(files.InputError, match=f"cases.json: volumes.{name}.points: found None, wanted a list"):
+        evaluate.evaluate(case_file, "real", trained[0] / "p3", 1)
+
+
+def test_a_simulated_variant_that_is_none_is_refused(trained, tmp_path):
+    shutil.copytree(trained[0] / "p1" / "model", tmp_path / "p1" / "model")
+    with pytest.raises(
+        files.InputError, match="flags: --p2_variant: found 'hard', wanted one of easy, full, artic, real"
+    ):
+        train.train(tiny.config(), tmp_path, "p2", variant="hard")
+
+
 def test_a_minutes_budget_fixes_its_schedule_once(trained, tmp_path):
     target = _case(trained)[3]
     # The tiny configuration saves at every step, which would take longer than the budget's many steps.
@@ -509,7 +555,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
 import numpy as np, tiny
 from data_pipelines import build
-from experiments import stages
+from experiments import checkpoint, stages
 from radgs_jax.models import radgs_reg
 config = tiny.config()
 made = build.simulated_pairs(folder + "/pairs", [(*scan, 21), (*scan, 22)], 3, 1, config.pairs, 64)
@@ -519,13 +565,17 @@ for steps in (2, 4):
 with contextlib.closing(made.batches(0, 4)) as batches:
     mine = next(batches).world_from_box[:, 0, 3].tolist()
 leaves = [np.asarray(x.addressable_data(0)).tobytes() for x in jax.tree.leaves(params)]
-print(json.dumps([made.source.identity(), hashlib.sha256(b"".join(leaves)).hexdigest(), mine]))
+model = checkpoint.Model(jax.device_get(params), config.model, made.mean_shapes())
+for note in ("first", "in its place"):
+    checkpoint.save_model(folder + "/model", model, note)
+digests = [checkpoint.model_hash(m) for m in (model, checkpoint.load_model(folder + "/model"))]
+print(json.dumps([made.source.identity(), hashlib.sha256(b"".join(leaves)).hexdigest(), mine, digests]))
 """
 
 
 @pytest.mark.slow
 def test_two_jax_processes_share_pairs_batches_and_a_training_stage(tmp_path):
-    """One store made by both, halves of one batch, the same parameters after a stage that was stopped half-way."""
+    """One store made by both, halves of one batch, the same parameters after a stage that was stopped half-way, one model."""
     scan = build.phantoms(tmp_path / "scans", [7], tiny.config().phantom)[0]
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -535,12 +585,19 @@ def test_two_jax_processes_share_pairs_batches_and_a_training_stage(tmp_path):
         subprocess.Popen([*command, str(rank), str(tmp_path), *map(str, scan)], cwd=REPOSITORY, stdout=subprocess.PIPE)
         for rank in range(2)
     ]
-    stores, params, rows = zip(*(json.loads(host.communicate(timeout=300)[0].splitlines()[-1]) for host in hosts))
+    stores, params, rows, models = zip(
+        *(json.loads(host.communicate(timeout=300)[0].splitlines()[-1]) for host in hosts)
+    )
     alone = build.simulated_pairs(tmp_path / "alone", [(*scan, 21), (*scan, 22)], 3, 1, tiny.config().pairs, 64)
     assert set(stores) == {alone.source.identity()} and params[0] == params[1]
     with contextlib.closing(alone.batches(0, 4)) as batches:
         whole = next(batches).world_from_box[:, 0, 3].tolist()
     assert [rows[0], rows[1]] == [whole[0::2], whole[1::2]]
+    assert {digest for pair in models for digest in pair} == {
+        checkpoint.model_hash(checkpoint.load_model(tmp_path / "model"))
+    }
+    assert files.read_json(tmp_path / "model" / "manifest.json")["note"] == "in its place"
+    assert not list(tmp_path.glob(".*partial"))
 
 
 def test_model_round_trip_and_refusal_of_changed_files(tmp_path):
@@ -555,6 +612,14 @@ def test_model_round_trip_and_refusal_of_changed_files(tmp_path):
     files.write_json(tmp_path / "m" / "manifest.json", manifest)
     with pytest.raises(files.InputError, match="do not match their hash"):
         checkpoint.load_model(tmp_path / "m")
+    for change, line in (
+        ({"model": None}, "model: found None, wanted a dict"),
+        ({"model_hash": 3}, "model_hash: found 3, wanted a str"),
+        ({"model": {**manifest["model"], "depth": 4}}, "model.depth: found a field that is not known, wanted some of"),
+    ):
+        files.write_json(tmp_path / "m" / "manifest.json", {**manifest, **change})
+        with pytest.raises(files.InputError, match=f"manifest.json: {line}"):
+            checkpoint.load_model(tmp_path / "m")
 
 
 def test_table_bins_and_baselines():

@@ -125,8 +125,7 @@ class Body:
         for label, frame in zip(labels, frames):
             box = tuple(slice(s.start - 1, s.stop + 1) for s in scan.boxes[label])
             mask = scan.labels[box] == label
-            crop_from = scan.ct_from_index.copy()
-            crop_from[:3, 3] += scan.ct_from_index[:3, :3] @ [s.start for s in box]
+            crop_from = scans.part_from_index(scan.ct_from_index, [s.start for s in box])
             parts = [scans.block_average(np.where(mask, a, 0), crop_from, vertebra_mm) for a in (mu[box], bone[box], 1)]
             ct = np.argwhere(mask) @ crop_from[:3, :3].T + crop_from[:3, 3]
             self.extents.append(np.percentile((ct - frame[:3, 3]) @ frame[:3, :3], [1, 99], axis=0))
@@ -156,8 +155,7 @@ class Body:
         first, count = self._slices_in_sight(world_from_ct, intrinsics, camera_from_world, size, margin)
         affines = posture.pull_back(self.spine, smooth, self.ct_from_index, first, count)
         volumes = posture.warp(self._rest, jnp.asarray(affines, jnp.float32), (X + 2 * margin, Y + 2 * margin), margin)
-        ct_from_warped = self.ct_from_index.copy()
-        ct_from_warped[:3, 3] += self.ct_from_index[:3, :3] @ [-margin, -margin, first]
+        ct_from_warped = scans.part_from_index(self.ct_from_index, [-margin, -margin, first])
         voxel_from_camera = np.linalg.inv(camera_from_world @ world_from_ct @ ct_from_warped)[:, :3]
         images = _project(volumes, *_float32(voxel_from_camera, intrinsics), size, step_mm, 1)
         return tuple(np.asarray(image) for image in images)

@@ -14,7 +14,6 @@ from radgs_jax import attenuation
 REFERENCE_KEV = 70.0
 """The energy at which line integrals are kept: that of `radgs_jax.attenuation`."""
 SOFT_TISSUE, BONE = "soft tissue", "bone"
-TISSUES = (SOFT_TISSUE, BONE)
 METALS = ("titanium", "stainless steel", "cobalt-chrome")
 ONLY_SOFT_HU, ONLY_BONE_HU = 100.0, 1000.0
 """Between these a voxel is a mixture: of marrow and soft tissue at the first, and of compact bone at the second."""

@@ -15,6 +15,7 @@ from scipy.spatial.transform import Rotation
 
 from data_pipelines import carm
 from data_pipelines import files
+from data_pipelines import phantom
 from data_pipelines import scan as scans
 from data_pipelines import xray
 from radgs_jax import attenuation
@@ -458,15 +459,16 @@ def test_centroid_files_name_the_same_voxel_along_any_axes(tmp_path, direction):
     scan = scans.Scan("x", labels.astype(np.float32), labels, ct_files.nifti_affine(np.eye(3)))
     points = scans.centroids(scan)
     np.testing.assert_allclose(points[22], scan.ct_from_index[:3] @ [7, 12, 3, 1])
-    scans.write_centroids(tmp_path / "c.json", scan, points, tuple(direction))
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.io_orientation(np.eye(4)), nibabel.orientations.axcodes2ornt(direction)
+    )
+    ct_from_stored = scan.ct_from_index @ nibabel.orientations.inv_ornt_aff(turn, labels.shape)
+    phantom.write_centroids(tmp_path / "c.json", points, ct_from_stored, direction)
     back = scans.read_centroids(tmp_path / "c.json", scan)
     assert set(back) == {21, 22}
     for label, point in points.items():
         np.testing.assert_allclose(back[label], point, atol=2e-3)
     # The numbers are voxels of the map as it would be stored along `direction`.
-    turn = nibabel.orientations.ornt_transform(
-        nibabel.io_orientation(np.eye(4)), nibabel.orientations.axcodes2ornt(direction)
-    )
     stored = np.argwhere(nibabel.apply_orientation(labels, turn) == 22)[0]
     entry = files.read_json(tmp_path / "c.json")[2]
     np.testing.assert_allclose([entry[axis] for axis in "XYZ"], stored, atol=1e-3)

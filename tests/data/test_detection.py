@@ -18,6 +18,7 @@ from data_pipelines import phantom
 from data_pipelines import scan as scans
 from data_pipelines import simulator
 from experiments import detectors
+from experiments import registering
 from radgs_jax import detection
 from radgs_jax.models import detector
 
@@ -210,6 +211,36 @@ def test_rays_of_one_point_meet_and_its_covariance_is_that_of_repeated_measureme
     np.testing.assert_allclose(np.cov(np.array(points).T), covariance, atol=0.12 * np.abs(covariance).max())
     with pytest.raises(ValueError, match="two rays"):
         detection.triangulate(sources[[0, 0]], directions[[0, 0]], mm)
+    with pytest.raises(ValueError, match="meet before their sources"):
+        detection.triangulate(sources[[0, 0]], np.stack([directions[0], moved[0]]), mm)
+
+
+def test_a_start_from_clicked_points_is_the_middle_between_the_rays():
+    """Two skew rays: the middle of their common perpendicular, and half its length as the rms distance."""
+    E = carm.sample_views(np.random.default_rng(4), carm.CArm())
+    views = [cases.View(np.array([900.0, 880.0, 61.0, 50.0]), e, 120, 130) for e in E]
+    clicked = []
+    for point, view in zip(([12.0, -20.0, 33.0], [13.0, -18.0, 34.5]), views):
+        p = view.camera_from_world[:3, :3] @ point + view.camera_from_world[:3, 3]
+        clicked.append(view.intrinsics[:2] * p[:2] / p[2] + view.intrinsics[2:])
+    (a, u), (b, v) = (
+        (-e[:3, :3].T @ e[:3, 3], detection.rays(c[None], views[0].intrinsics, e)[1][0]) for c, e in zip(clicked, E)
+    )
+    s, t, _ = np.linalg.solve(np.stack([u, -v, np.cross(u, v)], 1), b - a)
+    ends = a + s * u, b + t * v
+    frame = carm.matrix(np.radians([5.0, -9.0, 20.0]), [4.0, -60.0, -210.0])
+    vertebra = scans.Vertebra(21, None, None, None, frame, None, None)
+    start, miss = registering.start_from_points(views, clicked, vertebra)
+    np.testing.assert_allclose(start[:3, :3], np.eye(3))
+    np.testing.assert_allclose((start @ frame)[:3, 3], 0.5 * (ends[0] + ends[1]), atol=1e-9)
+    assert miss == pytest.approx(0.5 * np.linalg.norm(ends[0] - ends[1]), rel=1e-9) and miss > 0.5
+    for chosen, pixels, found in (
+        (views[:1], clicked[:1], "a single view"),
+        ([views[0]] * 2, [clicked[0]] * 2, "rays that are parallel or meet in a source"),
+        ([views[0]] * 2, [clicked[0], clicked[0] + 3.0], "rays that are parallel or meet in a source"),
+    ):
+        with pytest.raises(files.InputError, match=f"flags: --points: found {found}, wanted the vertebra's centre"):
+            registering.start_from_points(chosen, pixels, vertebra)
 
 
 def _two_views(levels_seen, sure, rng):
@@ -359,6 +390,21 @@ def test_locate_says_in_one_line_why_there_is_no_answer(tiny_model):
         detectors.locate(model, [image, image], [view, view], 16)
     with pytest.raises(files.InputError, match="that level in two views"):
         detectors.locate(model, [image], [view], 20)
+
+
+def test_one_camera_twice_is_refused_in_one_line(tiny_model, monkeypatch):
+    found, k, E, _ = _two_views([([1, 2, 3], [1, 2, 3])] * 2, (6.0, 6.0), np.random.default_rng(9))
+    model = dataclasses.replace(tiny_model[3], config=detector.DetectorConfig(levels=tuple(range(18, 25))))
+    model = dataclasses.replace(model, chain=dataclasses.replace(model.chain, trained=np.ones(7, bool)))
+    image = np.zeros((56, 56), np.float32)
+    view = cases.View(k[0], E[0], 56, 56)
+    moved = dataclasses.replace(found[0], uv=found[0].uv + 2.0)
+    for second in (found[0], moved):
+        answers = iter((found[0], second))
+        same = detection.Upright(image, image > 0, k[0], E[0], np.eye(2), np.zeros(2))
+        monkeypatch.setattr(detectors, "look", lambda *_: (same, next(answers)))
+        with pytest.raises(files.InputError, match="X-rays: cameras: found rays that are parallel or meet in a source"):
+            detectors.locate(model, [image, image], [view, view], 20)
 
 
 def test_a_start_pose_follows_the_spine_and_leaves_the_twist_to_the_ct():

@@ -92,6 +92,12 @@ def test_numbers_that_could_be_either_are_told_apart_by_their_order(tmp_path):
     np.testing.assert_array_equal(np.unique(found), [0, 20, 21, 22, 23, 24])
 
 
+def test_an_unknown_numbering_is_named(tmp_path):
+    path = _write(tmp_path / "m.nii.gz", *_spine([19, 20, 21]))
+    with pytest.raises(ValueError, match="label_map is 'nnunet', wanted one of verse, totalsegmentator_v1"):
+        segmentation.read_labels(path, "nnunet")
+
+
 def test_a_scan_is_read_with_a_totalsegmentator_map(tmp_path):
     labels, affine = _spine([31, 30, 29])
     mask = _write(tmp_path / "m.nii.gz", labels, affine)
