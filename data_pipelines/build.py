@@ -83,7 +83,7 @@ def simulated_pairs(
       InputError: an unreadable scan, an absent or cut vertebra, or a damaged store.
     """
     names, places = _named(vertebrae, label_map)
-    which = pairs.Simulated(pairs.Vertebrae(names, gaussian_count), int(count), config)
+    which = pairs.OfEach(pairs.Vertebrae(names, gaussian_count), int(count), config)
     # Whole vertebrae in a shard where they fit, so that a process prepares each once.
     shard_size = A_SHARD // which.count * which.count or A_SHARD
     return _pair_set(folder, which, seed, pairs.simulated, ct_count, shard_size, pairs.Archive(places), on_done)
@@ -131,8 +131,8 @@ def _named(vertebrae, label_map=None):
 
 
 def _pair_set(folder, which, seed, make_pair, ct_count, shard_size, archive, on_done):
-    """The `pairs.PairSet` of `which`, a `pairs.Simulated` or `pairs.Measured`, in a folder below `folder`."""
-    ct_pairs = pairs.Moved(which.vertebrae, int(ct_count), which.config)
+    """The `pairs.PairSet` of `which`, a `pairs.OfEach` or `pairs.Measured`, in a folder below `folder`."""
+    ct_pairs = pairs.OfEach(which.vertebrae, int(ct_count), which.config)
     folder = pathlib.Path(folder) / pairs.config_hash(which, ct_count, seed)
     shared = dict(context=archive, on_done=on_done)
     # The vertebrae first: one that is absent or cut is found before hours of simulation.

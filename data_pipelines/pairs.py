@@ -1,6 +1,6 @@
 """Training pairs: X-rays of one vertebra with the truth, simulated from scans or measured at known poses, and their batches.
 
-Pairs and the vertebrae that they show lie in two `pair_store`s (`build` writes them). Both are named by content: a scan is
+Pairs, CT pairs and the vertebrae that both show lie in three `pair_store`s (`build` writes them), named by content: a scan is
 the digest of its files, wherever they lie.
 """
 
@@ -60,20 +60,8 @@ class Vertebrae:
 
 
 @dataclasses.dataclass(frozen=True)
-class Simulated:
-    """Pairs simulated from scans: `count` of each vertebra, one vertebra after the other."""
-
-    vertebrae: Vertebrae
-    count: int
-    config: PairConfig
-
-    def __len__(self):
-        return self.count * len(self.vertebrae.names)
-
-
-@dataclasses.dataclass(frozen=True)
-class Moved:
-    """CT pairs: `count` random poses of each vertebra against its own CT, one vertebra after the other."""
+class OfEach:
+    """Simulated pairs or CT pairs: `count` of each vertebra, one vertebra after the other."""
 
     vertebrae: Vertebrae
     count: int
@@ -165,7 +153,7 @@ def _stance(archive, which, seed, owner, number):
 
 
 def simulated(which, seed, index, archive):
-    """Pair `index` of a `Simulated`, a function of (which, seed, index) and of what the scans hold: ARRAYS and owner.
+    """Pair `index` of an `OfEach`, a function of (which, seed, index) and of what the scans hold: ARRAYS and owner.
 
     Raises:
       InputError: an unreadable scan, an absent or cut vertebra.
@@ -178,7 +166,7 @@ def simulated(which, seed, index, archive):
 
 
 def moved(which, seed, index, archive):
-    """CT pair `index` of a `Moved`: owner and motion (4, 4), which carries the CT to the pose that is to be found, box frame.
+    """CT pair `index` of an `OfEach`: owner and motion (4, 4), which carries the CT to the pose that is to be found, box frame.
 
     Args:
       archive: the `Archive`; a motion needs none of it.

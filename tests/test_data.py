@@ -296,7 +296,7 @@ def test_a_pair_is_a_function_of_seed_and_index(stored, pair_set):
     """Whatever was made before it: the last first, then all of them, against the store that was written in order."""
     subject, ct, mask = stored
     digest = pairs.scan_digest(ct, mask)
-    which = pairs.Simulated(pairs.Vertebrae(((digest, 21), (digest, 22)), 400), 3, tiny.config().pairs)
+    which = pairs.OfEach(pairs.Vertebrae(((digest, 21), (digest, 22)), 400), 3, tiny.config().pairs)
     archive = pairs.Archive({digest: (subject, ct, mask, None)})
     for index in (5, 0, 4, 1):
         pair = pairs.simulated(which, 4, index, archive)
@@ -319,7 +319,7 @@ def test_ct_pairs_are_poses_within_their_ranges(pair_set):
     shift = np.abs(motions[:, :3, 3])
     assert shift.max() < 25.0 and len(np.unique(shift)) == 30
     config = pairs.PairConfig(ct_near=0.0, ct_shift_mm=50.0)
-    which = pairs.Moved(pairs.Vertebrae((("a", 20),), 8), 2000, config)
+    which = pairs.OfEach(pairs.Vertebrae((("a", 20),), 8), 2000, config)
     wide = np.stack([pairs.moved(which, 0, index, None)["motion"] for index in range(2000)])
     np.testing.assert_allclose(np.abs(wide[:, :3, 3]).mean(0), 25.0, rtol=0.06)  # uniform in +-50 mm
     turn = np.degrees(np.linalg.norm(Rotation.from_matrix(wide[:, :3, :3]).as_rotvec(), axis=1))
