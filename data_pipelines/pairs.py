@@ -43,7 +43,7 @@ class PairConfig:
 
     geometry: simulator.Geometry = simulator.Geometry(window=112)
     preset: simulator.Preset = simulator.Preset()
-    poses: int = 2
+    poses: int = 8
     rest_mm: float = 3.0
     vertebra_mm: float = 1.5
     ct_turn_deg: float = 20.0

@@ -24,6 +24,12 @@ CLOUD_VOXEL_MM = 2.5
 """Voxels that Gaussians are fitted to; their own extent is accounted for."""
 BODY_DEPTH = 0.65
 """Of a mask's largest depth: at half of it, the pedicles of a collapsed body still count as body."""
+BODY_MM = 2.0
+"""Voxels of the rest of the body that poses are refined with."""
+PART_MM = 1.0
+"""And of the vertebra."""
+PART_REACH_MM = 130.0
+"""How far along the body rays through a vertebra's window leave its level."""
 GRID_SHAPE = (96, 96, 96)
 """The evaluation grid of the case format: 96^3 at 1 mm in CT axes, centred on the vertebra."""
 
@@ -367,6 +373,34 @@ def coarse_body(array, ct_from_index, spacing_mm):
     repeat = int(round(END_MM / np.linalg.norm(affine[:3, 2])))
     affine[:3, 3] -= affine[:3, 2] * repeat
     return np.pad(array, ((0, 0), (0, 0), (repeat, repeat)), mode="edge"), affine, repeat
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What an X-ray of one vertebra's neighbourhood is made of, for `radgs_jax.refinement`: 1/mm, and affines (4, 4) in mm.
+
+    excess: (X, Y, Z) float16, the vertebra above the muscle that fills its hole; rest: (X', Y', Z') float16, everything else
+    within PART_REACH_MM along the body; box_from_*: from voxel indices to the vertebra's frame.
+    """
+
+    excess: np.ndarray
+    box_from_excess: np.ndarray
+    rest: np.ndarray
+    box_from_rest: np.ndarray
+
+
+def moving_parts(whole, vertebra):
+    """The `Parts` of a `WholeBody` and one `Vertebra` of its scan, in sizes that few vertebrae differ in."""
+    box_from_ct = np.linalg.inv(vertebra.ct_from_box)
+    excess, ct_from_excess = block_average(excess_over_fill(vertebra), vertebra.ct_from_index, PART_MM)
+    rest, grid = whole.without(vertebra), whole.ct_from_index
+    along = np.linalg.norm(grid[:3, 2])
+    middle = _apply(np.linalg.inv(grid), vertebra.ct_from_box[None, :3, 3])[0, 2]
+    first = max(0, int(middle - PART_REACH_MM / along))
+    rest = rest[:, :, first : int(middle + PART_REACH_MM / along) + 2]
+    ct_from_rest = part_from_index(grid, [0, 0, first])
+    arrays = [np.pad(a, [(0, -n % 16) for n in a.shape]).astype(np.float16) for a in (excess, rest)]
+    return Parts(arrays[0], box_from_ct @ ct_from_excess, arrays[1], box_from_ct @ ct_from_rest)
 
 
 def excess_over_fill(vertebra):

@@ -7,6 +7,7 @@ from data_pipelines.pairs import PairConfig
 from data_pipelines.phantom import PhantomConfig
 from data_pipelines.xray import Detector
 from radgs_jax.models.config import ModelConfig
+from radgs_jax.refinement import RefineConfig
 from radgs_jax.training import LossConfig
 
 DATA_STAGES = ("p1", "p2", "p3")
@@ -31,7 +32,7 @@ class Config:
 
     p1_patients, p2_patients: phantoms of the public and of the 'real' stage; labels: VerSe numbers trained on; p2_folds,
     p2_fold: folds by patient and the one held out; patient_labels: the patient's vertebrae prepared in P3; batch: examples a
-    step; passes: of the network, and eval_scenes: acquisitions of each vertebra, in scores.
+    step; passes: of the network, refine: after them, and eval_scenes: acquisitions of each vertebra, in scores.
     """
 
     seed: int = 0
@@ -46,12 +47,13 @@ class Config:
     p2_folds: int = 5
     p2_fold: int = 0
     patient_labels: tuple = (20, 21, 22, 23, 24)
-    p1: StageConfig = StageConfig(pairs=16, ct_pairs=32, steps=(400, 200, 200), learning_rate=2e-3)
-    p2: StageConfig = StageConfig(pairs=2, ct_pairs=16, steps=(40, 20, 80), learning_rate=1e-3)
-    p3: StageConfig = StageConfig(pairs=64, ct_pairs=128, steps=(300, 60, 440), learning_rate=1.5e-3)
-    batch: int = 8
+    p1: StageConfig = StageConfig(pairs=16, ct_pairs=32, steps=(400, 60, 60), learning_rate=2e-3)
+    p2: StageConfig = StageConfig(pairs=2, ct_pairs=16, steps=(40, 20, 40), learning_rate=1e-3)
+    p3: StageConfig = StageConfig(pairs=256, ct_pairs=128, steps=(1000, 40, 160), learning_rate=1.5e-3)
+    batch: int = 16
     checkpoint_seconds: float = 60.0
     passes: int = 5
+    refine: RefineConfig = RefineConfig()
     eval_scenes: int = 2
 
     def stage(self, name):
@@ -60,12 +62,22 @@ class Config:
 
 
 DEMO = Config()
+# What `base/` is made with: the demo's model on more spines and for longer.
+BASE = dataclasses.replace(
+    DEMO,
+    p1_patients=16,
+    p1=StageConfig(pairs=24, ct_pairs=32, steps=(2000, 100, 200), learning_rate=2e-3),
+    p2=StageConfig(pairs=2, ct_pairs=16, steps=(100, 20, 60), learning_rate=1e-3),
+)
 PAPER = Config(
     model=ModelConfig(
         backbone_2d=("resnet50", ()),
         backbone_3d=("resnet50", ()),
         head="anchored",
         gaussians=10000,
+        anchors=1250,
+        matching_heads=4,
+        matching_width=96,
         attention_maps=32,
         counterfactual_draws=4,
         hidden=256,
@@ -93,4 +105,4 @@ PAPER = Config(
     batch=8,
     checkpoint_seconds=600.0,
 )
-PRESETS = {"demo": DEMO, "paper": PAPER}
+PRESETS = {"demo": DEMO, "base": BASE, "paper": PAPER}

@@ -74,8 +74,8 @@ def evaluate(case_file, variant, workdir, passes, picture_folder=None, score_vol
       picture_folder: where to write the files of the first case of each vertebra, or None.
       score_volumes: also score the reconstructions, which takes longer than registering.
     Returns:
-      dict of arrays over cases: start_mm, error_mm, passes_mm (C, passes + 1), runtime_s, cpu_s; 'volumes': name -> score ->
-      (C,); and 'results' for `cases.write_results`.
+      dict of arrays over cases: start_mm, error_mm, passes_mm (C, 1 + passes + levels), runtime_s, cpu_s; 'volumes': name ->
+      score -> (C,); and 'results' for `cases.write_results`.
     Raises:
       InputError: a vertebra that was not prepared or has no points, unreadable X-rays, or a scene without its true pose.
     """
@@ -92,8 +92,7 @@ def evaluate(case_file, variant, workdir, passes, picture_folder=None, score_vol
         for one in _registered(case_file, case_file.cases, variant, passes, prepare):
             start, outcome = one.case.world_from_ct, one.outcome
             passes_mm.append([metrics.mtre(points[one.scene.volume], T, one.truth) for T in outcome.trajectory])
-            times = {"runtime_s": outcome.runtime_s, "cpu_s": outcome.cpu_s}
-            results.append({"id": one.case.name, "T": outcome.world_from_ct.tolist(), **times})
+            results.append({"id": one.case.name, **registering.answer(outcome)})
             if score_volumes:
                 for name, scores in _volume_scores(outcome, one.prepared, start, one.truth).items():
                     for score, value in scores.items():
@@ -169,11 +168,11 @@ def report(case_file, variant, workdir, passes, out, score_volumes=True):
     )
 
 
-def held_out(model, case_file, names, variant, passes):
+def held_out(model, case_file, names, variant, passes, refine):
     """Start and final mTRE, mm, (C,) each, of a model that was not prepared for the patients, on the scenes `names`.
 
     Args:
-      model: `checkpoint.Model`; case_file: `cases.CaseFile` with truth; passes: network passes.
+      model: `checkpoint.Model`; case_file: `cases.CaseFile` with truth; passes: of the network; refine: `refinement.RefineConfig`.
     Raises:
       InputError: an unreadable scan or X-ray, an absent or cut vertebra, a scene without its true pose.
     """
@@ -181,7 +180,9 @@ def held_out(model, case_file, names, variant, passes):
     def prepare(volume):
         scan = scans.read_scan(volume.full_ct, volume.full_mask, volume.patient)
         vertebra = scans.extract(scan, volume.full_label, model.config.gaussians, volume.full_mask)
-        return patients.Prepared(model, vertebra, patients.fine_cloud(vertebra))
+        parts = patients.refinement_parts(scans.moving_parts(scans.WholeBody(scan, scans.BODY_MM), vertebra))
+        bare = patients.bare_parts(parts, vertebra)
+        return patients.Prepared(model, vertebra, patients.fine_cloud(vertebra), parts, bare, refine, None)
 
     chosen = [case for case in case_file.cases if case.scene in names]
     errors = [

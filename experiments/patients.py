@@ -1,7 +1,8 @@
 """Prepared patients: data stage P3 on one scan, and the folder that `prepare` writes and `register` reads.
 
 A workdir W holds `manifest.json` with the hashes of everything its contents were made from, and per patient (one scan) the
-model, per vertebra what registering needs of the CT, and, where it was asked for, the vertebra detector.
+model, the base's calibration, per vertebra what registering needs of the CT, and, where it was asked for, the vertebra
+detector.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import functools
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines import build
@@ -19,10 +21,15 @@ from experiments import checkpoint
 from experiments import detectors
 from experiments import progress
 from experiments import stages
+from radgs_jax import confidence
 from radgs_jax import gaussians
+from radgs_jax import refinement
 from radgs_jax import training
 
-FORMAT = "radgs-workdir/1"
+FORMAT = "radgs-workdir/2"
+CALIBRATION = "calibration.json"
+REFINE = "refine.json"
+PARTS = tuple(field.name for field in dataclasses.fields(scans.Parts))
 FINE_GAUSSIANS = 4096
 
 
@@ -42,11 +49,20 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A vertebra as `register` needs it: the patient's model, the vertebra, and its finer Gaussians (M,), box frame."""
+    """A vertebra as `register` needs it.
+
+    model: the patient's; vertebra; fine_cloud: its finer Gaussians (M,), box frame; parts: `refinement.Parts`; bare: the same of
+    the vertebra with nothing round it; refine: how they are refined with; calibration: `confidence.Calibration` of that, None
+    where the base has none: then nothing is judged.
+    """
 
     model: checkpoint.Model
     vertebra: scans.Vertebra
     fine_cloud: gaussians.Gaussians
+    parts: refinement.Parts
+    bare: refinement.Parts
+    refine: refinement.RefineConfig
+    calibration: confidence.Calibration | None
 
 
 class Identity:
@@ -70,6 +86,7 @@ def prepare(
     modules=training.MODULES,
     detector=None,
     adapting=detectors.PATIENT,
+    calibration=None,
 ):
     """Prepares every target: one network per scan for all its vertebrae, from the model in folder `base`.
 
@@ -81,6 +98,7 @@ def prepare(
       modules: module stages to run; the model is written after the last one, 'joint'.
       detector: file of the vertebra detector to adapt to each scan, None for none; adapting: `detectors.TrainConfig` of
         that, which `minutes` does not bound.
+      calibration: `confidence.Calibration` of config.refine, None for poses that nobody judges.
     Raises:
       InputError: unreadable input, an absent or cut vertebra, one that the detector does not know, a base or detector that is
         none, or a workdir made from other inputs.
@@ -95,7 +113,7 @@ def prepare(
         "format": FORMAT,
         "base": checkpoint.model_hash(model),
         "config": pairs.config_hash(
-            config.seed, config.p3, config.pairs, config.losses, model.config, config.batch, minutes
+            config.seed, config.p3, config.pairs, config.losses, model.config, config.batch, config.refine, minutes
         ),
         "scans": {digest: sorted(group) for digest, group in groups.items()},
     }
@@ -112,6 +130,9 @@ def prepare(
     vertebrae = {digest: _extract(group.values(), model.config.gaussians) for digest, group in missing.items()}
     _claim(workdir, document)
     for digest, group in missing.items():
+        files.write_json(workdir / digest / REFINE, dataclasses.asdict(config.refine))
+        if calibration is not None:
+            files.write_json(workdir / digest / CALIBRATION, dataclasses.asdict(calibration))
         _prepare_scan(config, workdir / digest, list(group.values()), vertebrae[digest], model, minutes, modules)
     if detector is None:
         return
@@ -122,9 +143,52 @@ def prepare(
 
 
 def _extract(targets, gaussian_count):
+    """(`scan.Vertebra`, `scan.Parts`) of each target."""
     first = next(iter(targets))
     scan = scans.read_scan(first.ct, first.mask, first.patient, first.labels)
-    return [scans.extract(scan, target.label, gaussian_count, target.mask) for target in targets]
+    vertebrae = [scans.extract(scan, target.label, gaussian_count, target.mask) for target in targets]
+    whole = scans.WholeBody(scan, scans.BODY_MM)
+    return [(vertebra, scans.moving_parts(whole, vertebra)) for vertebra in vertebrae]
+
+
+def bare_parts(parts, vertebra):
+    """`refinement.Parts` of a `scan.Vertebra` in air, in the shapes of its `parts`."""
+    alone, _ = scans.block_average(vertebra.density, vertebra.ct_from_index, scans.PART_MM)
+    padded = np.pad(alone, [(0, n - m) for n, m in zip(parts.excess.shape, alone.shape)])
+    return parts.replace(excess=jnp.asarray(padded, jnp.float32), rest=jnp.zeros_like(parts.rest))
+
+
+def read_refine(path):
+    """The `refinement.RefineConfig` of a JSON file.
+
+    Raises:
+      InputError: no such file, or other fields.
+    """
+    value = files.read_json(path)
+    try:
+        levels = tuple(refinement.Level(**level) for level in value["levels"])
+        return refinement.RefineConfig(**{**value, "levels": levels})
+    except (KeyError, TypeError) as error:
+        files.fail(path, "fields", str(error)[:80], "those of a refinement that `experiments.prepare` wrote")
+
+
+def read_calibration(path):
+    """The `confidence.Calibration` of a JSON file, None where there is none.
+
+    Raises:
+      InputError: fields that are missing or no numbers.
+    """
+    if not path.exists():
+        return None
+    value = files.read_json(path)
+    wanted = {"chance": len(confidence.FEATURES) + 1, "threshold": 0, "size": 4, "radius": 0}
+    for field, count in wanted.items():
+        found = value.get(field) if isinstance(value, dict) else None
+        numbers = found if count else [found]
+        good = isinstance(numbers, list) and all(type(v) in (int, float) for v in numbers)
+        if not good or (count and len(numbers) != count):
+            files.fail(path, field, repr(found)[:60], f"{count} numbers" if count else "a number")
+    return confidence.Calibration(tuple(value["chance"]), value["threshold"], tuple(value["size"]), value["radius"])
 
 
 def _claim(workdir, document):
@@ -150,8 +214,8 @@ def _claim(workdir, document):
 
 def _prepare_scan(config, folder, targets, vertebrae, model, minutes, modules):
     first = targets[0]
-    for vertebra in vertebrae:
-        save_vertebra(folder / f"vertebra_{vertebra.label}.npz", vertebra)
+    for vertebra, parts in vertebrae:
+        save_vertebra(folder / f"vertebra_{vertebra.label}.npz", vertebra, parts)
     labels = [target.label for target in targets]
     with progress.bar(len(labels) * (1 + config.p3.pairs + config.p3.ct_pairs), "p3 pairs") as bar:
         pair_set = build.simulated_pairs(
@@ -189,8 +253,8 @@ def fine_cloud(vertebra):
     return gaussians.from_density(vertebra.density, box_from_index, FINE_GAUSSIANS)
 
 
-def save_vertebra(path, vertebra):
-    """Writes what registering needs of a `scan.Vertebra` as an npz, atomically; `load` reads it."""
+def save_vertebra(path, vertebra, parts):
+    """Writes what registering needs of a `scan.Vertebra` and its `scan.Parts` as an npz, atomically; `load` reads it."""
     files.write_npz(
         path,
         density=vertebra.density,
@@ -200,7 +264,14 @@ def save_vertebra(path, vertebra):
         points=vertebra.points,
         **{f"cloud_{k}": v for k, v in gaussians.to_arrays(vertebra.cloud).items()},
         **{f"fine_{k}": v for k, v in gaussians.to_arrays(fine_cloud(vertebra)).items()},
+        **dataclasses.asdict(parts),
     )
+
+
+def refinement_parts(parts):
+    """`refinement.Parts` on the device, of a `scan.Parts` or of a mapping with its fields."""
+    values = parts if isinstance(parts, dict) else dataclasses.asdict(parts)
+    return refinement.Parts(**{name: jnp.asarray(values[name], jnp.float32) for name in PARTS})
 
 
 def _manifest(workdir):
@@ -266,7 +337,7 @@ def load(workdir, target, identity):
     cloud = ("format", "density", "mean", "scale", "quaternion")
     stored = (f"{prefix}_{k}" for prefix in ("cloud", "fine") for k in cloud)
     path = folder / f"vertebra_{target.label}.npz"
-    a = files.read_npz(path, *names, *stored)
+    a = files.read_npz(path, *names, *stored, *PARTS)
     for field in ("cloud_format", "fine_format"):
         if str(a[field]) != gaussians.FORMAT:
             files.fail(path, field, repr(str(a[field])), repr(gaussians.FORMAT))
@@ -280,4 +351,8 @@ def load(workdir, target, identity):
         coarse,
         a["points"],
     )
-    return Prepared(checkpoint.load_model(folder / "model"), vertebra, fine)
+    model, calibration = checkpoint.load_model(folder / "model"), read_calibration(folder / CALIBRATION)
+    parts = refinement_parts(a)
+    return Prepared(
+        model, vertebra, fine, parts, bare_parts(parts, vertebra), read_refine(folder / REFINE), calibration
+    )

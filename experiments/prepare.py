@@ -102,6 +102,7 @@ def main():
         BASE.value,
         MINUTES.value,
         detector=generic_detector(chosen),
+        calibration=patients.read_calibration(pathlib.Path(BASE.value) / patients.CALIBRATION),
     )
     print(f"prepared: {WORKDIR.value}")
 

@@ -49,6 +49,7 @@ MIRRORED = flags.DEFINE_bool("mirrored", False, "X-rays and cameras show the mir
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder that `experiments.prepare` made.", required=True)
 OUT = flags.DEFINE_string("out", None, "New folder for the results.", required=True)
 PASSES = flags.DEFINE_integer("passes", configs.DEMO.passes, "Passes of the network.", lower_bound=1, upper_bound=50)
+REFINE = flags.DEFINE_bool("refine", True, "Refine the network's pose against the X-rays themselves.")
 PICTURES = flags.DEFINE_bool("pictures", True, "Write pictures, volumes and transforms per case, besides results.json.")
 
 
@@ -163,17 +164,10 @@ def main():
             ready = prepared[identity.scan(target), target.label]
             sizes = tuple(image.shape for image in images)
             if sizes not in warm:  # compiles once per image size, so that the times below are those of a warm program
-                registering.register(ready, views, images, start, PASSES.value, valid)
+                registering.register(ready, views, images, start, PASSES.value, valid, REFINE.value)
                 warm.add(sizes)
-            outcome = registering.register(ready, views, images, start, PASSES.value, valid)
-            results.append(
-                {
-                    "id": name,
-                    "T": outcome.world_from_ct.tolist(),
-                    "runtime_s": outcome.runtime_s,
-                    "cpu_s": outcome.cpu_s,
-                }
-            )
+            outcome = registering.register(ready, views, images, start, PASSES.value, valid, REFINE.value)
+            results.append({"id": name, **registering.answer(outcome)})
             if PICTURES.value:
                 registering.write(partial, name, outcome, ready, views, images, start, truth)
             bar.update()

@@ -1,6 +1,7 @@
 """Registers one case with a prepared vertebra, and writes everything a case leaves behind."""
 
 import dataclasses
+import functools
 import pathlib
 import time
 
@@ -8,15 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data_pipelines import carm
 from data_pipelines import files
 from data_pipelines import pairs
 from data_pipelines import scan as scans
 from experiments import detectors
 from experiments import pictures
+from radgs_jax import confidence
 from radgs_jax import detection
 from radgs_jax import gaussians
 from radgs_jax import grid
+from radgs_jax import refinement
+from radgs_jax import rigid
 from radgs_jax import training
+from radgs_jax.models import matching
 from radgs_jax.models import recm
 
 PROGRAM = "radgs_jax"
@@ -24,10 +30,25 @@ POSE_BLUR_MM = 1.0
 """Blur of a reported reconstruction: two views do not say more about where its edges are."""
 
 
+BARE = 0.3
+"""Median line integral below which an X-ray shows a bone in air: behind a body it is above 1."""
+WIDE_MM = (-24.0, -12.0, 0.0, 12.0, 24.0)
+"""Where an answer is not trusted, further starts lie so far along the spine: up to the neighbours' places and between."""
+WIDE_KEEP = 3
+"""Of those, so many go on from the coarsest level."""
+DEFORMATION_MM = 0.5
+"""What a bone may differ from its CT by: of the rest of what the views say, registration is the reason."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """world_from_ct: (4, 4) estimate, float64; trajectory: (passes + 1, 4, 4) world_from_ct; reconstruction: Gaussians in the
-    world frame (effect branch); xrays, intrinsics, camera_from_world: the last crops; attention: (V, h, w); times in s."""
+    """What registering a case gives.
+
+    world_from_ct: (4, 4) estimate, float64; trajectory: (1 + passes + levels, 4, 4) world_from_ct, the start first, then after
+    each pass of the network and each level of the refinement; reconstruction: Gaussians in the world frame (effect branch);
+    xrays, intrinsics, camera_from_world, attention (V, h, w): of the last crops; refined: `refinement.Refined` in numpy, None
+    without refinement; confidence: `confidence.Confidence`, None without refinement or calibration; times in s.
+    """
 
     world_from_ct: np.ndarray
     trajectory: np.ndarray
@@ -36,43 +57,46 @@ class Outcome:
     intrinsics: np.ndarray
     camera_from_world: np.ndarray
     attention: np.ndarray
+    refined: refinement.Refined | None
+    confidence: confidence.Confidence | None
     runtime_s: float
     cpu_s: float
 
 
-def register(prepared, views, images, start_world_from_ct, passes, valid=None):
+def register(prepared, views, images, start_world_from_ct, passes, valid=None, refine=True, withheld=None):
     """Registers one case: nothing enters but the prepared vertebra, X-rays, cameras and the start pose.
 
     Args:
       prepared: `patients.Prepared`; views: `cases.View`s; images: (H_v, W_v) line integrals; start_world_from_ct: (4, 4).
       valid: (H_v, W_v) bool, the pixels that count; None: all.
+      refine: False for the network's passes alone.
+      withheld: Gaussians (N,), box frame, that stand in for the CT's in the reconstruction, to see what X-rays alone give.
     Returns:
       `Outcome`.
     """
     wall, cpu = time.perf_counter(), time.process_time()
     vertebra, config = prepared.vertebra, prepared.model.config
     valid = [np.ones(image.shape, bool) for image in images] if valid is None else valid
-    small, inside, intrinsics, extrinsics = pairs.binned_views(views, images, valid, config.pixel_mm)
+    extrinsics = np.stack([view.camera_from_world for view in views])
+    seen = _at_resolution(views, images, valid, config.pixel_mm)
     start = start_world_from_ct @ vertebra.ct_from_box
-    result = jax.device_get(
-        training.register(
-            prepared.model.params,
-            config,
-            [jnp.asarray(i, jnp.float32) for i in small],
-            [jnp.asarray(i) for i in inside],
-            jnp.asarray(intrinsics, jnp.float32),
-            jnp.asarray(extrinsics, jnp.float32),
-            jnp.asarray(start, jnp.float32),
-            prepared.vertebra.cloud,
-            passes,
-        )
-    )
+    result = _network(prepared, seen, extrinsics, start, vertebra.cloud, passes)
+    boxes, refined = list(result.trajectory[1:]), None
+    judged = None
+    if refine:
+        refined, judged = _refine_until_trusted(prepared, views, images, valid, result.world_from_box, start)
+        boxes += list(refined.trajectory)
     box_from_ct = np.linalg.inv(vertebra.ct_from_box)
-    poses = [start_world_from_ct, *(_rigid(T) @ box_from_ct for T in result.trajectory[1:].astype(np.float64))]
-    anchored = jax.tree.map(lambda a: a[0], result.reconstruction.effect)
-    if config.head == "anchored":
-        anchored = _carry_detail(anchored, vertebra.cloud, prepared.fine_cloud)
-    reconstruction = jax.block_until_ready(gaussians.move(anchored, jnp.asarray(result.trajectory[-2])))
+    poses = [start_world_from_ct, *(_rigid(T) @ box_from_ct for T in np.asarray(boxes, np.float64))]
+    if refine or withheld is not None:
+        cloud = vertebra.cloud if withheld is None else withheld
+        result = _network(prepared, seen, extrinsics, boxes[-1], cloud, 1)
+    box = jnp.asarray(result.trajectory[-2])
+    effect = jax.tree.map(lambda a: a[0], result.reconstruction.effect)
+    if withheld is None and config.head == "anchored":
+        matches = result.reconstruction.matches
+        effect = _as_bone(effect, vertebra.cloud, prepared.fine_cloud, matches, refine)
+    reconstruction = jax.block_until_ready(gaussians.move(effect, box))
     runtime, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return Outcome(
         poses[-1],
@@ -82,14 +106,105 @@ def register(prepared, views, images, start_world_from_ct, passes, valid=None):
         result.intrinsics,
         extrinsics,
         result.reconstruction.attention[0].mean(-1),
+        refined,
+        judged,
         runtime,
         cpu,
     )
 
 
-@jax.jit
-def _carry_detail(reconstruction, anchors, fine):
-    return gaussians.blur(recm.carry_detail(reconstruction, anchors, fine), POSE_BLUR_MM)
+def answer(outcome):
+    """What the result format says of an `Outcome`, but for the case's id."""
+    found = {"T": outcome.world_from_ct.tolist(), "runtime_s": outcome.runtime_s, "cpu_s": outcome.cpu_s}
+    if outcome.confidence is not None:
+        judged = outcome.confidence
+        found |= {"accepted": judged.accepted, "uncertainty_mm": judged.uncertainty_mm}
+        found["covariance"] = judged.covariance.tolist()
+    return found
+
+
+def _at_resolution(views, images, valid, pixel_mm):
+    small, inside, intrinsics, _ = pairs.binned_views(views, images, valid, pixel_mm)
+    return refinement.Views(
+        [jnp.asarray(i, jnp.float32) for i in small],
+        [jnp.asarray(i) for i in inside],
+        jnp.asarray(intrinsics, jnp.float32),
+    )
+
+
+def _network(prepared, seen, extrinsics, world_from_box, cloud, passes):
+    return jax.device_get(
+        training.register(
+            prepared.model.params,
+            prepared.model.config,
+            seen.images,
+            seen.valid,
+            seen.intrinsics,
+            jnp.asarray(extrinsics, jnp.float32),
+            jnp.asarray(world_from_box, jnp.float32),
+            cloud,
+            passes,
+        )
+    )
+
+
+_refine = jax.jit(refinement.refine, static_argnames="config")
+
+
+def refine_pose(parts, views, images, valid, starts, config):
+    """`refinement.refine` from several starts; numpy.
+
+    Args:
+      parts: `refinement.Parts`; views, images, valid: as in `register`; starts: K poses (4, 4) of the vertebra's box.
+      config: `refinement.RefineConfig`.
+    """
+    pyramid = [_at_resolution(views, images, valid, level.pixel_mm) for level in config.levels]
+    cameras = jnp.asarray(np.stack([view.camera_from_world for view in views]), jnp.float32)
+    return jax.device_get(_refine(parts, pyramid, cameras, jnp.asarray(np.stack(starts), jnp.float32), config))
+
+
+def judge(refined, vertebra, calibration):
+    """`confidence.Confidence` in a refined pose of a `scan.Vertebra`; None without a calibration."""
+    if calibration is None:
+        return None
+    centred = (vertebra.points - vertebra.ct_from_box[:3, 3]) @ vertebra.ct_from_box[:3, :3]
+    return confidence.judge(refined, centred @ refined.world_from_box[:3, :3].T, calibration)
+
+
+def _refine_until_trusted(prepared, views, images, valid, estimate, start):
+    """`refinement.Refined` and `confidence.Confidence` of a network's pose, with a wider search where that is not trusted."""
+    bare = max(np.median(image[v]) if v.any() else np.inf for image, v in zip(images, valid)) < BARE
+    arguments, config = (prepared.bare if bare else prepared.parts, views, images, valid), prepared.refine
+    refined = refine_pose(*arguments, [estimate, start], config)
+    judged = judge(refined, prepared.vertebra, prepared.calibration)
+    if judged is None or judged.accepted:
+        return refined, judged
+    first, *others = config.levels
+    wide = dataclasses.replace(config, levels=(dataclasses.replace(first, keep=WIDE_KEEP), *others))
+    shifts = [carm.matrix([0.0, 0.0, 0.0], [0.0, 0.0, along]) for along in WIDE_MM]
+    again = refine_pose(*arguments, [pose @ shift for pose in (estimate, start) for shift in shifts], wide)
+    judged_again = judge(again, prepared.vertebra, prepared.calibration)
+    return (again, judged_again) if judged_again.chance > judged.chance else (refined, judged)
+
+
+@functools.partial(jax.jit, static_argnames="registered")
+def _as_bone(effect, anchors, fine, matches, registered):
+    """The reconstruction in fine Gaussians (M,) of a bone that is its CT's but for `DEFORMATION_MM`.
+
+    Where the pose has been refined, the rigid part of what the matches say is the network's error, not the bone's place.
+    """
+    motion, _ = matching.align(matches)
+    motion = motion[0]
+    # Each match's part beyond the rigid motion, drawn back as far as it is less certain than that the bone is its CT.
+    beyond = matches.target[0] - rigid.apply(motion, matches.source[0])
+    known = matches.information[0]
+    inverse = jnp.linalg.inv(known + DEFORMATION_MM**-2 * jnp.eye(3))
+    own = rigid.apply_rotation(inverse, rigid.apply_rotation(known, beyond))
+    inner = jnp.eye(4) if registered else motion
+    chosen = jax.tree.map(lambda a: a[0], matching.subset(jax.tree.map(lambda a: a[None], anchors), len(own)))
+    bone = gaussians.move(chosen, inner)
+    bone = bone.replace(mean=bone.mean + own)
+    return gaussians.blur(recm.carry_detail(bone, chosen, fine), POSE_BLUR_MM)
 
 
 def _rigid(T):
@@ -144,6 +259,7 @@ def write(folder, name, outcome, prepared, views, images, start_world_from_ct, t
             "world_from_ct": outcome.world_from_ct.tolist(),
             "start_world_from_ct": np.asarray(start_world_from_ct).tolist(),
             "passes_world_from_ct": outcome.trajectory.tolist(),
+            **{k: v for k, v in answer(outcome).items() if k in ("accepted", "uncertainty_mm", "covariance")},
             "units": "mm",
             "frames": "CT: RAS+ mm; world: the C-arm's",
         },

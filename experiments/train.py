@@ -138,7 +138,7 @@ def p2(config, workdir, modules, case_path=None, variant="real"):
         trained = dataclasses.replace(model, params=jax.device_get(params))
         outside = [s.name for s in case_file.scenes.values() if s.name not in names]
         if outside:
-            start, error = evaluate.held_out(trained, case_file, outside, variant, config.passes)
+            start, error = evaluate.held_out(trained, case_file, outside, variant, config.passes, config.refine)
             fold_scores = {"start_mm": start.tolist(), "error_mm": error.tolist(), "variant": variant}
             files.write_json(workdir / "p2" / f"fold_{config.p2_fold}.json", fold_scores)
             medians = f"median mTRE {np.median(start):.2f} -> {np.median(error):.2f} mm"
@@ -157,7 +157,9 @@ def p3(config, workdir, modules):
     """
     subject, ct, mask = _phantom_scans(config, workdir, PATIENT_SEED, 1, "patient")[0]
     targets = [patients.Target(subject, ct, mask, label) for label in config.patient_labels]
-    patients.prepare(config, workdir / "p3", targets, workdir / "p2" / "model", modules=modules)
+    calibration = patients.read_calibration(cli.REPOSITORY / "base" / patients.CALIBRATION)
+    base = workdir / "p2" / "model"
+    patients.prepare(config, workdir / "p3", targets, base, modules=modules, calibration=calibration)
     return subject, ct, mask
 
 
@@ -178,7 +180,12 @@ def score(config, workdir, subject, ct, mask):
     texts = []
     for variant in ("artic", "real"):
         text, times = evaluate.report(
-            case_file, variant, workdir / "p3", config.passes, workdir / "eval", score_volumes=variant == "real"
+            case_file,
+            variant,
+            workdir / "p3",
+            config.passes,
+            workdir / "eval",
+            score_volumes=variant == "real",
         )
         texts.append(text)
         print(times)

@@ -60,3 +60,22 @@ def box_blur(image, radius):
     padded = jnp.pad(image, [(0, 0)] * (image.ndim - 2) + [(radius, radius)] * 2, mode="edge")
     window = (1,) * (image.ndim - 2) + (size, size)
     return jax.lax.reduce_window(padded, 0.0, jax.lax.add, window, (1,) * image.ndim, "VALID") / size**2
+
+
+def window(image, valid, intrinsics, camera_from_box, size):
+    """The size x size window of a view round the projection of the box's origin, at whole pixels; repeated edges beyond it.
+
+    Args:
+      image, valid: (H, W); intrinsics: (4,); camera_from_box: (4, 4).
+    Returns:
+      window (size, size), where it is valid (nowhere beyond the image), and its exact intrinsics (4,).
+    """
+    origin = project_camera(intrinsics, camera_from_box[None, :3, 3])[0]
+    corner = jnp.round(origin).astype(jnp.int32) - size // 2
+    height, width = image.shape
+    corner = jnp.clip(corner, -size, jnp.asarray([width, height]))
+    rows, columns = corner[1] + jnp.arange(size), corner[0] + jnp.arange(size)
+    inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
+    rows, columns = jnp.clip(rows, 0, height - 1), jnp.clip(columns, 0, width - 1)
+    shift = jnp.concatenate([jnp.zeros(2), corner.astype(intrinsics.dtype)])
+    return image[rows][:, columns], valid[rows][:, columns] & inside, intrinsics - shift

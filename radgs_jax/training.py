@@ -15,9 +15,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from radgs_jax import augment
+from radgs_jax import camera
 from radgs_jax import gaussians
 from radgs_jax import losses
 from radgs_jax import rigid
+from radgs_jax.models import matching
 from radgs_jax.models import radgs_reg
 from radgs_jax.models import recm
 from radgs_jax.models import regm
@@ -33,13 +35,19 @@ class LossConfig:
 
     points (1/mm): mean distance of every Gaussian from where the true pose puts it. It stands where the authors' code has
     a Chamfer distance to a fitted cloud; here the correspondence is known. volume (mm): L1 of the voxelised densities.
+    matches: negative log-likelihood (Laplace) of where each view sees each anchor, which makes its precision true.
+    pose (1/mm): geodesic distance of the matches' motion in closed form, less where the start is far.
+    attention: minus log share of the attention that lies on the vertebra.
     """
 
     ssim: float = 0.2
     tv: float = 0.05
     geodesic: float = 0.02
-    points: float = 0.1
+    points: float = 0.05
     volume: float = 30.0
+    matches: float = 0.3
+    pose: float = 0.3
+    attention: float = 0.05
 
 
 @flax.struct.dataclass
@@ -105,7 +113,7 @@ def make_example(key, batch, config, strength=1.0):
     camera_from_box = rigid.matmul(batch.camera_from_world, world_from_start[:, None])
 
     def crop(image, valid, k, E):
-        return radgs_reg.crop_view(image, valid, k, E, config.crop_px)
+        return camera.window(image, valid, k, E, config.crop_px)
 
     crop = jax.vmap(jax.vmap(crop))
     measured, valid, intrinsics = crop(batch.measured, batch.valid, batch.intrinsics, camera_from_box)
@@ -165,12 +173,34 @@ def reconstruction_loss(reconstruction, example, config, weights):
 
     effect_points, volume_l1 = points(effect), losses.l1(volume, true_volume)
     loss = eq2 + weights.points * (effect_points + points(factual)) + weights.volume * volume_l1
-    return loss, {
-        "eq2": eq2,
-        "image_l1": losses.l1(image, target),
-        "points_mm": effect_points,
-        "volume_l1": volume_l1,
-    }
+    parts = {"eq2": eq2, "image_l1": losses.l1(image, target), "points_mm": effect_points, "volume_l1": volume_l1}
+    inside = attention_inside(reconstruction.attention, example)
+    loss, parts["attention_inside"] = loss - weights.attention * jnp.mean(jnp.log(inside + 1e-3)), jnp.mean(inside)
+    if reconstruction.matches is not None:
+        likelihood, pose, parts["match_mm"] = _match_losses(reconstruction, example)
+        loss = loss + weights.matches * likelihood + weights.pose * pose
+    return loss, parts
+
+
+def attention_inside(maps, example):
+    """Share (B, V) of the attention (B, V, h, w, M) that lies on the vertebra where it truly is, by its projection."""
+    level = jnp.mean(maps, -1)
+    silhouette = jax.image.resize((example.target > 0.02).astype(level.dtype), level.shape, "linear")
+    return jnp.sum(level * silhouette, (-2, -1)) / (jnp.sum(level, (-2, -1)) + 1e-6)
+
+
+def _match_losses(reconstruction, example):
+    """Likelihood of the views' shifts, distance of the motion that follows from them, mean error of the shifts in mm."""
+    source = reconstruction.matches.source
+    moved = rigid.apply(example.motion, source) - source
+    true_shift = rigid.apply_rotation(reconstruction.rotation[:, :, None], moved[:, None])[..., :2]
+    miss = jnp.sqrt((reconstruction.shift - true_shift) ** 2 + 1e-3)
+    scale = jnp.exp(-0.5 * reconstruction.log_precision)
+    likelihood = jnp.mean(jnp.sum(miss / scale + jnp.log(scale), -1))
+    motion, _ = matching.align(reconstruction.matches)
+    start = rigid.distance(jnp.eye(4), example.motion, jnp.zeros(3))
+    pose = jnp.mean(rigid.distance(motion, example.motion, jnp.zeros(3)) / jnp.sqrt(1.0 + 0.15 * start))
+    return likelihood, pose, jnp.mean(miss)
 
 
 def registration_loss(motion, true_motion, cloud, reconstruction, config, weights):
@@ -198,13 +228,15 @@ def loss(params, key, batch, module, config, weights, strength):
     key_example, key_draws = jax.random.split(key)
     if module == "reg":
         imperfect = augment.imperfect(key_draws, gaussians.move(batch.cloud, batch.motion))
-        estimate = regm.estimate(params["regm"], config, imperfect, batch.cloud)
+        matches = regm.matches_of(imperfect, batch.cloud, config) if config.head == "anchored" else None
+        estimate, _ = regm.estimate(params["regm"], config, imperfect, matches, batch.cloud)
         return registration_loss(estimate, batch.motion, batch.cloud, imperfect, config, weights)
     example = make_example(key_example, batch, config, strength)
     reconstruction = reconstruct(params["recm"], config, example, key_draws)
     value, parts = reconstruction_loss(reconstruction, example, config, weights)
     if module == "joint":
-        estimate = regm.estimate(params["regm"], config, reconstruction.effect, example.cloud)
+        seen = reconstruction.effect, reconstruction.matches
+        estimate, _ = regm.estimate(params["regm"], config, *seen, example.cloud)
         registration, more = registration_loss(
             estimate, example.motion, example.cloud, reconstruction.effect, config, weights
         )

@@ -328,6 +328,32 @@ def test_drr_gradients_of_every_ray(implementation, step_mm):
     assert_gradients_close(gradients, wanted)
 
 
+@_over(drr_api.PER_RAY)
+def test_drr_and_motion(implementation):
+    """Every pixel's derivative to a turn about the source and a shift of the volume, by the oracle in float64."""
+    arrays = _single(_smooth_volume(), _voxel_from_camera(), DRR_CAMERAS)
+    with jax.enable_x64(True):
+        volume, affine, k = (jnp.asarray(a, jnp.float64) for a in arrays)
+
+        def moved(twist):
+            w, t = twist[:3], twist[3:]
+            inverse = jnp.eye(3) + jnp.cross(jnp.eye(3), w[None]).T  # of a small turn: x + x x w
+            linear = affine[:, :, :3] @ inverse
+            shifted = affine[:, :, 3] - jnp.einsum("bij,j->bi", linear, t)
+            return ORACLES["drr"](volume, jnp.concatenate([linear, shifted[..., None]], -1), k, DRR_SIZE)
+
+        wanted_image, wanted = moved(jnp.zeros(6)), np.asarray(jax.jacfwd(moved)(jnp.zeros(6)))
+    try:
+        run = functools.partial(drr_api.drr_and_motion, height=14, width=18, implementation=implementation)
+        image, motion = jax.jit(run)(*arrays)
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    assert _relative(image, np.asarray(wanted_image)) < IMAGE_TOLERANCE
+    assert_gradients_close([motion], [wanted], 1e-4, 1e-4)
+    gradient = jax.grad(lambda volume: jnp.sum(drr_api.drr_and_motion(volume, *arrays[1:], 14, 18)[1]))(arrays[0])
+    assert not np.any(gradient)  # said not to be differentiable, and quiet about it
+
+
 @_over(drr_api.FORWARD)
 def test_drr_follows_its_step(implementation):
     arrays = _single(_smooth_volume(), _voxel_from_camera(), DRR_CAMERAS)

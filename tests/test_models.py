@@ -14,6 +14,7 @@ import tiny
 
 from experiments import configs
 from radgs_jax import augment
+from radgs_jax import camera
 from radgs_jax import gaussians
 from radgs_jax import losses
 from radgs_jax import rigid
@@ -21,6 +22,7 @@ from radgs_jax import sharding
 from radgs_jax import training
 from radgs_jax.models import attention
 from radgs_jax.models import backbones
+from radgs_jax.models import matching
 from radgs_jax.models import radgs_reg
 from radgs_jax.models import recm
 from radgs_jax.models import regm
@@ -111,41 +113,53 @@ def test_zero_logits_give_the_anchors_back():
         np.testing.assert_allclose(getattr(out, name), getattr(cloud, name), rtol=2e-4, atol=1e-6)
 
 
-def test_turn_logits_turn_the_anchors():
-    anchors, turn = _cloud(30, batch=(2,)), jnp.asarray([[0.2, -0.1, 0.15], [-0.05, 0.2, 0.1]])
-    turned = recm.activate(recm.turn_logits(turn, anchors), anchors, recm.ANCHORED_STEP_MM)
-    wanted = gaussians.move(anchors, rigid.transform(rigid.exp_so3(turn), jnp.zeros((2, 3))))
-    np.testing.assert_allclose(turned.mean, wanted.mean, atol=1e-4)
-    cosine = jnp.abs(jnp.sum(turned.quaternion * wanted.quaternion, -1))
-    np.testing.assert_allclose(cosine, 1.0, atol=1e-5)
-    np.testing.assert_allclose(turned.scale, anchors.scale, rtol=1e-4)
-    np.testing.assert_allclose(turned.density, anchors.density, rtol=1e-4)
-
-
-def test_turned_priors_are_those_of_the_turned_cloud():
-    """The one for +y is what a cloud turned by TURN_RAD about the box's y axis projects to."""
-    anchors, (E, k) = _cloud(30, batch=(1,)), _views(1)
-    priors = recm.turned_priors(anchors, k, E, 32, 32)
-    for place, w in ((2, [0.0, recm.TURN_RAD, 0.0]), (5, [0.0, 0.0, -recm.TURN_RAD])):
-        moved = gaussians.move(anchors, rigid.transform(rigid.exp_so3(jnp.asarray([w])), jnp.zeros((1, 3))))
-        wanted = gaussians.project(gaussians.views(moved, 2), E, k, 32, 32)
-        np.testing.assert_allclose(priors[:, :, place], wanted, atol=1e-4)
-
-
-def test_matching_finds_shift_and_turn_by_construction():
-    """With the same features on both sides: where a template was shifted to, and which turned one it is."""
+def test_matching_finds_where_each_gaussian_went():
+    """With the same features on both sides, and sharp ones: every anchor finds the cell that shows what it projects to."""
     rng = np.random.default_rng(0)
-    templates = np.zeros((1, 2, 7, 32, 32, 2), np.float32)
-    templates[..., 8:22, 10:24, :] = rng.normal(size=(1, 2, 7, 14, 14, 2))
-    model = recm.Matching(3, 6, 2)
-    params = model.init(jax.random.key(0), jnp.asarray(templates[:, :, 0]), jnp.asarray(templates))
+    prior = rng.normal(size=(1, 2, 32, 32, 2)).astype(np.float32)
+    model = recm.Matching(2, 32, 2)
+    uv = jnp.asarray(rng.uniform(10, 20, (1, 2, 6, 2)), jnp.float32)
+    query = jnp.zeros((1, 2, 6, 7))
+    params = model.init(jax.random.key(0), jnp.asarray(prior), jnp.asarray(prior), uv, query)
     weights = params["params"]
-    weights |= {f"Conv_{i + 3}": weights[f"Conv_{i}"] for i in range(3)} | {"sharpness": jnp.full(3, 5.0)}
-    for place, axis, sign in ((1, 0, 1.0), (4, 1, -1.0), (5, 2, 1.0)):
-        xray = np.roll(templates[:, :, place], (-4, 6), (2, 3))
-        _, shift, turn = model.apply(params, jnp.asarray(xray), jnp.asarray(templates))
-        np.testing.assert_allclose(shift, np.broadcast_to([6.0, -4.0], shift.shape), atol=0.2)
-        np.testing.assert_allclose(turn[..., axis], sign * recm.TURN_RAD, atol=0.01)
+    weights |= {f"Conv_{i + 3}": weights[f"Conv_{i}"] for i in range(3)}
+    # A descriptor that is the feature itself, made sharp.
+    weights["Dense_0"] |= {"kernel": jnp.eye(39, 64), "bias": jnp.zeros(64)}
+    weights["Dense_1"] |= {"kernel": 30.0 * jnp.eye(64, 32), "bias": jnp.zeros(32)}
+    xray = jnp.asarray(np.roll(prior, (-4, 6), (2, 3)))
+    maps, *_ = model.apply(params, xray, jnp.asarray(prior), uv, query)
+    centre = jnp.mean(maps[..., :16], (0, 1, 2, 3))
+    weights["Dense_2"] |= {"kernel": jnp.tile(jnp.eye(32, 16), (1, 2)), "bias": -jnp.tile(centre, 2)}
+    _, _, shift = model.apply(params, xray, jnp.asarray(prior), uv, query)
+    miss = np.abs(np.asarray(shift[..., 0, :]) - [6.0, -4.0])
+    assert np.median(miss) < 1.0
+
+
+def test_alignment_finds_a_motion_and_weighs_by_information():
+    """Exact for true matches; wrong ones without information do not matter; information is that of central differences."""
+    rng = np.random.default_rng(1)
+    source = jnp.asarray(rng.normal(size=(2, 40, 3)) * [17, 12, 8] + [3, -5, 2], jnp.float32)
+    motion = rigid.motion_about(
+        jnp.zeros(3), jnp.asarray([[0.3, -0.2, 0.25, 9.0, -7.0, 4.0], [-0.1, 0.2, 0.1, 1.0, 2.0, 3.0]])
+    )
+    target = rigid.apply(motion, source)
+    root = rng.normal(size=(2, 40, 3, 3))
+    information = jnp.asarray(root @ np.swapaxes(root, -1, -2) + 0.5 * np.eye(3), jnp.float32)
+    spoilt = target.at[:, :10].add(20.0)
+    found, normal = matching.align(matching.Matches(source, spoilt, information.at[:, :10].set(0.0)), steps=5)
+    np.testing.assert_allclose(found, motion, atol=5e-3)
+
+    def cost(twist, b):
+        moved = np.asarray(
+            rigid.apply(rigid.matmul(rigid.motion_about(jnp.zeros(3), twist), found), source)[b, 10:], np.float64
+        )
+        miss = moved - np.asarray(target[b, 10:])
+        return 0.5 * np.einsum("ni,nij,nj->", miss, np.asarray(information[b, 10:], np.float64), miss)
+
+    for axis, h in ((0, 0.02), (4, 0.5)):
+        e = jnp.zeros(6).at[axis].set(h)
+        second = (cost(e, 0) - 2 * cost(0 * e, 0) + cost(-e, 0)) / h**2
+        np.testing.assert_allclose(second, float(normal[0, axis, axis]), rtol=0.05)
 
 
 def test_counterfactual_draws_have_the_mean_that_inference_uses():
@@ -175,22 +189,21 @@ def test_inference_is_deterministic_and_training_draws_differ(params, inputs):
 
 
 def test_views_are_fused_by_precision_and_camera():
-    """A shift seen by both views in their own axes comes back in the box frame, whatever each says of its depth."""
+    """What both views see of a shift in their own axes comes back in the box frame; the surer view counts more."""
     camera_from_box, _ = _views(1)
     rotation = recm.view_from_box(camera_from_box)
     truth = np.array([3.0, -2.0, 1.5], np.float32)
-    answers = np.zeros((1, 2, 5, 12), np.float32)
-    answers[..., :3] = np.einsum("vij,j->vi", np.asarray(rotation[0]), truth)[None, :, None]
-    answers[..., 2] += 4.0  # both views are wrong about depth
-    answers[..., 3] = 50.0  # and sure of the image plane
-    fused = np.asarray(recm.fuse_views(jnp.asarray(answers), rotation))
-    assert fused.shape == (1, 5, 11)
-    np.testing.assert_allclose(fused[0, :, :3], np.tile(truth, (5, 1)), atol=0.1)
-    depth_equal = answers.copy()
-    depth_equal[..., 2] -= 4.0
-    np.testing.assert_allclose(
-        recm.fuse_views(jnp.asarray(depth_equal), rotation)[0, :, :3], np.tile(truth, (5, 1)), atol=1e-4
-    )
+    seen = np.einsum("vij,j->vi", np.asarray(rotation[0]), truth)[None, :, None, :2]
+    shift = jnp.asarray(np.broadcast_to(seen, (1, 2, 5, 2)), jnp.float32)
+    sure = jnp.full(shift.shape, 5.0)
+    fused, information = recm.fuse_views(shift, sure, rotation)
+    np.testing.assert_allclose(fused[0], np.tile(truth, (5, 1)), atol=1e-3)
+    assert np.linalg.eigvalsh(np.asarray(information))[..., 0].min() > 50.0
+    # Both views see the body's axis. One of them is wrong about it, and says so.
+    wrong = shift.at[0, 1].add(8.0)
+    fused, _ = recm.fuse_views(wrong, sure.at[0, 1].set(-3.0), rotation)
+    along = np.asarray(rotation[0, 0, :2])
+    np.testing.assert_allclose(fused[0] @ along.T, np.tile(along @ truth, (5, 1)), atol=0.2)
 
 
 def test_view_axes_look_at_the_box():
@@ -234,7 +247,7 @@ def test_crop_keeps_the_camera_exact():
     E = jnp.eye(4).at[:3, 3].set(jnp.asarray([20.0, -50.0, 700.0]))
     k = jnp.asarray([300.0, 310.0, 33.0, 26.0])
     valid = jnp.asarray(rng.uniform(size=(50, 70)) > 0.2)
-    window, inside, moved = radgs_reg.crop_view(image, valid, k, E, 24)
+    window, inside, moved = camera.window(image, valid, k, E, 24)
     shift = np.asarray(k - moved)[2:].astype(int)
     assert window.shape == inside.shape == (24, 24)
     beyond = 0
@@ -271,8 +284,9 @@ def test_joint_gradient_reaches_recm_through_the_voxeliser(params, batch):
     example = training.make_example(jax.random.key(0), batch, CONFIG)
 
     def registration_only(recm_params):
-        effect = training.reconstruct(recm_params, CONFIG, example).effect
-        motion = regm.estimate(params["regm"], CONFIG, effect, example.cloud)
+        seen = training.reconstruct(recm_params, CONFIG, example)
+        effect = seen.effect
+        motion, _ = regm.estimate(params["regm"], CONFIG, effect, seen.matches, example.cloud)
         truth = example.motion, example.cloud
         return training.registration_loss(motion, *truth, effect, CONFIG, training.LossConfig())[0]
 
@@ -306,7 +320,7 @@ def test_clean_augmentation_is_the_sum_and_starts_have_their_sizes():
 
 def test_a_real_pair_shows_its_measured_xray_and_a_simulated_one_either(batch):
     """Of two pairs the second is real. Without a detector: the measured image, or the clean sum, at the same places."""
-    at = lambda image, E, k: radgs_reg.crop_view(image, jnp.ones(image.shape, bool), k, E, CONFIG.crop_px)[0]
+    at = lambda image, E, k: camera.window(image, jnp.ones(image.shape, bool), k, E, CONFIG.crop_px)[0]
     kinds = set()
     for seed in range(8):
         example = training.make_example(jax.random.key(seed), batch, CONFIG, 0.0)
@@ -341,7 +355,8 @@ def test_what_lies_outside_the_collimator_does_not_count(params, inputs, batch):
 
 def test_regm_starts_at_rest_and_the_mesh_does_not_matter(params):
     cloud = _cloud(60, batch=(2,))
-    motion = regm.estimate(params["regm"], CONFIG, cloud, cloud, passes=2)
+    matches = regm.matches_of(cloud, cloud, CONFIG)
+    motion, _ = regm.estimate(params["regm"], CONFIG, cloud, matches, cloud, passes=2)
     assert float(losses.geodesic(motion, jnp.eye(4))) < 2.0
 
 

@@ -7,11 +7,15 @@ from data_pipelines.pairs import PairConfig
 from data_pipelines.phantom import PhantomConfig
 from experiments import configs
 from radgs_jax.models.config import ModelConfig
+from radgs_jax.refinement import Level
+from radgs_jax.refinement import RefineConfig
 
 MODEL = ModelConfig(
     backbone_2d=("small", (("widths", (8, 16)), ("blocks", (1, 1)), ("reduce", 2), ("out", 16))),
     backbone_3d=("small", (("widths", (8, 16)), ("blocks", (1, 1)), ("reduce", 3), ("out", 16), ("pyramid", False))),
     gaussians=64,
+    anchors=16,
+    matching_width=8,
     attention_maps=4,
     hidden=16,
     context=16,
@@ -44,6 +48,7 @@ def config(**changes):
         p3=stage,
         batch=2,
         passes=2,
+        refine=RefineConfig(levels=(Level(6.0, 24, 2, 4.0, 8.0, 0.1, 2), Level(3.0, 32, 1, 3.0, 6.0))),
         eval_scenes=1,
         checkpoint_seconds=0.0,
     )

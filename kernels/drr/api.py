@@ -11,10 +11,12 @@ from kernels import dispatch
 from kernels.drr import ffi_cpu
 from kernels.drr import geometry
 from kernels.drr import xla
+from kernels.splat.oracle import rays
 
 FORWARD = {"ffi_cpu": ffi_cpu.forward, "xla": xla.forward}
 TO_RAYS = {"ffi_cpu": ffi_cpu.to_rays, "xla": xla.to_rays}
 TO_VOLUME = {"ffi_cpu": ffi_cpu.to_volume, "xla": xla.to_volume}
+PER_RAY = {"ffi_cpu": ffi_cpu.per_ray, "xla": xla.per_ray}
 
 
 def drr(volume, voxel_from_camera, intrinsics, height, width, *, step_mm=1.0, implementation=None):
@@ -34,6 +36,50 @@ def drr(volume, voxel_from_camera, intrinsics, height, width, *, step_mm=1.0, im
     Raises:
       ValueError: shapes that do not fit, a step that is not positive, or an unknown implementation.
     """
+    implementation = _checked(volume, voxel_from_camera, intrinsics, step_mm, implementation)
+    dtype = jnp.result_type(volume, voxel_from_camera, intrinsics)
+    if volume.size == 0:
+        return jnp.zeros((*intrinsics.shape[:1], height, width), dtype)
+    views = geometry.usable_views(jnp.asarray(voxel_from_camera, dtype), jnp.asarray(intrinsics, dtype))
+    origin, direction = geometry.voxel_rays(*views, height, width)
+    return _drr(float(step_mm), implementation, jnp.asarray(volume, dtype), origin, direction)
+
+
+def drr_and_motion(volume, voxel_from_camera, intrinsics, height, width, *, step_mm=1.0, implementation=None):
+    """Line integrals as `drr` has them, and how every pixel answers to a rigid motion of the volume: what Gauss-Newton needs.
+
+    A motion x -> exp([w]) x + t of camera-frame points changes the image by `motion @ (w, t)` to first order. With g the
+    volume's gradient, in camera axes, at the samples tau d of a ray: d/dt = -sum g, d/dw = -sum tau d x g.
+
+    Args:
+      as `drr`.
+    Returns:
+      image (B, height, width); motion (B, height, width, 6), per rad about the source, then per mm. Neither is differentiable.
+    Raises:
+      ValueError: as `drr`.
+    """
+    implementation = _checked(volume, voxel_from_camera, intrinsics, step_mm, implementation)
+    dtype = jnp.result_type(volume, voxel_from_camera, intrinsics)
+    if volume.size == 0:
+        image = jnp.zeros((*intrinsics.shape[:1], height, width), dtype)
+        return image, jnp.zeros((*image.shape, 6), dtype)
+    affine, intrinsics = geometry.usable_views(jnp.asarray(voxel_from_camera, dtype), jnp.asarray(intrinsics, dtype))
+    origin, direction = geometry.voxel_rays(affine, intrinsics, height, width)
+
+    def run(volume, *views):
+        return _one_batch(lambda *views: _run(PER_RAY, implementation, volume, *views, float(step_mm)), (1, 3), *views)
+
+    arrays = jax.lax.stop_gradient((jnp.asarray(volume, dtype), origin, direction))
+    image, by_origin, by_direction = batching.along_batch(run, (3, 1, 3), *arrays, shared=1)
+    # A moved volume is sampled where the motion's inverse takes the rays; voxel slopes turn into camera axes.
+    linear, d = jax.lax.stop_gradient((affine[:, None, None, :, :3], rays(intrinsics, height, width)))
+    push, pull = (jnp.sum(linear * slope[..., None], -2) for slope in (by_origin, by_direction))
+    d = d / jnp.linalg.norm(d, axis=-1, keepdims=True)
+    return image, -jnp.concatenate([jnp.cross(d, pull), push], -1)
+
+
+def _checked(volume, voxel_from_camera, intrinsics, step_mm, implementation):
+    """`implementation` as something hashable, of arguments that fit together."""
     if volume.ndim != 3:
         raise ValueError(f"drr: volume has shape {volume.shape}, wanted (X, Y, Z)")
     batch = intrinsics.shape[:1]
@@ -44,15 +90,7 @@ def drr(volume, voxel_from_camera, intrinsics, height, width, *, step_mm=1.0, im
         )
     if not step_mm > 0:
         raise ValueError(f"drr: step_mm is {step_mm}, wanted more than 0")
-    implementation = (
-        implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
-    )
-    dtype = jnp.result_type(volume, voxel_from_camera, intrinsics)
-    if volume.size == 0:
-        return jnp.zeros((*batch, height, width), dtype)
-    views = geometry.usable_views(jnp.asarray(voxel_from_camera, dtype), jnp.asarray(intrinsics, dtype))
-    origin, direction = geometry.voxel_rays(*views, height, width)
-    return _drr(float(step_mm), implementation, jnp.asarray(volume, dtype), origin, direction)
+    return implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -220,13 +220,13 @@ double SumValues(const float* volume, const Shape& n, const Ray& ray) {
   return sum;
 }
 
-// Sums of the slopes of the volume at the samples, per voxel, and of their products with the distance.
+// Sums over the samples of the volume, of its slopes, per voxel, and of their products with the distance.
 struct Slopes {
-  double by_origin[3] = {}, by_direction[3] = {};
+  double value = 0.0, by_origin[3] = {}, by_direction[3] = {};
 };
 
 Slopes SumSlopes(const float* volume, const Shape& n, const Ray& ray) {
-  float sums[6][kLanes] = {};
+  float sums[7][kLanes] = {};
   ForEachRun(volume, n, ray, [&](const Samples& s, const Corners& corners, int64_t count, int64_t, int64_t) {
     for (int64_t from = 0; from < count; from += kLanes) {
       const float* pairs[4];
@@ -237,7 +237,7 @@ Slopes SumSlopes(const float* volume, const Shape& n, const Ray& ray) {
         const float zc = pairs[2][2 * l + 1] - pairs[2][2 * l], ze = pairs[3][2 * l + 1] - pairs[3][2 * l];
         const float a = pairs[0][2 * l] + z * za, b = pairs[1][2 * l] + z * zb;
         const float c = pairs[2][2 * l] + z * zc, e = pairs[3][2 * l] + z * ze;
-        const float front = b - a, back = e - c, slope_x = (c + y * back) - (a + y * front);
+        const float front = b - a, back = e - c, left = a + y * front, slope_x = (c + y * back) - left;
         const float slope_y = front + x * (back - front);
         const float front_z = za + y * (zb - za), back_z = zc + y * (ze - zc);
         const float slope_z = front_z + x * (back_z - front_z);
@@ -247,6 +247,7 @@ Slopes SumSlopes(const float* volume, const Shape& n, const Ray& ray) {
         sums[3][l] += t * slope_x;
         sums[4][l] += t * slope_y;
         sums[5][l] += t * slope_z;
+        sums[6][l] += left + x * slope_x;
       }
     }
   });
@@ -257,6 +258,7 @@ Slopes SumSlopes(const float* volume, const Shape& n, const Ray& ray) {
       total.by_direction[axis] += sums[3 + axis][l];
     }
   }
+  for (int l = 0; l < kLanes; ++l) total.value += sums[6][l];
   return total;
 }
 
@@ -356,6 +358,31 @@ ffi::Error Rays(ffi::ThreadPool pool, float step, ffi::Buffer<ffi::F32> volume, 
   return ffi::Error::Success();
 }
 
+ffi::Error PerRay(ffi::ThreadPool pool, float step, ffi::Buffer<ffi::F32> volume, ffi::Buffer<ffi::F32> origin,
+                  ffi::Buffer<ffi::F32> direction, ffi::ResultBuffer<ffi::F32> image,
+                  ffi::ResultBuffer<ffi::F32> by_origin, ffi::ResultBuffer<ffi::F32> by_direction) {
+  const Shape n(volume.dimensions());
+  const Tiles tiles(image->dimensions());
+  const float *density = volume.typed_data(), *o = origin.typed_data(), *d = direction.typed_data();
+  float *out = image->typed_data(), *d_o = by_origin->typed_data(), *d_d = by_direction->typed_data();
+  std::fill_n(out, image->element_count(), 0.0f);
+  std::fill_n(d_o, by_origin->element_count(), 0.0f);
+  std::fill_n(d_d, by_direction->element_count(), 0.0f);
+  if (n.Count() == 0) return ffi::Error::Success();
+  radgs::ParallelFor(pool, tiles.Count(), [&](int64_t tile) {
+    tiles.ForEachPixel(tile, [&](int64_t pixel) {
+      const Ray ray = {o + 3 * tiles.View(tile), d + 3 * pixel, step};
+      const Slopes slopes = SumSlopes(density, n, ray);
+      out[pixel] = static_cast<float>(slopes.value * ray.step);
+      for (int axis = 0; axis < 3; ++axis) {
+        d_o[3 * pixel + axis] = static_cast<float>(slopes.by_origin[axis] * ray.step);
+        d_d[3 * pixel + axis] = static_cast<float>(slopes.by_direction[axis] * ray.step);
+      }
+    });
+  });
+  return ffi::Error::Success();
+}
+
 // Every slab of voxels is one thread's, which walks all rays in order: a voxel's sum does not depend on the slabs.
 ffi::Error Volume(ffi::ThreadPool pool, float step, ffi::Buffer<ffi::F32> origin, ffi::Buffer<ffi::F32> direction,
                   ffi::Buffer<ffi::F32> cotangent, ffi::ResultBuffer<ffi::F32> to_volume) {
@@ -437,6 +464,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RadgsDrrRays, Rays,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RadgsDrrPerRay, PerRay,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("step_mm")
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 

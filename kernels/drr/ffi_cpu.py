@@ -40,3 +40,9 @@ def to_rays(volume, origin, direction, cotangent, step_mm):
 def to_volume(shape, origin, direction, cotangent, step_mm):
     """As `xla.to_volume`, float32 only; errors as in `forward`."""
     return _call("radgs_drr_volume", "RadgsDrrVolume", shape, [shape], (origin, direction, cotangent), step_mm)[0]
+
+
+def per_ray(volume, origin, direction, step_mm):
+    """As `xla.per_ray`, float32 only; errors as in `forward`."""
+    arrays, results = (volume, origin, direction), [direction.shape[:-1], direction.shape, direction.shape]
+    return tuple(_call("radgs_drr_per_ray", "RadgsDrrPerRay", volume.shape, results, arrays, step_mm))

@@ -64,9 +64,9 @@ def forward(volume, origin, direction, step_mm):
     return step_mm * _march(origin, direction, volume.shape, step_mm, body, start)
 
 
-def to_rays(volume, origin, direction, cotangent, step_mm):
-    """Gradients to origin (B, 3) and direction (B, H, W, 3) from the cotangent (B, H, W) of `forward`."""
-    flat, scaled = jnp.pad(volume, 1).reshape(-1), cotangent * step_mm
+def per_ray(volume, origin, direction, step_mm):
+    """Line integrals (B, H, W), as `forward`, and their derivatives to each ray's own origin and direction, (B, H, W, 3) each."""
+    flat = jnp.pad(volume, 1).reshape(-1)
 
     def body(corners, f, t, inside, carry):
         values = [flat[index] for index, _ in corners]
@@ -78,13 +78,19 @@ def to_rays(volume, origin, direction, cotangent, step_mm):
                 for value, (_, bits) in zip(values, corners)
             )
             # Selected, because the weights of a ray that is not finite are not.
-            slopes.append(jnp.where(inside, sum(signed) * scaled, 0.0))
+            slopes.append(jnp.where(inside, sum(signed), 0.0))
         slope = jnp.stack(slopes, -1)
-        return carry[0] + slope, carry[1] + t[..., None] * slope
+        value = sum(value * _weight(bits, f) for value, (_, bits) in zip(values, corners))
+        return carry[0] + jnp.where(inside, value, 0.0), carry[1] + slope, carry[2] + t[..., None] * slope
 
-    start = (jnp.zeros_like(direction), jnp.zeros_like(direction))
-    d_origin, d_direction = _march(origin, direction, volume.shape, step_mm, body, start)
-    return jnp.sum(d_origin, (1, 2)), d_direction
+    start = (jnp.zeros(direction.shape[:-1], direction.dtype), jnp.zeros_like(direction), jnp.zeros_like(direction))
+    return tuple(step_mm * total for total in _march(origin, direction, volume.shape, step_mm, body, start))
+
+
+def to_rays(volume, origin, direction, cotangent, step_mm):
+    """Gradients to origin (B, 3) and direction (B, H, W, 3) from the cotangent (B, H, W) of `forward`."""
+    _, by_origin, by_direction = per_ray(volume, origin, direction, step_mm)
+    return jnp.sum(cotangent[..., None] * by_origin, (1, 2)), cotangent[..., None] * by_direction
 
 
 def to_volume(shape, origin, direction, cotangent, step_mm):

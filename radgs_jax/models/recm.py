@@ -6,7 +6,6 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernels import symmetric
 from radgs_jax import camera
@@ -14,6 +13,7 @@ from radgs_jax import gaussians
 from radgs_jax import rigid
 from radgs_jax.models import attention
 from radgs_jax.models import backbones
+from radgs_jax.models import matching
 from radgs_jax.models.config import ModelConfig
 
 DENSITY_UNIT = 0.02
@@ -22,11 +22,10 @@ SCALE_RANGE = (0.4, 20.0)
 """Smallest and largest standard deviation of a Gaussian, mm."""
 HIGH_PASS_PX = 4
 """Radius of the box that a high pass takes off."""
-MATCHING_CELL_MM = 3.0
-MATCHING_REACH_MM = 27.0
-"""Resolution and reach, at the isocentre, of the correlation between X-ray and prior."""
-TURN_RAD = 0.22
-"""Angle by which the prior is turned to see which way it fits better."""
+MATCHING_CELL_MM = 6.0
+"""Cells, at the isocentre, among which a Gaussian is looked for in the X-ray; features say where within one."""
+LEVELS = 0.5
+"""An attention level of 3 against the intervention's 1 makes an effect of twice an answer; this makes it one again."""
 ANCHORED_STEP_MM = 10.0
 PAPER_STEP_MM = 30.0
 """What a mean's logit of 1 moves a Gaussian by."""
@@ -34,11 +33,20 @@ PAPER_STEP_MM = 30.0
 
 @flax.struct.dataclass
 class Reconstruction:
-    """factual, effect: Gaussians (B, N) in the box frame (Eq. 1); attention: (B, V, h, w, M)."""
+    """factual, effect: Gaussians (B, N) in the box frame (Eq. 1); attention: (B, V, h, w, M).
+
+    matches: where the views see A of the prior's Gaussians; None for a head without a prior. shift: (B, V, A, 2) what each
+    view says of them, mm along its own axes; log_precision: (B, V, A, 2) of that, log 1/mm^2; rotation: (B, V, 3, 3)
+    `view_from_box`.
+    """
 
     factual: gaussians.Gaussians
     effect: gaussians.Gaussians
     attention: jax.Array
+    matches: matching.Matches | None = None
+    shift: jax.Array | None = None
+    log_precision: jax.Array | None = None
+    rotation: jax.Array | None = None
 
 
 def _softplus_inverse(y):
@@ -130,150 +138,142 @@ def image_channels(xrays, valid, prior, intrinsics, camera_from_box):
     return jnp.stack([standardised(level), standardised(level - smooth), 2.0 * prior, u, v, counts], -1)
 
 
-def turned_priors(anchors, intrinsics, camera_from_box, height, width):
-    """Projections (B, V, 6, height, width) of the prior turned by +-`TURN_RAD` about the box's axes: +x, -x, +y, -y, +z, -z.
-
-    Args:
-      anchors: Gaussians (B, N), box frame; intrinsics (B, V, 4); camera_from_box (B, V, 4, 4).
-    """
-    axes = TURN_RAD * jnp.asarray([sign * np.eye(3)[axis] for axis in range(3) for sign in (1.0, -1.0)])
-    turns = rigid.transform(rigid.exp_so3(axes), jnp.zeros_like(axes))
-    camera_from_turned = rigid.matmul(camera_from_box[:, :, None], turns)
-    views = camera_from_turned.shape[1:3]
-    clouds = gaussians.views(gaussians.views(anchors, views[0]), views[1])
-    intrinsics = jnp.broadcast_to(intrinsics[:, :, None], (*camera_from_turned.shape[:3], 4))
-    return gaussians.project(clouds, camera_from_turned, intrinsics, height, width)
+def _query(anchors, rotation):
+    """What identifies Gaussians (B, A) to a view: place in its axes, density and scale, (B, V, A, 7)."""
+    place = rigid.apply_rotation(rotation[:, :, None], anchors.mean[:, None]) / 20.0
+    own = jnp.concatenate([anchors.density[..., None] / DENSITY_UNIT, anchors.scale / 3.0], -1)
+    return jnp.concatenate([place, jnp.broadcast_to(own[:, None], (*place.shape[:3], 4))], -1)
 
 
 class Matching(nn.Module):
-    """Where in the X-ray, and turned which way, the prior's projection fits: learned features correlated over all shifts.
+    """Where in the X-ray each of the prior's Gaussians is: its learned descriptor correlated with the features of every cell.
 
-    A network that has to find a displacement by convolutions alone needs many more examples; correlation is equivariant
-    to it by construction. Turns out of the image plane have no such structure, so the prior is projected a little turned
-    about each axis, and the views' evidence for each turn is added.
+    A network that has to find a displacement by convolutions alone needs many more examples; correlation over all cells is
+    equivariant to it by construction, and Gaussians that answer one by one show a turn as shifts that differ.
 
-    heads: number of feature pairs; reach: largest shift on either axis, in cells of `cell` pixels.
+    heads: descriptors a Gaussian has; width: channels; cell: pixels along a cell.
     """
 
     heads: int
-    reach: int
+    width: int
     cell: int
 
     @nn.compact
-    def __call__(self, xray, templates):
+    def __call__(self, xray, prior, uv, query):
         """Features of the fit.
 
         Args:
-          xray: (B, V, H, W, C) channels of the X-ray; templates: (B, V, 7, H, W, D) channels of the prior's projection as
-            it stands, then turned as in `turned_priors`.
+          xray: (B, V, H, W, C) channels of the X-ray; prior: (B, V, H, W, D) of the prior's projection.
+          uv: (B, V, A, 2) pixels where the Gaussians project; query: (B, V, A, Q) what identifies each.
         Returns:
-          code (B, V, F); shift (B, V, heads, 2) in pixels, columns first: where the prior has to go, the mean of each head's
-          softmax over shifts and turns; turn (B, heads, 3): rotation vector in the box frame, rad, each axis the mean over
-          turning one way, the other, or not at all.
+          maps (B, V, h, w, 2 * width), features of both images; code (B, V, A, F); shift (B, V, A, heads, 2) in pixels,
+          columns first: where each Gaussian has to go, the mean of a softmax over cells.
         """
-        b, v, t = templates.shape[:3]
+        b, v, height, width = xray.shape[:4]
 
-        def features(x):
-            x = backbones.space_to_depth(x.reshape(-1, *x.shape[-3:]), self.cell)
-            for _ in range(2):
-                x = nn.relu(nn.Conv(2 * self.heads, (3, 3))(x))
-            x = nn.Conv(self.heads, (3, 3))(x)
-            x = x - jnp.mean(x, (1, 2), keepdims=True)
-            return x * jax.lax.rsqrt(jnp.mean(x**2, (1, 2), keepdims=True) + 1e-4)
+        def features(image):
+            x = backbones.space_to_depth(image.reshape(b * v, height, width, -1), self.cell)
+            x = nn.relu(nn.Conv(self.width, (3, 3))(x))
+            x = nn.relu(x + nn.Conv(self.width, (3, 3))(x))
+            return nn.relu(nn.Conv(self.width, (3, 3))(x))
 
-        found, template = features(xray), features(templates)
-        height, width = found.shape[1:3]
-        template = template.reshape(b * v, t, height, width, self.heads)
-        # Padded so far that no shift in reach wraps round into the image, to a multiple of 8, which FFTs like.
-        size = [8 * -(-(n + self.reach) // 8) for n in (height, width)]
-        spectrum = jnp.fft.rfft2(found, size, (1, 2))[:, None] * jnp.conj(jnp.fft.rfft2(template, size, (2, 3)))
-        scores = jnp.fft.irfft2(spectrum, size, (2, 3)) / (height * width)
-        order = jnp.arange(-self.reach, self.reach + 1)
-        scores = scores[:, :, order][:, :, :, order]  # negative shifts wrap round to the end
-        sharpness = self.param("sharpness", nn.initializers.constant(3.0), (self.heads,))
-        logits = (scores * jnp.exp(sharpness)).reshape(b, v, t, -1, self.heads)
-        evidence = jax.nn.logsumexp(logits, 3)
-        chance = jnp.exp(logits - jax.nn.logsumexp(evidence, 2)[:, :, None, None])
-        chance = jnp.sum(chance, 2).reshape(b, v, len(order), len(order), self.heads)
-        shift = jnp.stack([jnp.einsum("bvyxh,x->bvh", chance, order), jnp.einsum("bvyxh,y->bvh", chance, order)], -1)
-        code = nn.relu(nn.Dense(64)(scores[:, 0].reshape(b, v, -1)))
-        relative = (evidence[:, :, 1:] - evidence[:, :, :1]).reshape(b, v, -1)
-        code = [code, shift.reshape(b, v, -1) / self.reach, jnp.max(chance, (2, 3)), relative]
-        still, one_way, other = (jnp.sum(evidence[:, :, first::2], 1) for first in (0, 1, 2))
-        still = jnp.broadcast_to(still[:, :1], one_way.shape)
-        odds = jax.nn.softmax(jnp.stack([still, one_way, other]), 0)
-        turn = TURN_RAD * jnp.swapaxes(odds[1] - odds[2], -1, -2)
-        return jnp.concatenate(code, -1), self.cell * shift, turn
-
-
-def turn_logits(turn, anchors):
-    """Logits (..., B, N, 11) of `activate` that turn the anchors (B, N) by rotation vectors (..., B, 3) about the origin."""
-    arm = rigid.apply_rotation(rigid.exp_so3(turn)[..., None, :, :], anchors.mean) - anchors.mean
-    zeros = jnp.zeros_like(arm)
-    # `activate` adds a tenth of these to a unit quaternion; its vector part is half the angle for turns this small.
-    spin = jnp.broadcast_to(5.0 * turn[..., None, :], arm.shape)
-    return jnp.concatenate([arm / ANCHORED_STEP_MM, zeros, zeros[..., :1], spin, zeros[..., :1]], -1)
+        found, template = features(xray), features(prior)
+        h, w = found.shape[1:3]
+        maps = jnp.concatenate([found, template], -1).reshape(b, v, h, w, -1)
+        weights = sampling_weights(uv, (height, width), (h, w))
+        template = jnp.einsum("bvap,bvpc->bvac", weights, template.reshape(b, v, h * w, -1))
+        own = nn.relu(nn.Dense(64)(jnp.concatenate([template, query], -1)))
+        size = self.width // 2
+        own = nn.Dense(self.heads * size)(own).reshape(*own.shape[:3], self.heads, size)
+        cells = nn.Dense(self.heads * size)(found.reshape(b, v, h * w, -1)).reshape(b, v, h * w, self.heads, size)
+        rows, columns = jnp.mgrid[0:h, 0:w]
+        place = jnp.stack([columns.reshape(-1), rows.reshape(-1)], -1).astype(uv.dtype)
+        here = (uv + 0.5) / self.cell - 0.5
+        near = self.param("near", nn.initializers.constant(0.03), (self.heads,))
+        apart = jnp.sum((place - here[..., None, :]) ** 2, -1)
+        score = jnp.einsum("bvahc,bvphc->bvhap", own, cells) / math.sqrt(size)
+        score = score - jax.nn.softplus(near)[:, None, None] * 0.1 * apart[:, :, None]
+        evidence = jax.nn.logsumexp(score, -1)
+        chance = jnp.exp(score - evidence[..., None])
+        powers = jnp.concatenate([place, jnp.sum(place**2, -1, keepdims=True)], -1)
+        moments = jnp.einsum("bvhap,pk->bvhak", chance, powers)
+        spread = jnp.log(jnp.maximum(moments[..., 2] - jnp.sum(moments[..., :2] ** 2, -1), 0.0) + 0.1)
+        shift = moments[..., :2] - here[:, :, None]
+        # What all Gaussians together say, the certain ones most.
+        common = jnp.sum(jax.nn.softmax(-2.0 * spread, -1)[..., None] * shift, 3, keepdims=True)
+        seen = jnp.concatenate(
+            [shift / 4.0, jnp.broadcast_to(common / 4.0, shift.shape), spread[..., None], evidence[..., None] / 4.0], -1
+        )
+        seen = jnp.moveaxis(seen, 2, 3).reshape(*uv.shape[:3], -1)
+        return maps, jnp.concatenate([seen, template], -1), self.cell * jnp.moveaxis(shift, 2, 3)
 
 
 class AnchoredHead(nn.Module):
-    """Linear, ReLU, Linear at every anchor and view: queries see the features of both views where the anchor projects.
+    """Linear, ReLU, Linear (twice) at every anchor and view: local features, what `Matching` found, and the views' context.
 
-    Each view answers in its own axes, so no camera angle is learned; the answers are fused by their stated precision (a
-    view knows the image plane better than its depth). The first Linear acts on the concatenation of local feature, context of
-    this and of all views, and anchor; it is applied part by part, which is the same map at a fraction of the cost.
+    Each view answers in its own axes, so no camera angle is learned. Beside its own answer an anchor follows a field that is
+    affine in its place, which the context gives: most of what is to be found is a rigid motion.
     """
 
     hidden: int
     context: int
 
     @nn.compact
-    def __call__(self, gated, pooled, weights, rotation, anchors, shift):
+    def __call__(self, local, pooled, code, query, direct):
         """One answer per leading branch.
 
         Args:
-          gated: (K, B, V, h, w, C) attended features of K branches; pooled: (K, B, V, M * C).
-          weights: (B, V, N, h * w) of `sampling_weights`; rotation: (B, V, 3, 3) of `view_from_box`.
-          anchors: Gaussians (B, N), box frame; shift: (K, B, V, heads, 2) of `Matching`, mm, times the attention's level.
+          local: (K, B, V, A, C) attended features of K branches where the anchors project; pooled: (K, B, V, P).
+          code, query: (B, V, A, ...) of `Matching` and of the anchors; direct: (K, B, V, A, 2) the matched shift, mm.
         Returns:
-          logits per view (K, B, V, N, 12): shift in view axes 3, log precision 2, scale 3, rotation 3, density 1.
+          answers (K, B, V, A, 11): shift in the view's image axes 2, log precision 2, scale 3, rotation 3, density 1.
         """
-        k, b, v, h, w, _ = gated.shape
-        local = nn.Dense(self.hidden)(gated).reshape(k, b, v, h * w, self.hidden)
-        local = jnp.einsum("bvnp,kbvpc->kbvnc", weights, local)
-        code = nn.Dense(self.context)(pooled)
-        everyone = jnp.broadcast_to(jnp.mean(code, 2, keepdims=True), code.shape)
-        code = nn.Dense(self.hidden, use_bias=False)(nn.relu(jnp.concatenate([code, everyone], -1)))
-        mean = rigid.apply_rotation(rotation[:, :, None], anchors.mean[:, None])
-        depth_free = [anchors.density[:, None, :, None] / DENSITY_UNIT, anchors.scale[:, None] / 3.0]
-        query = jnp.concatenate([mean / 20.0, *(jnp.broadcast_to(a, (b, v, *a.shape[2:])) for a in depth_free)], -1)
-        query = nn.Dense(self.hidden, use_bias=False)(query)
-        out = nn.Dense(12, kernel_init=nn.initializers.variance_scaling(0.05, "fan_in", "truncated_normal"))
-        answers = out(nn.relu(local + code[:, :, :, None] + query))
-        # The matched shift has a way of its own to the answer. With an attention level of 3 against the intervention's 1
-        # this start makes the effect's shift the mean of the heads'.
-        heads = shift.shape[-2]
-        share = self.param("share", nn.initializers.constant(0.5 / heads), (heads, 1))
-        direct = jnp.sum(share * shift, -2) / ANCHORED_STEP_MM
-        return answers.at[..., :2].add(direct[:, :, :, None])
+        pooled = nn.relu(nn.Dense(self.context)(pooled))
+        everyone = jnp.broadcast_to(jnp.mean(pooled, 2, keepdims=True), pooled.shape)
+        pooled = nn.relu(nn.Dense(self.context)(jnp.concatenate([pooled, everyone], -1)))
+        x = nn.Dense(self.hidden)(local) + nn.Dense(self.hidden)(jnp.concatenate([code, query], -1))
+        x = nn.relu(x + nn.Dense(self.hidden)(pooled)[:, :, :, None])
+        level = jnp.mean(x, 3)
+        both = jnp.broadcast_to(jnp.mean(level, 2, keepdims=True), level.shape)
+        context = jnp.concatenate([level, both, pooled], -1)
+        x = nn.relu(nn.Dense(self.hidden)(x) + nn.Dense(self.hidden)(context)[:, :, :, None])
+        small = nn.initializers.variance_scaling(0.05, "fan_in", "truncated_normal")
+        answers = nn.Dense(11, kernel_init=small)(x)
+        field = nn.Dense(8, kernel_init=small)(context).reshape(*context.shape[:3], 2, 4)
+        place = jnp.concatenate([query[..., :3], jnp.ones_like(query[..., :1])], -1)
+        field = jnp.sum(field[:, :, :, None] * place[..., None, :], -1)
+        shift = direct + ANCHORED_STEP_MM * (answers[..., :2] + field)
+        return jnp.concatenate([shift, answers[..., 2:]], -1)
 
 
-def fuse_views(answers, rotation):
-    """Logits (..., B, N, 11) of `activate` from per-view answers (..., B, V, N, 12) and rotations view_from_box (B, V, 3, 3).
+def fuse_views(shift, log_precision, rotation):
+    """Places of anchors by least squares of what the views say of them.
 
-    Answers are those of `AnchoredHead`. The shift is the precision-weighted least squares of the views' shifts; rotation
-    vectors are turned to the box and averaged; scale and density are averaged.
+    Args:
+      shift, log_precision: (..., B, V, A, 2) mm in a view's image axes, log 1/mm^2; rotation: (B, V, 3, 3) view_from_box.
+    Returns:
+      shift (..., B, A, 3) in the box frame and its information (..., B, A, 3, 3), 1/mm^2, in which a view's depth has next to
+      none.
     """
-    shift, log_precision, scale, turn, density = jnp.split(answers, (3, 5, 8, 11), -1)
-    precision = jnp.exp(2.0 * jnp.tanh(log_precision) + jnp.asarray([0.0, -3.0]))
-    diagonal = jnp.concatenate([precision[..., :1], precision], -1)  # image plane twice, depth once
-    R = rotation[:, :, None]
-    information = jnp.sum(jnp.sum(R[..., :, :, None] * R[..., :, None, :] * diagonal[..., :, None, None], -3), -4)
-    right = jnp.sum(jnp.sum(R * (diagonal * shift)[..., None], -2), -3)
-    inverse = symmetric.to_matrix(symmetric.inverse(symmetric.from_matrix(information)))
-    turn = jnp.mean(jnp.sum(R * turn[..., None], -2), -3)
+    precision = jnp.exp(log_precision)
+    R = rotation[:, :, None, :2]
+    information = jnp.sum(jnp.sum(R[..., :, None] * R[..., None, :] * precision[..., None, None], -3), -4)
+    right = jnp.sum(jnp.sum(R * (precision * shift)[..., None], -2), -3)
+    known = information + 1e-3 * jnp.eye(3)
+    inverse = symmetric.to_matrix(symmetric.inverse(symmetric.from_matrix(known)))
+    return rigid.apply_rotation(inverse, right), information
+
+
+def logits(answers, fused, rotation):
+    """Logits (..., B, A, 11) of `activate` from answers (..., B, V, A, 11) and the fused shift (..., B, A, 3), box frame.
+
+    Rotation vectors are turned to the box and averaged over views; scale and density are averaged.
+    """
+    scale, turn, density = jnp.split(answers[..., 4:], (3, 6), -1)
+    turn = jnp.mean(jnp.sum(rotation[:, :, None] * turn[..., None], -2), -3)
     quaternion = jnp.concatenate([jnp.zeros_like(turn[..., :1]), turn], -1)
-    fused = rigid.apply_rotation(inverse, right)
-    return jnp.concatenate([fused, jnp.mean(scale, -3), quaternion, jnp.mean(density, -3)], -1)
+    parts = (fused / ANCHORED_STEP_MM, jnp.mean(scale, -3), quaternion, jnp.mean(density, -3))
+    return jnp.concatenate(parts, -1)
 
 
 def carry_detail(reconstruction, anchors, fine, radius_mm=6.0):
@@ -335,13 +335,13 @@ class RecM(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, xrays, valid, intrinsics, camera_from_box, anchors, key=None):
+    def __call__(self, xrays, valid, intrinsics, camera_from_box, cloud, key=None):
         """Reconstructs the vertebra in the box frame.
 
         Args:
           xrays: (B, V, H, W) line integrals; valid: (B, V, H, W) bool, the pixels that count; intrinsics: (B, V, 4);
             camera_from_box: (B, V, 4, 4) at the current pose.
-          anchors: Gaussians (B, N), box frame: the CT's vertebra (the prior), or a uniform cloud where there is none.
+          cloud: Gaussians (B, N), box frame: the CT's vertebra (the prior), or a uniform cloud where there is none.
           key: PRNG key of the counterfactual draws; None for the deterministic mean map.
         Returns:
           `Reconstruction`; effect = activate(Y(A) - E[Y(do(A))]), the difference taken on the head's logits.
@@ -350,8 +350,9 @@ class RecM(nn.Module):
         """
         c = self.config
         b, v, height, width = xrays.shape
-        prior = gaussians.project(gaussians.views(anchors, v), camera_from_box, intrinsics, height, width)
-        channels = image_channels(xrays, valid, jax.lax.stop_gradient(prior), intrinsics, camera_from_box)
+        prior = gaussians.project(gaussians.views(cloud, v), camera_from_box, intrinsics, height, width)
+        prior = jax.lax.stop_gradient(prior)
+        channels = image_channels(xrays, valid, prior, intrinsics, camera_from_box)
         name, options = c.backbone_2d
         features = backbones.make_backbone(name, **dict(options))(channels.reshape(b * v, height, width, -1))
         features = features.reshape(b, v, *features.shape[1:])
@@ -359,34 +360,40 @@ class RecM(nn.Module):
         intervened = attention.counterfactual_maps(key, factual_maps.shape, c.counterfactual_draws)
         maps = jnp.concatenate([factual_maps[None], intervened])
         gated, pooled = attention.attend(features[None], maps)
-        level = jnp.mean(maps, (-3, -2, -1))[..., None]
-        turned = turned_priors(anchors, intrinsics, camera_from_box, height, width)
-        templates = 2.0 * jax.lax.stop_gradient(jnp.concatenate([prior[:, :, None], turned], 2))
-        templates = jnp.stack([templates, templates - camera.box_blur(templates, HIGH_PASS_PX)], -1)
-        cell = max(1, round(MATCHING_CELL_MM / c.pixel_mm))
-        matching = Matching(c.attention_maps, round(MATCHING_REACH_MM / (cell * c.pixel_mm)), cell)
-        fit, shift, turn = matching(channels[..., :2], templates)
-        pooled = jnp.concatenate([pooled, level * fit], -1)
-        if c.head == "anchored":
-            rotation = view_from_box(camera_from_box)
-            means = rigid.apply(camera_from_box, gaussians.views(anchors, v).mean)
-            uv = camera.project_camera(intrinsics, means)
-            weights = sampling_weights(uv, (height, width), features.shape[2:4])
-            mm_per_px = camera_from_box[..., 2, 3] / intrinsics[..., 0]
-            shift = level[..., None] * shift * mm_per_px[..., None, None]
-            answers = AnchoredHead(c.hidden, c.context)(gated, pooled, weights, rotation, anchors, shift)
-            # As the shift: a way of its own to the answer, and from the start the mean of the heads' in the effect.
-            share = self.param("turn_share", nn.initializers.constant(0.5 / c.attention_maps), (c.attention_maps, 1))
-            turn = jnp.mean(level, 2)[..., None] * turn
-            turn = jnp.sum(share * turn, -2)
-            fused = fuse_views(effect(answers), rotation) + turn_logits(effect(turn), anchors)
-            base, step_mm = anchors, ANCHORED_STEP_MM
-        elif c.head == "paper":
-            answers = PaperHead(c.hidden, c.gaussians)(pooled)
-            fused = effect(answers)
+        if c.head == "paper":
+            answers = effect(PaperHead(c.hidden, c.gaussians)(pooled))
             base = gaussians.uniform_cloud(1, 8.0, DENSITY_UNIT * math.log(2.0))
             base = jax.tree.map(lambda a: jnp.broadcast_to(a, (b, c.gaussians, *a.shape[1:])), base)
-            step_mm = PAPER_STEP_MM
-        else:
+            return Reconstruction(*(activate(a, base, PAPER_STEP_MM) for a in answers), factual_maps)
+        if c.head != "anchored":
             raise ValueError(f"head: found {c.head!r}, wanted 'anchored' or 'paper'")
-        return Reconstruction(activate(fused[0], base, step_mm), activate(fused[1], base, step_mm), factual_maps)
+        anchors = matching.subset(cloud, c.anchors)
+        rotation = view_from_box(camera_from_box)
+        query = _query(anchors, rotation)
+        means = rigid.apply(camera_from_box, gaussians.views(anchors, v).mean)
+        uv = camera.project_camera(intrinsics, means)
+        cell = max(1, round(MATCHING_CELL_MM / c.pixel_mm))
+        templates = jnp.stack([2.0 * prior, 2.0 * (prior - camera.box_blur(prior, HIGH_PASS_PX))], -1)
+        xray = jnp.concatenate([channels[..., :2], channels[..., 5:]], -1)
+        found, code, shift = Matching(c.matching_heads, c.matching_width, cell)(xray, templates, uv, query)
+        share = self.param("share", nn.initializers.constant(0.5 / c.matching_heads), (c.matching_heads,))
+        mm_per_px = (camera_from_box[..., 2, 3] / intrinsics[..., 0])[:, :, None, None]
+        direct = mm_per_px * jnp.sum(share[:, None] * shift, -2)
+        level = LEVELS * jnp.mean(maps, (-3, -2, -1))[..., None, None]
+        local = [self._read(gated, uv, (height, width)), self._read(found[None], uv, (height, width))]
+        local = [jnp.broadcast_to(a, (len(maps), *a.shape[1:])) for a in local]
+        answers = AnchoredHead(c.hidden, c.context)(jnp.concatenate(local, -1), pooled, code, query, level * direct)
+        # How far to trust a view is no part of the Gaussians: the factual branch alone says it.
+        log_precision = jnp.clip(answers[0, ..., 2:4], -6.0, 6.0) - 2.0
+        answers = effect(answers)
+        shift, information = fuse_views(answers[..., :2], log_precision, rotation)
+        branches = [activate(a, anchors, ANCHORED_STEP_MM) for a in logits(answers, shift, rotation)]
+        matches = matching.Matches(anchors.mean, branches[1].mean, information)
+        carried = [jax.vmap(carry_detail)(branch, anchors, cloud) for branch in branches]
+        return Reconstruction(*carried, factual_maps, matches, answers[1, ..., :2], log_precision, rotation)
+
+    @staticmethod
+    def _read(features, uv, image_size):
+        """Features (K, B, V, h, w, C) at pixels uv (B, V, A, 2): (K, B, V, A, C)."""
+        weights = sampling_weights(uv, image_size, features.shape[3:5])
+        return jnp.einsum("bvap,kbvpc->kbvac", weights, features.reshape(*features.shape[:3], -1, features.shape[-1]))

@@ -1,0 +1,136 @@
+"""How far to trust a refined pose: the chance that it is right, its covariance, and a radius that holds its error.
+
+Three calibrated maps of what a refinement says of itself: a logistic model for the chance of an mTRE below 2 mm, a log-linear
+one for the size of the error where it is right, and one factor for the radius. `experiments.calibrate` fits them on simulated
+patients.
+"""
+
+import dataclasses
+
+import numpy as np
+
+FLOOR_MM = 0.1
+"""Least radius: calibration and voxels are known no better."""
+FEATURES = ("support", "least_support", "similarity", "least_similarity", "log_step", "margin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """chance: weights of a constant and of FEATURES in the log odds of a right pose; threshold: chance from which it is accepted.
+
+    size: weights of a constant, the log of the predicted error, the support and the log step in the log of the error;
+    radius: how many times that size holds the error in 95 of 100 cases.
+    """
+
+    chance: tuple
+    threshold: float
+    size: tuple
+    radius: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Confidence:
+    """chance of a right pose; accepted; covariance (6, 6) of the twist about the vertebra's centre in world axes, rad and mm;
+    uncertainty_mm: radius that holds the mTRE in 95 of 100 cases."""
+
+    chance: float
+    accepted: bool
+    covariance: np.ndarray
+    uncertainty_mm: float
+
+
+def features(refined):
+    """FEATURES (6,) of a `refinement.Refined` in numpy: correlations, the last step's size, how much worse a rival fits."""
+    return np.array(
+        [
+            np.mean(refined.support),
+            np.min(refined.support),
+            np.mean(refined.similarity),
+            np.min(refined.similarity),
+            np.log(float(refined.step_mm) + 1e-3),
+            min(float(refined.margin), 0.5),
+        ]
+    )
+
+
+def spread_mm(information, points):
+    """Root mean square motion, mm, of points (N, 3) about the vertebra's centre in world axes, for a twist of `information`^-1.
+
+    Args:
+      information: (6, 6), positive definite.
+    """
+    covariance = np.linalg.inv(information)
+    x, y, z = np.asarray(points, np.float64).T
+    o, one = np.zeros_like(x), np.ones_like(x)
+    # d (w x p + t) / d (w, t)
+    rows = [[o, z, -y, one, o, o], [-z, o, x, o, one, o], [y, -x, o, o, o, one]]
+    jacobian = np.moveaxis(np.array(rows), -1, 0)
+    return float(np.sqrt(np.einsum("nij,jk,nik->", jacobian, covariance, jacobian) / len(x)))
+
+
+def _size_terms(refined, predicted_mm):
+    return np.array([1.0, np.log(predicted_mm), np.mean(refined.support), np.log(float(refined.step_mm) + 1e-3)])
+
+
+def judge(refined, points, calibration):
+    """`Confidence` in a `refinement.Refined`, of numpy arrays.
+
+    Args:
+      points: (N, 3) of the vertebra, about its centre in world axes, mm; calibration: `Calibration`.
+    """
+    information = np.asarray(refined.information, np.float64)
+    values = features(refined)
+    usable = (
+        np.isfinite(information).all() and np.isfinite(values).all() and (np.linalg.eigvalsh(information) > 0).all()
+    )
+    if not usable:
+        large = np.diag([(np.pi / 2) ** 2] * 3 + [100.0**2] * 3)
+        return Confidence(0.0, False, large, 100.0)
+    odds = float(np.dot(calibration.chance, [1.0, *values]))
+    chance = 1.0 / (1.0 + np.exp(-np.clip(odds, -50.0, 50.0)))
+    predicted = spread_mm(information, points)
+    size = float(np.exp(np.clip(np.dot(calibration.size, _size_terms(refined, predicted)), -5.0, 5.0)))
+    covariance = np.linalg.inv(information) * (size / predicted) ** 2
+    radius = max(FLOOR_MM, calibration.radius * size)
+    return Confidence(chance, bool(chance >= calibration.threshold), covariance, radius)
+
+
+def _logistic(x, y, ridge=1e-2, steps=100):
+    """Weights of a ridge logistic regression of labels y (N,) on x (N, K), the first column constant and free of the ridge."""
+    weights = np.zeros(x.shape[1])
+    penalty = ridge * len(y) * np.diag([0.0] + [1.0] * (x.shape[1] - 1)) / x.shape[1]
+    for _ in range(steps):
+        p = 1.0 / (1.0 + np.exp(-np.clip(x @ weights, -30, 30)))
+        hessian = (x * (p * (1 - p) + 1e-6)[:, None]).T @ x + penalty
+        step = np.linalg.solve(hessian, x.T @ (y - p) - penalty @ weights)
+        weights = weights + step / max(1.0, np.abs(step).max())
+    return weights
+
+
+def calibrate(refined, points, error_mm, right_mm=2.0, coverage=0.96):
+    """The `Calibration` of simulated cases.
+
+    The threshold is the chance of the surest wrong pose, or even odds where that is more.
+
+    Args:
+      refined: N `refinement.Refined` in numpy; points: N arrays as in `judge`; error_mm: (N,) mTRE.
+      coverage: share of the right poses whose error the radius holds.
+    Raises:
+      ValueError: no right pose or no wrong one among them.
+    """
+    error_mm = np.asarray(error_mm)
+    right = error_mm < right_mm
+    if right.all() or not right.any():
+        raise ValueError(f"calibrate: {right.sum()} of {len(right)} poses are right, wanted some and not all")
+    x = np.array([[1.0, *features(r)] for r in refined])
+    spread = x[:, 1:].std(0)
+    scale = np.array([1.0, *np.where(spread > 1e-9, spread, 1.0)])
+    chance = _logistic(x / scale, right.astype(float)) / scale
+    odds = x @ chance
+    threshold = 1.0 / (1.0 + np.exp(-max(1e-6, float(odds[~right].max()) + 1e-6)))
+    terms = np.array([_size_terms(r, spread_mm(r.information, p)) for r, p in zip(refined, points)])
+    fitted, *_ = np.linalg.lstsq(terms[right], np.log(error_mm[right] + 1e-3), rcond=None)
+    ratio = error_mm[right] / np.exp(terms[right] @ fitted)
+    return Calibration(
+        tuple(map(float, chance)), float(threshold), tuple(map(float, fitted)), float(np.quantile(ratio, coverage))
+    )

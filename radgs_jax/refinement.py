@@ -1,0 +1,310 @@
+"""Second-order refinement of a vertebra's pose against the raw X-rays of a patient who has moved since the CT.
+
+An X-ray is modelled as two rigid parts of the CT: the vertebra, in what it attenuates above the muscle that fills its hole, and
+everything else, each at a pose of its own. Both are projected exactly and with analytic derivatives (`kernels.drr`); a
+Gauss-Newton step moves both at once, so that neighbours and ribs are explained instead of leaned on. Images are compared in
+their derivatives, where scatter and detectors' drifts are small, under a gain that varies smoothly and with the thickness, which
+stands for hardening and scatter and is eliminated from every step (variable projection, Golub and Pereyra 1973). Residuals have
+Student's t distribution (Lange et al. 1989): metal and what the CT does not know weigh little.
+"""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.drr import drr_and_motion
+from radgs_jax import camera
+from radgs_jax import rigid
+
+STEP_MM = 5.0
+"""Largest step of a parameter, rotations by their lever."""
+T_FREEDOM = 5.0
+"""Degrees of freedom of the residuals' t distribution."""
+APART_MM = 2.0
+"""Distance from which two poses are two answers."""
+TIE = (0.1, 4.0)
+"""Expected size, rad and mm, of what the rest of the body has turned and shifted against the vertebra since the CT."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """One resolution.
+
+    pixel_mm: at the isocentre; size: pixels along the window; iterations: Gauss-Newton steps; *_step_mm: sample distances.
+    tie: how far the parts may part, in `TIE`; a tight one looks for both together, which reaches further.
+    keep: how many candidates go on to the next level.
+    """
+
+    pixel_mm: float
+    size: int
+    iterations: int
+    vertebra_step_mm: float
+    rest_step_mm: float
+    tie: float = 1.0
+    keep: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RefineConfig:
+    """levels: coarse to fine; blur_px: standard deviation of the derivative filter.
+
+    gain_ridge: how strongly gains are drawn to one number; damping: of Levenberg and Marquardt, relative to the diagonal.
+    """
+
+    levels: tuple = (
+        Level(3.0, 48, 7, 1.5, 3.0, 0.1),
+        Level(1.5, 64, 7, 1.0, 2.0),
+        Level(0.75, 112, 4, 1.0, 2.0),
+    )
+    blur_px: float = 1.0
+    gain_ridge: float = 0.01
+    damping: float = 1e-3
+
+
+@flax.struct.dataclass
+class Parts:
+    """What the X-ray is made of: 1/mm, and affines (4, 4) from voxel indices to the vertebra's box frame, mm.
+
+    excess: (X, Y, Z) of the vertebra over the muscle that fills its hole; rest: (X', Y', Z') of everything else.
+    """
+
+    excess: jax.Array
+    box_from_excess: jax.Array
+    rest: jax.Array
+    box_from_rest: jax.Array
+
+
+@flax.struct.dataclass
+class Views:
+    """V X-rays at one resolution, which may differ in size.
+
+    images, valid: lists of line integrals (H_v, W_v) and of the pixels that count; intrinsics: (V, 4).
+    """
+
+    images: list
+    valid: list
+    intrinsics: jax.Array
+
+
+@flax.struct.dataclass
+class Refined:
+    """world_from_box, world_from_rest: (4, 4) poses of the vertebra and of the rest, both of box-frame points.
+
+    information: (6, 6) of the vertebra's twist about its centre in world axes (rad, mm), the rest's pose and gains eliminated,
+    as if pixels were independent. similarity: (V,) correlation of image and model derivatives; support: (V,) the same of what
+    the rest leaves of the image with the vertebra alone, where it has edges; step_mm: size of the last step.
+    rival_mm, margin: distance of the best other start that ended apart, the last time several were left, and by how much it
+    fits worse (in similarity plus support); 0 and 2 without one. trajectory: (levels, 4, 4) world_from_box after each level.
+    """
+
+    world_from_box: jax.Array
+    world_from_rest: jax.Array
+    information: jax.Array
+    similarity: jax.Array
+    support: jax.Array
+    step_mm: jax.Array
+    rival_mm: jax.Array
+    margin: jax.Array
+    trajectory: jax.Array
+
+
+_SCALE = np.array([1.0 / rigid.LEVER_MM] * 3 + [1.0] * 3)
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.cache
+def _bands(size, sigma):
+    """Matrices (size, size) of a Gaussian and of its derivative, borders repeated."""
+    radius = int(np.ceil(3 * sigma))
+    offsets = np.arange(-radius, radius + 1)
+    smooth = np.exp(-0.5 * (offsets / sigma) ** 2)
+    smooth /= smooth.sum()
+    result = []
+    for kernel in (smooth, offsets / sigma**2 * smooth):
+        band = np.zeros((size, size))
+        for offset, weight in zip(offsets, kernel):
+            np.add.at(band, (np.arange(size), np.clip(np.arange(size) + offset, 0, size - 1)), weight)
+        result.append(band.astype(np.float32))
+    return result
+
+
+def derivatives(images, sigma):
+    """Derivatives along v and u, per pixel, of images (V, S, S, C) blurred by `sigma` pixels: (V, S, S, C, 2)."""
+    smooth, slope = _bands(images.shape[1], sigma)
+    pairs = ((slope, smooth), (smooth, slope))
+    return jnp.stack([_einsum("ij,vjkc,lk->vilc", a, images, b) for a, b in pairs], -1)
+
+
+def interior(valid, margin):
+    """Pixels (V, S, S) whose neighbours within `margin` are all valid and in the window."""
+    window = (1, 2 * margin + 1, 2 * margin + 1)
+    return jax.lax.reduce_window(valid.astype(jnp.float32), jnp.inf, jax.lax.min, window, (1, 1, 1), "SAME")
+
+
+def project_part(volume, box_from_index, world_from_box, centre, intrinsics, camera_from_world, size, step_mm):
+    """Line integrals (V, S, S) of a part and their derivatives (V, S, S, 6) to a twist in world axes about `centre`.
+
+    Args:
+      volume: (X, Y, Z) 1/mm; box_from_index, world_from_box: (4, 4); centre: (3,) world mm; intrinsics: (V, 4);
+        camera_from_world: (V, 4, 4); size: S; step_mm: sample distance.
+    """
+    camera_from_index = rigid.matmul(camera_from_world, rigid.matmul(world_from_box, box_from_index))
+    index_from_camera = jnp.linalg.inv(camera_from_index)[:, :3]
+    image, motion = drr_and_motion(volume, index_from_camera, intrinsics, size, size, step_mm=step_mm)
+    # From a twist about the source in camera axes to one about the centre in world axes.
+    arm = rigid.apply(camera_from_world, centre[None])[:, 0]
+    turn, shift = motion[..., :3], motion[..., 3:]
+    turn = turn - jnp.cross(arm[:, None, None], shift)
+    R = camera_from_world[:, :3, :3]
+    return image, jnp.concatenate([_einsum("vyxi,vij->vyxj", part, R) for part in (turn, shift)], -1)
+
+
+def _solve_gains(columns, target, weights, ridge):
+    """Gains (V, K) of columns (V, S, S, K, 2) by weighted least squares, and the normal matrices (V, K, K) with their ridge."""
+    normal = _einsum("vyxad,vyxbd,vyx->vab", columns, columns, weights)
+    right = _einsum("vyxad,vyxd,vyx->va", columns, target, weights)
+    free = jnp.asarray([0.01] + [1.0] * (columns.shape[-2] - 1))
+    normal = normal + ridge * jnp.diag(free) * normal[:, :1, :1] + 1e-9 * jnp.eye(len(free))
+    return jnp.linalg.solve(normal, right[..., None])[..., 0], normal
+
+
+def _fit_gains(target, rest, excess, thickness, inside, ridge):
+    """The model that fits the image best over all gains, and the residuals' weights.
+
+    Args:
+      target, rest, excess: (V, S, S, 2) derivatives; thickness: (V, S, S) line integrals of both parts; inside: (V, S, S).
+    Returns:
+      gain of the rest and of the excess (V, S, S), columns (V, S, S, K, 2), their normal matrices (V, K, K), weights
+      (V, S, S) in 1 / residual variance.
+    """
+    total = rest + excess
+    counted = jnp.maximum(jnp.sum(inside, (1, 2), keepdims=True), 1.0)
+    level = 0.5 * (thickness - jnp.sum(thickness * inside, (1, 2), keepdims=True) / counted)
+    u = jnp.broadcast_to(jnp.linspace(-1.0, 1.0, level.shape[-1]), level.shape)
+    basis = jnp.stack([jnp.ones_like(level), level, u, jnp.swapaxes(u, 1, 2)], -1)
+    columns = jnp.concatenate([basis[..., None] * total[..., None, :], excess[..., None, :]], -2)
+    # Edges far beyond the typical, of metal or a collimator, would decide the first fit alone.
+    square = jnp.where(inside > 0, jnp.sum(target**2, -1), jnp.nan)
+    typical = jnp.nan_to_num(jnp.nanmedian(square, (1, 2), keepdims=True)) + 1e-12
+    weights = inside * (T_FREEDOM + 2.0) / (T_FREEDOM + jnp.nan_to_num(square) / (4.0 * typical))
+    for _ in range(3):
+        gains, normal = _solve_gains(columns, target, weights, ridge)
+        of_rest = jnp.maximum(_einsum("vyxk,vk->vyx", basis, gains[:, :-1]), 0.02)
+        of_excess = jnp.maximum(of_rest + gains[:, -1, None, None], 0.02)
+        residual = target - of_rest[..., None] * rest - of_excess[..., None] * excess
+        square = jnp.sum(residual**2, -1)
+        variance = jnp.sum(weights * square, (1, 2), keepdims=True) / (2.0 * counted) + 1e-12
+        weights = inside * (T_FREEDOM + 2.0) / (T_FREEDOM + square / variance)
+    return of_rest, of_excess, columns, normal / variance, weights / variance
+
+
+def _correlation(a, b, weights):
+    """(V,) weighted cosine of (V, S, S, 2) arrays."""
+
+    def dot(x, y):
+        return _einsum("vyxd,vyxd,vyx->v", x, y, weights)
+
+    return dot(a, b) * jax.lax.rsqrt(dot(a, a) * dot(b, b) + 1e-20)
+
+
+def _step(parts, window, poses, level, config):
+    """One Gauss-Newton step from poses (2, 4, 4): the new poses, and what `Refined` has of the linearisation."""
+    image, valid, intrinsics, camera_from_world = window
+    centre = poses[0, :3, 3]
+    cameras = intrinsics, camera_from_world, level.size
+    excess, d_excess = project_part(
+        parts.excess, parts.box_from_excess, poses[0], centre, *cameras, level.vertebra_step_mm
+    )
+    rest, d_rest = project_part(parts.rest, parts.box_from_rest, poses[1], centre, *cameras, level.rest_step_mm)
+    channels = jnp.concatenate([image[..., None], rest[..., None], excess[..., None], d_excess, d_rest], -1)
+    filtered = derivatives(channels, config.blur_px)
+    target, of_rest, of_excess = (filtered[..., i, :] for i in range(3))
+    inside = interior(valid, int(np.ceil(3 * config.blur_px)))
+    gain_rest, gain_excess, columns, gain_normal, weights = _fit_gains(
+        target, of_rest, of_excess, rest + excess, inside, config.gain_ridge
+    )
+    scaled = filtered[..., 3:, :] * jnp.asarray(np.tile(_SCALE, 2), jnp.float32)[:, None]
+    jacobian = jnp.concatenate(
+        [scaled[..., :6, :] * gain_excess[..., None, None], scaled[..., 6:, :] * gain_rest[..., None, None]], -2
+    )
+    model_rest, model_excess = gain_rest[..., None] * of_rest, gain_excess[..., None] * of_excess
+    residual = target - model_rest - model_excess
+    cross = _einsum("vyxad,vyxpd,vyx->vap", columns, jacobian, weights)
+    gain_right = _einsum("vyxad,vyxd,vyx->va", columns, residual, weights)
+    eliminate = jnp.linalg.solve(gain_normal, jnp.concatenate([cross, gain_right[..., None]], -1))
+    normal = _einsum("vyxpd,vyxqd,vyx->pq", jacobian, jacobian, weights)
+    normal = normal - _einsum("vap,vaq->pq", cross, eliminate[..., :-1])
+    right = _einsum("vyxpd,vyxd,vyx->p", jacobian, residual, weights) - _einsum("vap,va->p", cross, eliminate[..., -1])
+    # What is known beforehand: the rest of the body has moved little against the vertebra.
+    relative = rigid.twist_about(centre, rigid.matmul(poses[1], rigid.inverse(poses[0]))) / _SCALE
+    size = level.tie * np.array([TIE[0] * rigid.LEVER_MM] * 3 + [TIE[1]] * 3)
+    tie = np.kron(np.array([[1.0, -1.0], [-1.0, 1.0]]), np.diag(size**-2.0))
+    normal = normal + tie
+    right = right - tie @ jnp.concatenate([jnp.zeros(6), relative])
+    damped = normal + config.damping * jnp.diag(jnp.diag(normal)) + 1e-3 * jnp.eye(12)
+    step = jnp.linalg.solve(damped, right)
+    step = step / jnp.maximum(1.0, jnp.max(jnp.abs(step)) / STEP_MM)
+    moved = rigid.matmul(rigid.motion_about(centre, step.reshape(2, 6) * _SCALE), poses)
+    schur = normal[:6, :6] - normal[:6, 6:] @ jnp.linalg.solve(normal[6:, 6:] + 1e-6 * jnp.eye(6), normal[6:, :6])
+    edges = jnp.sum(model_excess**2, -1)
+    edges = inside * (edges > 0.01 * jnp.max(edges, (1, 2), keepdims=True))
+    return moved, {
+        "information": schur / _SCALE[:, None] / _SCALE,
+        "similarity": _correlation(target, model_rest + model_excess, inside),
+        "support": _correlation(target - model_rest, model_excess, edges),
+        "step_mm": jnp.linalg.norm(step[:6]),
+    }
+
+
+def _start(pose):
+    return jnp.stack([pose, pose])
+
+
+def refine(parts, pyramid, camera_from_world, starts, config):
+    """Refines the best of several start poses, level by level; deterministic, of static cost.
+
+    Every start runs through the coarsest level; after each level those go on that fit best, as many as the level keeps.
+
+    Args:
+      parts: `Parts`; pyramid: a `Views` for each of config.levels, at its resolution; camera_from_world: (V, 4, 4).
+      starts: (K, 4, 4) world_from_box; the rest of the body starts with the vertebra.
+    Returns:
+      `Refined`.
+    """
+    poses = jax.vmap(_start)(starts)
+    trajectory = []
+    rival_mm, margin = jnp.float32(0.0), jnp.float32(0.0)
+    for level, views in zip(config.levels, pyramid):
+
+        def run(poses, level=level, views=views):
+            camera_from_box = rigid.matmul(camera_from_world, poses[0])
+            crops = [
+                camera.window(*view, level.size)
+                for view in zip(views.images, views.valid, views.intrinsics, camera_from_box)
+            ]
+            window = (*(jnp.stack(part) for part in zip(*crops)), camera_from_world)
+
+            def body(poses, _):
+                return _step(parts, window, poses, level, config)
+
+            poses, found = jax.lax.scan(body, poses, None, length=level.iterations)
+            return poses, jax.tree.map(lambda a: a[-1], found)
+
+        poses, found = jax.vmap(run)(poses)
+        score = jnp.mean(found["similarity"], -1) + jnp.mean(found["support"], -1)
+        order = jnp.argsort(-score)[: level.keep]
+        if len(score) > 1:
+            away = rigid.distance(poses[:, 0], poses[order[0], 0][None], jnp.zeros(3))
+            # Of those that ended elsewhere, the best: how far off it is and by how much it fits worse.
+            other = jnp.argmax(jnp.where(away > APART_MM, score, -jnp.inf))
+            elsewhere = away[other] > APART_MM
+            rival_mm = jnp.where(elsewhere, away[other], 0.0)
+            margin = jnp.where(elsewhere, score[order[0]] - score[other], 2.0)
+        poses, found = jax.tree.map(lambda a: a[order], (poses, found))
+        trajectory.append(poses[0, 0])
+    best = jax.tree.map(lambda a: a[0], found)
+    return Refined(poses[0, 0], poses[0, 1], trajectory=jnp.stack(trajectory), rival_mm=rival_mm, margin=margin, **best)
