@@ -12,7 +12,7 @@ train: setup
 
 test: setup
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Where the compilers cannot be installed, the check says what it skips and why.
 compile-check: setup

@@ -18,10 +18,16 @@ from data_pipelines import pair_store
 from data_pipelines import pairs
 from data_pipelines import phantom
 from data_pipelines import scan as scans
+from data_pipelines import simulator
 from data_pipelines import xray
 
 ORIENTATIONS = ("RAS", "LPS", "PIR", "LAS")
 """Storage orders that phantoms are written in, in turn: everything downstream must cope with any."""
+POSTURES = ("rigid", "bent")
+"""How bodies in case files have moved."""
+BENT_VARIANTS = ("artic", "real")
+BENT_WINDOW = 240
+"""Pixels along a bent scene's X-rays, round the vertebra."""
 A_SHARD = 128
 """Most pairs in a shard, and four times the vertebrae in one: a loader holds the files of all shards open."""
 
@@ -167,38 +173,50 @@ def _workers(count):
 
 
 def simulated_cases(
-    path, subjects, labels, scenes, starts_mm, seed, detector, variants=cases.VARIANTS, on_done=lambda: None
+    path,
+    subjects,
+    labels,
+    scenes,
+    starts_mm,
+    seed,
+    detector,
+    variants=cases.VARIANTS,
+    posture="rigid",
+    articulation=1.0,
+    on_done=lambda: None,
 ):
     """Writes a case file whose X-rays are simulated from scans, with points, truth and start poses; returns its path.
 
-    Rendered finer than simulated pairs, from the native scan, with another model of a detector. A case file that is there
-    is kept, whatever it was made from.
+    Rendered finer than simulated pairs. A case file that is there is kept, whatever it was made from.
 
     Args:
       subjects: [(subject, ct path, mask path)]; labels: VerSe numbers; scenes: acquisitions per vertebra; seed: of all draws.
       starts_mm: bins [(low, high)] of start mTRE, one case each per scene; detector: `xray.Detector` of the 'real' variant.
       variants: arrays of the X-ray files, among `cases.VARIANTS`; on_done: called after each scene.
+      posture: 'rigid', everything but the vertebra moved as one and `detector`'s physics; or 'bent', every vertebra at a place
+        of its own, with `simulator`'s postures, metal and physics: `detector` and `articulation` have no say, and the
+        variants are 'artic' and 'real'.
+      articulation: of 'rigid', as `carm.sample_articulation` has it.
     Raises:
       InputError: an unreadable scan, an absent or cut vertebra.
-      ValueError: a variant that is none.
+      ValueError: a posture or a variant that is none.
     """
-    if unknown := [v for v in variants if v not in cases.VARIANTS]:
-        raise ValueError(f"variants: found {unknown[0]!r}, wanted some of {', '.join(cases.VARIANTS)}")
+    if posture not in POSTURES:
+        raise ValueError(f"posture: found {posture!r}, wanted one of {', '.join(POSTURES)}")
+    known = cases.VARIANTS if posture == "rigid" else BENT_VARIANTS
+    variants = known if variants == cases.VARIANTS else variants
+    if unknown := [v for v in variants if v not in known]:
+        raise ValueError(f"variants: found {unknown[0]!r}, wanted some of {', '.join(known)}")
     path = pathlib.Path(path)
     if path.exists():
         return path
-    device = carm.CArm()
-    k = 4
-    intrinsics = np.stack([carm.intrinsics(device, k)] * len(carm.VIEWS))
-    size = (device.detector_px // k,) * 2
     document = {"format": cases.CASES_FORMAT, "seed": seed, "volumes": {}, "scenes": [], "cases": []}
     for number, (subject, ct, mask) in enumerate(subjects):
         scan = scans.read_scan(ct, mask, subject)
-        whole = scans.WholeBody(scan, 2.0)
+        whole = scans.WholeBody(scan, 2.0) if posture == "rigid" else simulator.Body(scan, 2.0, 1.0)
         for label in labels:
             name = f"{subject}_{scans.level_name(label)}"
             vertebra = scans.extract(scan, label, 64, mask)
-            body = xray.Body(whole, vertebra)
             centre = vertebra.ct_from_box[:3, 3]
             document["volumes"][name] = {
                 "patient": subject,
@@ -209,18 +227,18 @@ def simulated_cases(
                 "centre": centre.tolist(),
                 "points": vertebra.points.round(3).tolist(),
             }
+            if posture == "rigid":
+                acquire = functools.partial(_rigid_scene, xray.Body(whole, vertebra), detector, articulation, variants)
+            else:
+                acquire = functools.partial(_bent_scene, whole, vertebra, variants)
             for index in range(scenes):
-                rng = np.random.default_rng([seed, number, label, index])
                 scene = f"{name}_s{index}"
-                world_from_ct = carm.sample_world_from_ct(rng, centre)
-                centre_world = world_from_ct[:3, :3] @ centre + world_from_ct[:3, 3]
-                world_from_rest = carm.motion_about(centre_world, carm.sample_articulation(rng)) @ world_from_ct
-                extrinsics = carm.sample_views(rng, device)
-                images = _variants(
-                    body, world_from_ct, world_from_rest, intrinsics, extrinsics, size, detector, rng, variants
+                images, intrinsics, extrinsics, world_from_ct, more = acquire(
+                    np.random.default_rng([seed, number, label, index])
                 )
-                xray_path = path.parent / f"{scene}.npz"
+                xray_path = path.with_name(f"{path.stem}_{scene}.npz")
                 files.write_npz(xray_path, **{v: image.astype(np.float16) for v, image in images.items()})
+                size = next(iter(images.values())).shape[1:]
                 views = [
                     cases.view_json(cases.View(K, E, *size), view)
                     for K, E, view in zip(intrinsics, extrinsics, carm.VIEWS)
@@ -230,11 +248,13 @@ def simulated_cases(
                         "id": scene,
                         "volume": name,
                         "T_gt": world_from_ct.tolist(),
-                        "T_rest": world_from_rest.tolist(),
+                        **more,
                         "views": views,
                         "xrays": xray_path.name,
                     }
                 )
+                # Of their own generator: scenes that differ in how they were made have the same starts.
+                rng = np.random.default_rng([seed, number, label, index, 1])
                 for bin_index, (low, high) in enumerate(starts_mm):
                     start = carm.start_of_mtre(rng, world_from_ct, centre, vertebra.points, rng.uniform(low, high))
                     document["cases"].append(
@@ -248,6 +268,34 @@ def simulated_cases(
                 on_done()
     files.write_json(path, document)
     return path
+
+
+def _rigid_scene(body, detector, articulation, variants, rng):
+    """Images by variant, intrinsics (V, 4), camera_from_world (V, 4, 4), world_from_ct, and what else the case file says."""
+    device, k = carm.CArm(), 4
+    intrinsics = np.stack([carm.intrinsics(device, k)] * len(carm.VIEWS))
+    size = (device.detector_px // k,) * 2
+    centre = body.vertebra.ct_from_box[:3, 3]
+    world_from_ct = carm.sample_world_from_ct(rng, centre)
+    centre_world = world_from_ct[:3, :3] @ centre + world_from_ct[:3, 3]
+    world_from_rest = carm.motion_about(centre_world, carm.sample_articulation(rng, articulation)) @ world_from_ct
+    extrinsics = carm.sample_views(rng, device)
+    images = _variants(body, world_from_ct, world_from_rest, intrinsics, extrinsics, size, detector, rng, variants)
+    return images, intrinsics, extrinsics, world_from_ct, {"T_rest": world_from_rest.tolist()}
+
+
+def _bent_scene(body, vertebra, variants, rng):
+    """As `_rigid_scene`, of a `simulator.Body`."""
+    geometry = simulator.Geometry(window=BENT_WINDOW, binning=4, vertebra_step_mm=0.75, rest_step_mm=1.5)
+    # Case files do not say which pixels count, so nothing is collimated.
+    sample = simulator.simulate(body, vertebra.label, rng, simulator.Preset(chance_collimator=0.0), geometry)
+    images = {"artic": sample.rest + sample.excess, "real": sample.measured}
+    world_from_ct = sample.world_from_box.astype(np.float64) @ np.linalg.inv(vertebra.ct_from_box)
+    u, _, vt = np.linalg.svd(world_from_ct[:3, :3])
+    world_from_ct[:3, :3] = u @ vt
+    cameras = (a.astype(np.float64) for a in (sample.intrinsics, sample.camera_from_world))
+    metal = bool(sample.metal.max() > 0)
+    return {v: images[v] for v in variants}, *cameras, world_from_ct, {"metal": metal}
 
 
 def _relative(target, folder):

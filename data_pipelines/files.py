@@ -34,7 +34,7 @@ _DEFLATE_RATIO = 1032
 """Deflate never shrinks by more: a match of 258 bytes takes 2 bits."""
 _LABELS_BYTES = 2**29
 """Of a volume of MAX_VOXELS at 8 bits a voxel."""
-_TIGHT_RATIO, _TIGHT_AFTER_BYTES = 50, 2**28
+_TIGHT_RATIO, _TIGHT_AFTER_BYTES = 50, 2**27
 """A CT packs 2 to 10 times; only labels pack more than 50 times over so long a stretch, and 8 bits a voxel do for them."""
 _CHUNK, _PACKED_CHUNK = 2**20, 2**14
 _VOXEL_MM = (1e-3, 1e3)

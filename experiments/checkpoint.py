@@ -67,6 +67,10 @@ class Model:
     config: ModelConfig
     mean_shapes: dict
 
+    def mean_shape(self, label):
+        """Mean density of a level, or of all where it was not trained on: `pairs.MEAN_SHAPE`, 1/mm, float32."""
+        return self.mean_shapes.get(label, self.mean_shapes[0]).astype(np.float32)
+
 
 def save_model(folder, model, note):
     """Writes a `Model` to `folder`, whole or not at all, in place of what is there; `note` says what it is.

@@ -14,6 +14,18 @@ from kernels import program
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 
+def label_numbers(values):
+    """VerSe numbers of a list of strings.
+
+    Raises:
+      InputError: not a whole number from 1 to 28.
+    """
+    for value in values:
+        if not value.isdigit() or not 1 <= int(value) <= 28:
+            files.fail("flags", "--label", repr(value), "VerSe numbers, 1 to 28")
+    return [int(value) for value in values]
+
+
 def run(main):
     """Parses flags and calls `main()`; bad flags or input end the program with one line on standard error and status 2."""
     app.define_help_flags()

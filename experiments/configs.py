@@ -32,7 +32,8 @@ class Config:
 
     p1_patients, p2_patients: phantoms of the public and of the 'real' stage; labels: VerSe numbers trained on; p2_folds,
     p2_fold: folds by patient and the one held out; patient_labels: the patient's vertebrae prepared in P3; batch: examples a
-    step; passes: of the network, refine: after them, and eval_scenes: acquisitions of each vertebra, in scores.
+    step; in scores, passes: of the network, refine: after them, judged: by the shipped rule, and eval_scenes: acquisitions of
+    each vertebra.
     """
 
     seed: int = 0
@@ -54,6 +55,7 @@ class Config:
     checkpoint_seconds: float = 60.0
     passes: int = 5
     refine: RefineConfig = RefineConfig()
+    judged: bool = True
     eval_scenes: int = 2
 
     def stage(self, name):

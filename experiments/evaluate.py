@@ -9,20 +9,24 @@ from data_pipelines import cases
 from data_pipelines import files
 from data_pipelines import pairs
 from data_pipelines import scan as scans
+from data_pipelines import xray
 from experiments import patients
 from experiments import pictures
 from experiments import progress
 from experiments import registering
+from radgs_jax import camera
 from radgs_jax import metrics
 
 
-def _volume_scores(outcome, prepared, start, truth):
-    """Reconstruction scores of ours and of the baselines on the evaluation grid in CT axes."""
+def _volume_scores(one, passes):
+    """Reconstruction scores of ours and of the baselines on the evaluation grid in CT axes, of a `Registered`."""
+    outcome, prepared, start, truth = one.outcome, one.prepared, one.case.world_from_ct, one.truth
     vertebra = prepared.vertebra
     ct_from_grid, shape = scans.evaluation_grid(vertebra), scans.GRID_SHAPE
     density = scans.resample(vertebra.density, vertebra.ct_from_index, ct_from_grid, shape)
     mask = scans.resample(vertebra.mask, vertebra.ct_from_index, ct_from_grid, shape, order=0) > 0.5
-    mean_shape = prepared.model.mean_shapes.get(vertebra.label, prepared.model.mean_shapes[0]).astype(np.float32)
+    mean_shape = prepared.model.mean_shape(vertebra.label)
+    without = registering.reconstruct_without_ct(prepared, one.scene.views, one.images, start, passes)
 
     def carried(volume, ct_from_index, world_from_ct):
         """A volume at a pose, seen from the true CT frame."""
@@ -30,12 +34,25 @@ def _volume_scores(outcome, prepared, start, truth):
 
     mean_shape_grid = vertebra.ct_from_box @ pairs.mean_shape_grid()
     volumes = {
-        "reconstruction": registering.reconstruction_in_ct(outcome, truth, ct_from_grid, shape),
+        "reconstruction": registering.reconstruction_in_ct(outcome.reconstruction, truth, ct_from_grid, shape),
+        "the CT withheld": registering.reconstruction_in_ct(without, truth, ct_from_grid, shape),
         "mean shape": carried(mean_shape, mean_shape_grid, outcome.world_from_ct),
         "CT at the start": carried(vertebra.density, vertebra.ct_from_index, start),
         "CT at the estimate": carried(vertebra.density, vertebra.ct_from_index, outcome.world_from_ct),
     }
     return {name: metrics.reconstruction_scores(volume, density, mask) for name, volume in volumes.items()}
+
+
+def _attention_shares(one):
+    """Of a `Registered`: the share of the network's attention on the vertebra at the truth, and its share of the crops."""
+    outcome, vertebra = one.outcome, one.prepared.vertebra
+    size, cameras = outcome.xrays.shape[1:], (outcome.intrinsics, outcome.camera_from_world)
+    drawn = xray.render(vertebra.density, vertebra.ct_from_index, one.truth, *cameras, size, 1.0) > 0.02
+    attention = outcome.attention
+    factor = size[0] // attention.shape[1]
+    silhouette = camera.bin_image(drawn.astype(np.float32), factor)
+    share = (attention * silhouette).sum((1, 2)) / (attention.sum((1, 2)) + 1e-9)
+    return float(share.mean()), float(silhouette.mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +67,7 @@ class Registered:
     outcome: registering.Outcome
 
 
-def _registered(case_file, case_list, variant, passes, prepare):
+def _registered(case_file, case_list, variant, passes, prepare, refine=True):
     """Registers cases one by one; `prepare` makes the `patients.Prepared` of a `cases.Volume`, once for each."""
     prepared = {}
     for case in case_list:
@@ -61,40 +78,38 @@ def _registered(case_file, case_list, variant, passes, prepare):
             prepared[volume.name] = prepare(volume)
         ready = prepared[volume.name]
         if first:  # it compiles, which is not part of a case's time
-            registering.register(ready, scene.views, images, case.world_from_ct, passes)
-        outcome = registering.register(ready, scene.views, images, case.world_from_ct, passes)
+            registering.register(ready, scene.views, images, case.world_from_ct, passes, refine=refine)
+        outcome = registering.register(ready, scene.views, images, case.world_from_ct, passes, refine=refine)
         yield Registered(case, scene, ready, images, cases.truth(case_file, scene), outcome)
 
 
-def evaluate(case_file, variant, workdir, passes, picture_folder=None, score_volumes=True):
+def evaluate(case_file, variant, prepare, passes, picture_folder=None, score_volumes=True, refine=True):
     """Registers every case and scores it.
 
     Args:
-      case_file: `cases.CaseFile` with truth and points; workdir: of `patients.prepare`; passes: network passes.
+      case_file: `cases.CaseFile` with truth and points; passes: network passes; refine: as `registering.register`.
+      prepare: makes the `patients.Prepared` of a `cases.Volume`, called once for each; `patients.loader` of a workdir.
       picture_folder: where to write the files of the first case of each vertebra, or None.
       score_volumes: also score the reconstructions, which takes longer than registering.
     Returns:
       dict of arrays over cases: start_mm, error_mm, passes_mm (C, 1 + passes + levels), runtime_s, cpu_s; 'volumes': name ->
-      score -> (C,); and 'results' for `cases.write_results`.
+      score -> (C,); 'attention': (C, 2), its share on the vertebra and the vertebra's share of the crops, with the volumes;
+      and 'results' for `cases.write_results`.
     Raises:
       InputError: a vertebra that was not prepared or has no points, unreadable X-rays, or a scene without its true pose.
     """
-    identity = patients.Identity()
-    passes_mm, results, volumes, shown = [], [], {}, set()
+    passes_mm, results, volumes, attention, shown = [], [], {}, [], set()
     scored = {case_file.scenes[case.scene].volume for case in case_file.cases}
     points = {name: cases.points(case_file, name) for name in sorted(scored)}
 
-    def prepare(volume):
-        target = patients.Target(volume.patient, volume.full_ct, volume.full_mask, volume.full_label)
-        return patients.load(workdir, target, identity)
-
     with progress.bar(len(case_file.cases), f"evaluate {variant}") as bar:
-        for one in _registered(case_file, case_file.cases, variant, passes, prepare):
+        for one in _registered(case_file, case_file.cases, variant, passes, prepare, refine):
             start, outcome = one.case.world_from_ct, one.outcome
             passes_mm.append([metrics.mtre(points[one.scene.volume], T, one.truth) for T in outcome.trajectory])
             results.append({"id": one.case.name, **registering.answer(outcome)})
             if score_volumes:
-                for name, scores in _volume_scores(outcome, one.prepared, start, one.truth).items():
+                attention.append(_attention_shares(one))
+                for name, scores in _volume_scores(one, passes).items():
                     for score, value in scores.items():
                         volumes.setdefault(name, {}).setdefault(score, []).append(value)
             if picture_folder is not None and one.scene.volume not in shown:
@@ -110,6 +125,7 @@ def evaluate(case_file, variant, workdir, passes, picture_folder=None, score_vol
         "passes_mm": passes_mm,
         **{k: np.array([r[k] for r in results]) for k in ("runtime_s", "cpu_s")},
         "results": results,
+        "attention": np.array(attention),
         "volumes": {n: {s: np.array(v) for s, v in t.items()} for n, t in volumes.items()},
     }
 
@@ -133,7 +149,10 @@ def table(scores, variant):
             )
     lines.append(f"capture range: {metrics.capture_range(start, error):.0f} mm")
     if scores["volumes"]:
+        share, area = scores["attention"].mean(0)
         lines += [
+            "",
+            f"attention (CAL): {100 * share:.0f} % of it on the vertebra, which takes {100 * area:.0f} % of the crops",
             "",
             "reconstruction, mean over cases: honest (range [0, 0.06] 1/mm, mask + 5 mm) and the paper's protocol",
             f"{'':>20} {'SSIM honest':>12} {'PSNR honest':>12} {'SSIM paper':>12} {'PSNR paper':>12}",
@@ -150,12 +169,12 @@ def report(case_file, variant, workdir, passes, out, score_volumes=True):
     """Evaluates, and writes `out`/results_VARIANT.json, table_VARIANT.txt, errors_VARIANT.png and the first cases' files.
 
     Args:
-      out: a folder, made if need be; the rest as in `evaluate`, which says what is raised.
+      workdir: of `patients.prepare`; out: a folder, made if need be; the rest as in `evaluate`, which says what is raised.
     Returns:
       the table, and a line with the times.
     """
     out = pathlib.Path(out)
-    scores = evaluate(case_file, variant, workdir, passes, out / variant, score_volumes)
+    scores = evaluate(case_file, variant, patients.loader(workdir), passes, out / variant, score_volumes)
     cases.write_results(out / f"results_{variant}.json", registering.PROGRAM, variant, scores["results"])
     pictures.errors(
         out / f"errors_{variant}.png", f"variant {variant}", scores["start_mm"], scores["error_mm"], scores["passes_mm"]
@@ -179,10 +198,7 @@ def held_out(model, case_file, names, variant, passes, refine):
 
     def prepare(volume):
         scan = scans.read_scan(volume.full_ct, volume.full_mask, volume.patient)
-        vertebra = scans.extract(scan, volume.full_label, model.config.gaussians, volume.full_mask)
-        parts = patients.refinement_parts(scans.moving_parts(scans.WholeBody(scan, scans.BODY_MM), vertebra))
-        bare = patients.bare_parts(parts, vertebra)
-        return patients.Prepared(model, vertebra, patients.fine_cloud(vertebra), parts, bare, refine, None)
+        return patients.unprepared(model, scan, volume.full_label, volume.full_mask, refine)
 
     chosen = [case for case in case_file.cases if case.scene in names]
     errors = [

@@ -151,6 +151,30 @@ def _extract(targets, gaussian_count):
     return [(vertebra, scans.moving_parts(whole, vertebra)) for vertebra in vertebrae]
 
 
+def unprepared(model, scan, label, mask_path, refine, calibration=None):
+    """`Prepared` with a `checkpoint.Model` as it is, of a vertebra of a `scan.Scan` at hand.
+
+    Args:
+      mask_path: what errors name; refine, calibration: as in `Prepared`.
+    Raises:
+      InputError: an absent or cut vertebra.
+    """
+    vertebra = scans.extract(scan, label, model.config.gaussians, mask_path)
+    parts = refinement_parts(scans.moving_parts(scans.WholeBody(scan, scans.BODY_MM), vertebra))
+    return Prepared(model, vertebra, fine_cloud(vertebra), parts, bare_parts(parts, vertebra), refine, calibration)
+
+
+def loader(workdir):
+    """A function that gives the `Prepared` of a `cases.Volume` in `workdir`; it raises as `load`."""
+    identity = Identity()
+
+    def of_volume(volume):
+        target = Target(volume.patient, volume.full_ct, volume.full_mask, volume.full_label)
+        return load(workdir, target, identity)
+
+    return of_volume
+
+
 def bare_parts(parts, vertebra):
     """`refinement.Parts` of a `scan.Vertebra` in air, in the shapes of its `parts`."""
     alone, _ = scans.block_average(vertebra.density, vertebra.ct_from_index, scans.PART_MM)

@@ -117,3 +117,41 @@ def errors(path, title, start_mm, error_mm, trajectories_mm):
     right.set(xlabel="pass", ylabel="mTRE, mm", yscale="log")
     right.legend(frameon=False)
     _save(figure, path)
+
+
+def study(path, starts, groups):
+    """A page of plots: error against start error, then one panel a sweep, each point a case, with medians; mTRE in mm, as a PNG.
+
+    Args:
+      starts: name -> rows with start_mm and error_mm; groups: sweep -> point -> rows; rows as `experiments.study` keeps them.
+    """
+    panels = 1 + len(groups)
+    columns = 3
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for (name, found), colour in zip(starts.items(), ("#35c4e8", "#e8a33d", "#888888")):
+        start, error = (np.array([row[key] for row in found]) for key in ("start_mm", "error_mm"))
+        axes[0].scatter(start, np.maximum(error, 1e-3), s=9, color=colour, label=name)
+    axes[0].set(xlabel="start mTRE, mm", ylabel="mTRE, mm", yscale="log", title="start error")
+    axes[0].legend(frameon=False, fontsize=8)
+    for panel, (group, points) in zip(axes[1:], groups.items()):
+        places = np.arange(len(points))
+        for place, found in zip(places, points.values()):
+            error = np.array([row["error_mm"] for row in found])
+            refused = np.array([row["accepted"] is False for row in found])
+            beside = place + np.linspace(-0.25, 0.25, len(error))
+            for chosen, marker in ((~refused, "o"), (refused, "x")):
+                panel.scatter(beside[chosen], np.maximum(error[chosen], 1e-3), s=11, marker=marker, color="#35c4e8")
+        for key, style, text in (("error_mm", "-", "median"), ("network_mm", ":", "median, network alone")):
+            medians = [np.median([row[key] for row in found]) for found in points.values()]
+            panel.plot(places, np.maximum(medians, 1e-3), style, color="#333333", label=text)
+        panel.set(yscale="log", ylabel="mTRE, mm", title=group)
+        panel.set_xticks(places, list(points), fontsize=8)
+        panel.legend(frameon=False, fontsize=7)
+    for panel in axes[:panels]:
+        panel.axhline(2.0, color="#cc4444", lw=0.8)
+    for panel in axes[panels:]:
+        panel.set_axis_off()
+    axes[0].text(0.02, 0.02, "crosses in the other panels: refused", transform=axes[0].transAxes, fontsize=7)
+    _save(figure, path)

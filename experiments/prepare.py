@@ -54,20 +54,8 @@ def targets():
         patients.Target(
             pathlib.Path(CT.value).name, pathlib.Path(CT.value), pathlib.Path(MASK.value), number, LABELS.value
         )
-        for number in label_numbers(LABEL.value)
+        for number in cli.label_numbers(LABEL.value)
     ]
-
-
-def label_numbers(values):
-    """VerSe numbers of a list of strings.
-
-    Raises:
-      InputError: not a whole number from 1 to 28.
-    """
-    for value in values:
-        if not value.isdigit() or not 1 <= int(value) <= 28:
-            files.fail("flags", "--label", repr(value), "VerSe numbers, 1 to 28")
-    return [int(value) for value in values]
 
 
 def generic_detector(chosen):

@@ -28,8 +28,6 @@ from radgs_jax.models import recm
 PROGRAM = "radgs_jax"
 POSE_BLUR_MM = 1.0
 """Blur of a reported reconstruction: two views do not say more about where its edges are."""
-
-
 BARE = 0.3
 """Median line integral below which an X-ray shows a bone in air: behind a body it is above 1."""
 WIDE_MM = (-24.0, -12.0, 0.0, 12.0, 24.0)
@@ -63,14 +61,13 @@ class Outcome:
     cpu_s: float
 
 
-def register(prepared, views, images, start_world_from_ct, passes, valid=None, refine=True, withheld=None):
+def register(prepared, views, images, start_world_from_ct, passes, valid=None, refine=True):
     """Registers one case: nothing enters but the prepared vertebra, X-rays, cameras and the start pose.
 
     Args:
       prepared: `patients.Prepared`; views: `cases.View`s; images: (H_v, W_v) line integrals; start_world_from_ct: (4, 4).
       valid: (H_v, W_v) bool, the pixels that count; None: all.
       refine: False for the network's passes alone.
-      withheld: Gaussians (N,), box frame, that stand in for the CT's in the reconstruction, to see what X-rays alone give.
     Returns:
       `Outcome`.
     """
@@ -78,22 +75,21 @@ def register(prepared, views, images, start_world_from_ct, passes, valid=None, r
     vertebra, config = prepared.vertebra, prepared.model.config
     valid = [np.ones(image.shape, bool) for image in images] if valid is None else valid
     extrinsics = np.stack([view.camera_from_world for view in views])
-    seen = _at_resolution(views, images, valid, config.pixel_mm)
+    seen = at_resolution(views, images, valid, config.pixel_mm)
     start = start_world_from_ct @ vertebra.ct_from_box
     result = _network(prepared, seen, extrinsics, start, vertebra.cloud, passes)
     boxes, refined = list(result.trajectory[1:]), None
     judged = None
     if refine:
-        refined, judged = _refine_until_trusted(prepared, views, images, valid, result.world_from_box, start)
+        refined, judged = refine_until_trusted(prepared, views, images, valid, result.world_from_box, start)
         boxes += list(refined.trajectory)
     box_from_ct = np.linalg.inv(vertebra.ct_from_box)
     poses = [start_world_from_ct, *(_rigid(T) @ box_from_ct for T in np.asarray(boxes, np.float64))]
-    if refine or withheld is not None:
-        cloud = vertebra.cloud if withheld is None else withheld
-        result = _network(prepared, seen, extrinsics, boxes[-1], cloud, 1)
+    if refine:
+        result = _network(prepared, seen, extrinsics, boxes[-1], vertebra.cloud, 1)
     box = jnp.asarray(result.trajectory[-2])
     effect = jax.tree.map(lambda a: a[0], result.reconstruction.effect)
-    if withheld is None and config.head == "anchored":
+    if config.head == "anchored":
         matches = result.reconstruction.matches
         effect = _as_bone(effect, vertebra.cloud, prepared.fine_cloud, matches, refine)
     reconstruction = jax.block_until_ready(gaussians.move(effect, box))
@@ -113,6 +109,25 @@ def register(prepared, views, images, start_world_from_ct, passes, valid=None, r
     )
 
 
+def reconstruct_without_ct(prepared, views, images, start_world_from_ct, passes):
+    """What the X-rays give where the CT gives nothing: the mean shape stands in for it, from the start pose on, unrefined.
+
+    Args:
+      prepared: `patients.Prepared`, of which the network and the mean shape are used; the others as in `register`.
+    Returns:
+      Gaussians (N,) in the world frame.
+    """
+    config = prepared.model.config
+    mean_shape = prepared.model.mean_shape(prepared.vertebra.label)
+    cloud = gaussians.from_density(mean_shape, pairs.mean_shape_grid(), config.gaussians)
+    seen = at_resolution(views, images, [np.ones(image.shape, bool) for image in images], config.pixel_mm)
+    extrinsics = np.stack([view.camera_from_world for view in views])
+    start = start_world_from_ct @ prepared.vertebra.ct_from_box
+    result = _network(prepared, seen, extrinsics, start, cloud, passes)
+    effect = jax.tree.map(lambda a: a[0], result.reconstruction.effect)
+    return gaussians.move(effect, jnp.asarray(result.trajectory[-2]))
+
+
 def answer(outcome):
     """What the result format says of an `Outcome`, but for the case's id."""
     found = {"T": outcome.world_from_ct.tolist(), "runtime_s": outcome.runtime_s, "cpu_s": outcome.cpu_s}
@@ -123,7 +138,8 @@ def answer(outcome):
     return found
 
 
-def _at_resolution(views, images, valid, pixel_mm):
+def at_resolution(views, images, valid, pixel_mm):
+    """`refinement.Views` of a case's X-rays, binned to about `pixel_mm` at the isocentre; arguments as in `register`."""
     small, inside, intrinsics, _ = pairs.binned_views(views, images, valid, pixel_mm)
     return refinement.Views(
         [jnp.asarray(i, jnp.float32) for i in small],
@@ -158,7 +174,7 @@ def refine_pose(parts, views, images, valid, starts, config):
       parts: `refinement.Parts`; views, images, valid: as in `register`; starts: K poses (4, 4) of the vertebra's box.
       config: `refinement.RefineConfig`.
     """
-    pyramid = [_at_resolution(views, images, valid, level.pixel_mm) for level in config.levels]
+    pyramid = [at_resolution(views, images, valid, level.pixel_mm) for level in config.levels]
     cameras = jnp.asarray(np.stack([view.camera_from_world for view in views]), jnp.float32)
     return jax.device_get(_refine(parts, pyramid, cameras, jnp.asarray(np.stack(starts), jnp.float32), config))
 
@@ -171,8 +187,12 @@ def judge(refined, vertebra, calibration):
     return confidence.judge(refined, centred @ refined.world_from_box[:3, :3].T, calibration)
 
 
-def _refine_until_trusted(prepared, views, images, valid, estimate, start):
-    """`refinement.Refined` and `confidence.Confidence` of a network's pose, with a wider search where that is not trusted."""
+def refine_until_trusted(prepared, views, images, valid, estimate, start):
+    """`refinement.Refined` and `confidence.Confidence` of a network's pose, with a wider search where that is not trusted.
+
+    Args:
+      prepared, views, images, valid: as in `register`; estimate, start: (4, 4) world_from_box, the network's and its start.
+    """
     bare = max(np.median(image[v]) if v.any() else np.inf for image, v in zip(images, valid)) < BARE
     arguments, config = (prepared.bare if bare else prepared.parts, views, images, valid), prepared.refine
     refined = refine_pose(*arguments, [estimate, start], config)
@@ -215,12 +235,12 @@ def _rigid(T):
     return T
 
 
-def reconstruction_in_ct(outcome, world_from_ct, ct_from_index, shape):
-    """The reconstructed density, 1/mm, carried to CT axes by the inverse of `world_from_ct` (4, 4).
+def reconstruction_in_ct(reconstruction, world_from_ct, ct_from_index, shape):
+    """The density, 1/mm, of Gaussians in the world frame, carried to CT axes by the inverse of `world_from_ct` (4, 4).
 
     ct_from_index (4, 4), shape: the grid there that it is sampled on.
     """
-    ct = gaussians.move(outcome.reconstruction, jnp.asarray(np.linalg.inv(world_from_ct), jnp.float32))
+    ct = gaussians.move(reconstruction, jnp.asarray(np.linalg.inv(world_from_ct), jnp.float32))
     # Centred first: CT coordinates of hundreds of mm would cost float32 its digits.
     middle = ct_from_index[:3, :3] @ (0.5 * (np.array(shape) - 1)) + ct_from_index[:3, 3]
     affine = np.array(ct_from_index)
@@ -273,7 +293,7 @@ def write(folder, name, outcome, prepared, views, images, start_world_from_ct, t
         vertebra.density, outcome.world_from_ct @ vertebra.ct_from_index, world_from_index, scans.GRID_SHAPE
     )
     files.write_nifti(folder / "ct_vertebra_in_world.nii.gz", moved, world_from_index)
-    reconstruction = reconstruction_in_ct(outcome, np.eye(4), world_from_index, scans.GRID_SHAPE)
+    reconstruction = reconstruction_in_ct(outcome.reconstruction, np.eye(4), world_from_index, scans.GRID_SHAPE)
     files.write_nifti(folder / "reconstruction_in_world.nii.gz", reconstruction, world_from_index)
     files.write_npz(folder / "gaussians.npz", **gaussians.to_arrays(outcome.reconstruction))
     poses = {"start": start_world_from_ct, "estimate": outcome.world_from_ct}

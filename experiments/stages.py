@@ -1,6 +1,7 @@
 """One data stage of training: RecM, RegM, joint, each with checkpoints, restart, progress and logs."""
 
 import contextlib
+import functools
 import pathlib
 import time
 import zlib
@@ -117,6 +118,27 @@ def loop(folder, log_folder, mesh, state, update, batches, *, key, rate, steps, 
     return state
 
 
+def timed(folder, log_folder, mesh, state, update, batches, seed, learning_rate, budget_s, checkpoint_seconds):
+    """As `loop`, closing `batches`, for as many steps as `budget_s` seconds allow, under a cosine of peak `learning_rate`."""
+    key = jax.random.key(seed)
+    with contextlib.closing(batches):
+        start = batches.get_state()
+        steps = _steps_for(folder, budget_s, lambda: _time_step(update, state, key, _split(next(batches), mesh)))
+        batches.set_state(start)
+        return loop(
+            folder,
+            log_folder,
+            mesh,
+            state,
+            update,
+            batches,
+            key=key,
+            rate=lambda step: training.cosine(step, steps, learning_rate, min(50, max(1, steps // 5))),
+            steps=steps,
+            checkpoint_seconds=checkpoint_seconds,
+        )
+
+
 def _split(batch, mesh):
     """A batch on the mesh: every process puts its own part on its own devices."""
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -129,14 +151,15 @@ def finished(workdir, name, module, steps):
     return checkpoint.latest(folder) == steps
 
 
-def _log_pictures(log, step, config, params, batch):
-    @jax.jit
-    def render(params, batch):
-        example = training.make_example(jax.random.key(0), batch, config.model)
-        effect = training.reconstruct(params["recm"], config.model, example).effect
-        return example.xrays[0, 0], example.target[0, 0], training.project(effect, example)[0, 0]
+@functools.partial(jax.jit, static_argnames="config")
+def _render(recm_params, batch, config):
+    example = training.make_example(jax.random.key(0), batch, config)
+    effect = training.reconstruct(recm_params, config, example).effect
+    return example.xrays[0, 0], example.target[0, 0], training.project(effect, example)[0, 0]
 
-    images = render(params, jax.tree.map(lambda a: a[:1], batch))
+
+def _log_pictures(log, step, config, params, batch):
+    images = _render(params["recm"], jax.tree.map(lambda a: a[:1], batch), config.model)
     log.image(
         step,
         "xray_target_effect",

@@ -49,6 +49,11 @@ def _phantom_scans(config, workdir, first, count, text):
         return build.phantoms(workdir / "scans", seeds, config.phantom, bar.update)
 
 
+def patient_scan(config, workdir):
+    """(subject, ct path, mask path) of the phantom that P3 prepares."""
+    return _phantom_scans(config, workdir, PATIENT_SEED, 1, "patient")[0]
+
+
 def folds(patients_, count):
     """Patient -> fold, of a list of patient names: sorted, then dealt out in turn."""
     return {patient: index % count for index, patient in enumerate(sorted(set(patients_)))}
@@ -59,9 +64,11 @@ def p1(config, workdir, modules):
 
     Args:
       config: `configs.Config`; workdir: pathlib.Path; modules: module stages to run; the model is written after 'joint'.
+    Returns:
+      the `checkpoint.Model` after the last module stage.
     """
-    if (workdir / "p1" / "model").exists():
-        return
+    if modules[-1] == "joint" and (workdir / "p1" / "model").exists():
+        return checkpoint.load_model(workdir / "p1" / "model")
     subjects = _phantom_scans(config, workdir, P1_SEED, config.p1_patients, "p1 phantoms")
     vertebrae = [(*subject, label) for subject in subjects for label in config.labels]
     with progress.bar(len(vertebrae) * (1 + config.p1.pairs + config.p1.ct_pairs), "p1 pairs") as bar:
@@ -78,9 +85,10 @@ def p1(config, workdir, modules):
     params = jax.jit(lambda key: radgs_reg.init(config.model, key))(jax.random.key(config.seed))
     print("parameters: " + ", ".join(f"{k} {backbones.count_parameters(v):,}" for k, v in params.items()))
     params = stages.run(config, workdir, "p1", pair_set, params, config.p1.steps, config.p1.learning_rate, modules)
+    model = checkpoint.Model(jax.device_get(params), config.model, pair_set.mean_shapes())
     if modules[-1] == "joint":
-        model = checkpoint.Model(jax.device_get(params), config.model, pair_set.mean_shapes())
         checkpoint.save_model(workdir / "p1" / "model", model, "P1")
+    return model
 
 
 def p2(config, workdir, modules, case_path=None, variant="real"):
@@ -109,7 +117,7 @@ def p2(config, workdir, modules, case_path=None, variant="real"):
                 config.seed + 2,
                 config.detector,
                 (variant,),
-                bar.update,
+                on_done=bar.update,
             )
     case_file = cases.read(case_path)
     fold = folds([v.patient for v in case_file.volumes.values()], config.p2_folds)
@@ -155,9 +163,10 @@ def p3(config, workdir, modules):
     Raises:
       InputError: no model of P2; as `patients.prepare`.
     """
-    subject, ct, mask = _phantom_scans(config, workdir, PATIENT_SEED, 1, "patient")[0]
+    subject, ct, mask = patient_scan(config, workdir)
     targets = [patients.Target(subject, ct, mask, label) for label in config.patient_labels]
-    calibration = patients.read_calibration(cli.REPOSITORY / "base" / patients.CALIBRATION)
+    rule = cli.REPOSITORY / "base" / patients.CALIBRATION
+    calibration = patients.read_calibration(rule) if config.judged else None
     base = workdir / "p2" / "model"
     patients.prepare(config, workdir / "p3", targets, base, modules=modules, calibration=calibration)
     return subject, ct, mask

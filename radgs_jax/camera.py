@@ -79,3 +79,9 @@ def window(image, valid, intrinsics, camera_from_box, size):
     rows, columns = jnp.clip(rows, 0, height - 1), jnp.clip(columns, 0, width - 1)
     shift = jnp.concatenate([jnp.zeros(2), corner.astype(intrinsics.dtype)])
     return image[rows][:, columns], valid[rows][:, columns] & inside, intrinsics - shift
+
+
+def windows(images, valid, intrinsics, camera_from_box, size):
+    """`window` of V views that may differ in size, stacked: images, where they are valid (V, size, size), intrinsics (V, 4)."""
+    crops = [window(*view, size) for view in zip(images, valid, intrinsics, camera_from_box)]
+    return tuple(jnp.stack(parts) for parts in zip(*crops))

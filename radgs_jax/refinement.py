@@ -282,11 +282,8 @@ def refine(parts, pyramid, camera_from_world, starts, config):
 
         def run(poses, level=level, views=views):
             camera_from_box = rigid.matmul(camera_from_world, poses[0])
-            crops = [
-                camera.window(*view, level.size)
-                for view in zip(views.images, views.valid, views.intrinsics, camera_from_box)
-            ]
-            window = (*(jnp.stack(part) for part in zip(*crops)), camera_from_world)
+            crops = camera.windows(views.images, views.valid, views.intrinsics, camera_from_box, level.size)
+            window = (*crops, camera_from_world)
 
             def body(poses, _):
                 return _step(parts, window, poses, level, config)

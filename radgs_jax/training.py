@@ -185,7 +185,7 @@ def reconstruction_loss(reconstruction, example, config, weights):
 def attention_inside(maps, example):
     """Share (B, V) of the attention (B, V, h, w, M) that lies on the vertebra where it truly is, by its projection."""
     level = jnp.mean(maps, -1)
-    silhouette = jax.image.resize((example.target > 0.02).astype(level.dtype), level.shape, "linear")
+    silhouette = jax.image.resize((example.valid & (example.target > 0.02)).astype(level.dtype), level.shape, "linear")
     return jnp.sum(level * silhouette, (-2, -1)) / (jnp.sum(level, (-2, -1)) + 1e-6)
 
 

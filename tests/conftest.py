@@ -15,6 +15,14 @@ jax.config.update("jax_compilation_cache_dir", str(_cache / "radgs_jax" / "xla")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+LONGEST = ("test_experiments.py", "test_models.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no process ends with one while the other is idle."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture
 def x64():
     """Runs the test with float64 enabled."""

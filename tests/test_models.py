@@ -113,26 +113,24 @@ def test_zero_logits_give_the_anchors_back():
         np.testing.assert_allclose(getattr(out, name), getattr(cloud, name), rtol=2e-4, atol=1e-6)
 
 
-def test_matching_finds_where_each_gaussian_went():
-    """With the same features on both sides, and sharp ones: every anchor finds the cell that shows what it projects to."""
-    rng = np.random.default_rng(0)
-    prior = rng.normal(size=(1, 2, 32, 32, 2)).astype(np.float32)
-    model = recm.Matching(2, 32, 2)
-    uv = jnp.asarray(rng.uniform(10, 20, (1, 2, 6, 2)), jnp.float32)
-    query = jnp.zeros((1, 2, 6, 7))
+def test_matching_finds_where_a_gaussian_went():
+    """With the same features on both sides, and sharp ones: the cell that shows what the prior projects there."""
+    prior = np.zeros((1, 2, 32, 32, 2), np.float32)
+    prior[:, :, 14:18, 12:16] = np.random.default_rng(0).uniform(1.0, 2.0, (1, 2, 4, 4, 2))
+    model = recm.Matching(1, 32, 2)
+    uv, query = jnp.full((1, 2, 1, 2), 14.5).at[..., 1].set(16.5), jnp.zeros((1, 2, 1, 7))
     params = model.init(jax.random.key(0), jnp.asarray(prior), jnp.asarray(prior), uv, query)
     weights = params["params"]
-    weights |= {f"Conv_{i + 3}": weights[f"Conv_{i}"] for i in range(3)}
+    weights |= {f"Conv_{i + 3}": weights[f"Conv_{i}"] for i in range(3)} | {"near": jnp.full(1, -20.0)}
     # A descriptor that is the feature itself, made sharp.
     weights["Dense_0"] |= {"kernel": jnp.eye(39, 64), "bias": jnp.zeros(64)}
-    weights["Dense_1"] |= {"kernel": 30.0 * jnp.eye(64, 32), "bias": jnp.zeros(32)}
+    weights["Dense_1"] |= {"kernel": 1e3 * jnp.eye(64, 16), "bias": jnp.zeros(16)}
+    weights["Dense_2"] |= {"kernel": jnp.eye(32, 16), "bias": jnp.zeros(16)}
     xray = jnp.asarray(np.roll(prior, (-4, 6), (2, 3)))
-    maps, *_ = model.apply(params, xray, jnp.asarray(prior), uv, query)
-    centre = jnp.mean(maps[..., :16], (0, 1, 2, 3))
-    weights["Dense_2"] |= {"kernel": jnp.tile(jnp.eye(32, 16), (1, 2)), "bias": -jnp.tile(centre, 2)}
+    _, _, still = model.apply(params, jnp.asarray(prior), jnp.asarray(prior), uv, query)
     _, _, shift = model.apply(params, xray, jnp.asarray(prior), uv, query)
-    miss = np.abs(np.asarray(shift[..., 0, :]) - [6.0, -4.0])
-    assert np.median(miss) < 1.0
+    # The brightest cell may be the anchor's neighbour; it moves by what the image moved by.
+    np.testing.assert_allclose(shift - still, np.broadcast_to([6.0, -4.0], shift.shape), atol=0.2)
 
 
 def test_alignment_finds_a_motion_and_weighs_by_information():
@@ -384,7 +382,7 @@ def test_a_mesh_of_two_trains_like_a_mesh_of_one(tmp_path):
         "cloud = jax.tree.map(lambda a: jnp.tile(a[None, :64], (4,) + (1,) * a.ndim), gaussians.uniform_cloud(4, 15.0, 0.02))\n"
         "twists = jnp.tile(jnp.asarray([0.1, -0.2, 0.1, 3.0, 4.0, -5.0]), (4, 1))\n"
         "batch = training.CtBatch(rigid.motion_about(jnp.zeros(3), twists), cloud)\n"
-        "params = radgs_reg.init(tiny.MODEL, jax.random.key(0))\n"
+        "params = jax.jit(lambda key: radgs_reg.init(tiny.MODEL, key))(jax.random.key(0))\n"
         "for devices in (jax.devices()[:1], jax.devices()):\n"
         "    mesh = sharding.make_mesh(devices)\n"
         "    update = training.make_update(mesh, 'reg', tiny.MODEL, training.LossConfig(), 0.0)\n"

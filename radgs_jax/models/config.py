@@ -13,7 +13,7 @@ class ModelConfig:
     gaussians: number of Gaussians N. anchors: so many of them are looked for in the X-rays, the others follow.
     matching_heads, matching_width: descriptors an anchor has, channels of their features.
     attention_maps: M of the counterfactual attention. counterfactual_draws: samples of the expectation in Eq. 1 in training
-    (inference takes the mean map and is deterministic).
+    (inference takes the mean map and is deterministic); 0 for no attention at all.
     hidden, context: widths of the heads' layers and of the context that views share ('anchored').
     crop_px, pixel_mm: the X-ray window of a view, and the pixel size at the isocentre it is binned to.
     grid, voxel_mm, grid_blur_mm: RegM's volume; Gaussians are blurred by grid_blur_mm so that it can sample them.

@@ -72,9 +72,7 @@ def register(
 
     def one_pass(world_from_box, _):
         camera_from_box = rigid.matmul(camera_from_world, world_from_box)
-        views = zip(images, valid, intrinsics, camera_from_box)
-        crops = [camera.window(*view, config.crop_px) for view in views]
-        xrays, inside, k = (jnp.stack(parts) for parts in zip(*crops))
+        xrays, inside, k = camera.windows(images, valid, intrinsics, camera_from_box, config.crop_px)
         reconstruction = model.apply(params["recm"], xrays[None], inside[None], k[None], camera_from_box[None], anchors)
         motion, information = regm.estimate(
             params["regm"], config, reconstruction.effect, reconstruction.matches, anchors, inner_passes

@@ -311,7 +311,12 @@ def carry_detail(reconstruction, anchors, fine, radius_mm=6.0):
 
 
 def effect(answers):
-    """Eq. 1 on the head's logits (K, ...), factual first, then the draws: factual and effect Y(A) - E[Y(do(A))], (2, ...)."""
+    """Eq. 1 on the head's logits (K, ...), factual first, then the draws: factual and effect Y(A) - E[Y(do(A))], (2, ...).
+
+    Without draws the effect is the factual itself.
+    """
+    if len(answers) == 1:
+        return jnp.stack([answers[0], answers[0]])
     return jnp.stack([answers[0], answers[0] - jnp.mean(answers[1:], 0)])
 
 
@@ -356,9 +361,13 @@ class RecM(nn.Module):
         name, options = c.backbone_2d
         features = backbones.make_backbone(name, **dict(options))(channels.reshape(b * v, height, width, -1))
         features = features.reshape(b, v, *features.shape[1:])
-        factual_maps = attention.AttentionMaps(c.attention_maps)(features)
-        intervened = attention.counterfactual_maps(key, factual_maps.shape, c.counterfactual_draws)
-        maps = jnp.concatenate([factual_maps[None], intervened])
+        if c.counterfactual_draws:
+            factual_maps = attention.AttentionMaps(c.attention_maps)(features)
+            intervened = attention.counterfactual_maps(key, factual_maps.shape, c.counterfactual_draws)
+            maps = jnp.concatenate([factual_maps[None], intervened])
+        else:
+            factual_maps = jnp.ones((*features.shape[:-1], c.attention_maps))
+            maps = factual_maps[None]
         gated, pooled = attention.attend(features[None], maps)
         if c.head == "paper":
             answers = effect(PaperHead(c.hidden, c.gaussians)(pooled))
@@ -379,7 +388,7 @@ class RecM(nn.Module):
         share = self.param("share", nn.initializers.constant(0.5 / c.matching_heads), (c.matching_heads,))
         mm_per_px = (camera_from_box[..., 2, 3] / intrinsics[..., 0])[:, :, None, None]
         direct = mm_per_px * jnp.sum(share[:, None] * shift, -2)
-        level = LEVELS * jnp.mean(maps, (-3, -2, -1))[..., None, None]
+        level = (LEVELS if c.counterfactual_draws else 1.0) * jnp.mean(maps, (-3, -2, -1))[..., None, None]
         local = [self._read(gated, uv, (height, width)), self._read(found[None], uv, (height, width))]
         local = [jnp.broadcast_to(a, (len(maps), *a.shape[1:])) for a in local]
         answers = AnchoredHead(c.hidden, c.context)(jnp.concatenate(local, -1), pooled, code, query, level * direct)

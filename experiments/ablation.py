@@ -1,0 +1,180 @@
+"""The paper's Table 2 at a laptop's scale: `python -m experiments.ablation --out=A`.
+
+Trains, on phantoms, what each row of the table leaves out or exchanges, and scores it on X-rays of a phantom patient that
+only P3 has seen. Registration is the network's alone; the last columns add the refinement, which all rows share. A run
+that was stopped goes on.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import numpy as np
+from absl import flags
+
+from data_pipelines import build
+from data_pipelines import cases
+from data_pipelines import files
+from data_pipelines import scan as scans
+from experiments import checkpoint
+from experiments import cli
+from experiments import configs
+from experiments import evaluate
+from experiments import patients
+from experiments import progress
+from experiments import train
+from radgs_jax import metrics
+from radgs_jax import training
+
+OUT = flags.DEFINE_string("out", None, "Folder of the runs and of the table.", required=True)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0)
+
+BASE = dataclasses.replace(
+    configs.DEMO,
+    p1_patients=6,
+    patient_labels=(20, 22, 24),
+    p1=configs.StageConfig(pairs=16, ct_pairs=32, steps=(300, 60, 60), learning_rate=2e-3),
+    p2=configs.StageConfig(pairs=2, ct_pairs=16, steps=(40, 20, 40), learning_rate=1e-3),
+    p3=configs.StageConfig(pairs=96, ct_pairs=64, steps=(300, 20, 80), learning_rate=1.5e-3),
+)
+DENSE = ("densenet121", (("growth", 12), ("blocks", (3, 6))))
+VIT = ("vit12", (("patch", 8), ("depth", 4), ("width", 96), ("heads", 4), ("mlp", 192)))
+
+
+def _model(**changes):
+    return dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, **changes))
+
+
+RUNS = {
+    "small": BASE,
+    "no_cal": _model(counterfactual_draws=0),
+    "dense": _model(backbone_2d=DENSE),
+    "vit": _model(backbone_2d=VIT),
+}
+ROWS = (
+    ("1  RecM, P1, without CAL", "no_cal", "p1", ("rec",)),
+    ("2  RecM with CAL, P1", "small", "p1", ("rec",)),
+    ("3  RecM and RegM apart, P1", "small", "p1", ("rec", "reg")),
+    ("4  RadGS-Reg, P1", "small", "p1", training.MODULES),
+    ("5  RadGS-Reg, P1 and P2", "small", "p2", training.MODULES),
+    ("6  RadGS-Reg, all stages", "small", "p3", training.MODULES),
+    ("6' the same without CAL", "no_cal", "p3", training.MODULES),
+    ("7  dense backbone, all stages", "dense", "p3", training.MODULES),
+    ("8  ViT backbone, all stages", "vit", "p3", training.MODULES),
+)
+"""Name, run, data stage after which, module stages of it."""
+REGISTRATION = ("mean_mm", "median_mm", "range_mm", "success", "refined_mm", "refined_success")
+
+
+def _share_data(folder, out):
+    """Runs see the same phantoms and pairs, which are named by their content: made once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("scans", "pairs"):
+        (out / name).mkdir(exist_ok=True)
+        if not (folder / name).exists():
+            (folder / name).symlink_to((out / name).resolve(), target_is_directory=True)
+
+
+def _prepare_of(config, folder, stage, modules):
+    """What makes the `patients.Prepared` of a `cases.Volume` with the model of a row, trained where it is not there yet."""
+    model = train.p1(config, folder, modules if stage == "p1" else training.MODULES)
+    if stage != "p1":
+        train.p2(config, folder, training.MODULES)
+        model = checkpoint.load_model(folder / "p2" / "model")
+    if stage == "p3":
+        train.p3(config, folder, training.MODULES)
+        return patients.loader(folder / "p3")
+
+    @functools.cache
+    def scan(ct, mask):
+        return scans.read_scan(ct, mask)
+
+    return lambda volume: patients.unprepared(
+        model, scan(volume.full_ct, volume.full_mask), volume.full_label, volume.full_mask, config.refine
+    )
+
+
+def score(config, folder, row, case_file):
+    """Figures of a row on a case file, kept in `folder`/scores; None where a row has no registration."""
+    name, _, stage, modules = row
+    kept = folder / "scores" / f"{name.split()[0]}.json"
+    if kept.exists():
+        return files.read_json(kept)
+    prepare = _prepare_of(config, folder, stage, modules)
+    network = evaluate.evaluate(case_file, "real", prepare, config.passes, refine=False)
+    error, start = network["error_mm"], network["start_mm"]
+    volumes = network["volumes"]["reconstruction"]
+    share, area = network["attention"].mean(0)
+    figures = {name: float(values.mean()) for name, values in volumes.items()}
+    figures |= {"attention": float(share), "silhouette": float(area), "start_mm": float(np.median(start))}
+    figures |= dict.fromkeys(REGISTRATION)
+    if "reg" in modules:
+        refined = evaluate.evaluate(case_file, "real", prepare, config.passes, score_volumes=False)["error_mm"]
+        values = (
+            np.mean(error),
+            np.median(error),
+            metrics.capture_range(start, error),
+            np.mean(error < metrics.SUCCESS_MM),
+            np.median(refined),
+            np.mean(refined < metrics.SUCCESS_MM),
+        )
+        figures |= dict(zip(REGISTRATION, map(float, values)))
+    files.write_json(kept, figures)
+    return figures
+
+
+def table(figures):
+    """Text of {row's name: figures}."""
+    lines = [
+        f"{'':>32} {'SSIM honest':>12} {'PSNR':>8} {'SSIM paper':>11} {'PSNR':>8} {'attention':>10} {'mean mm':>8} {'median':>7} "
+        f"{'CR mm':>6} {'SR':>6} {'refined':>8} {'SR':>6}"
+    ]
+    for name, f in figures.items():
+        text = (
+            f"{name:>32} {100 * f['ssim_honest']:10.2f} % {f['psnr_honest']:5.2f} dB {100 * f['ssim_paper']:9.2f} % "
+            f"{f['psnr_paper']:5.2f} dB {100 * f['attention']:8.0f} %"
+        )
+        if f["mean_mm"] is not None:
+            text += (
+                f" {f['mean_mm']:8.2f} {f['median_mm']:7.2f} {f['range_mm']:6.0f} {100 * f['success']:4.0f} % "
+                f"{f['refined_mm']:8.2f} {100 * f['refined_success']:4.0f} %"
+            )
+        lines.append(text)
+    last = figures[name]
+    return "\n".join(
+        [*lines, f"start median {last['start_mm']:.1f} mm; the vertebra takes {100 * last['silhouette']:.0f} % of the crops"]
+    )
+
+
+def main():
+    """Trains and scores every row, and prints the table; raises as `train.p1`, `train.p2` and `train.p3`."""
+    out = pathlib.Path(OUT.value)
+    configurations = {name: dataclasses.replace(config, seed=SEED.value) for name, config in RUNS.items()}
+    first = next(iter(configurations.values()))
+    _share_data(out / "small", out)
+    subject = train.patient_scan(first, out)
+    with progress.bar(len(first.patient_labels) * first.eval_scenes, "held-out X-rays") as bar:
+        path = build.simulated_cases(
+            out / "eval" / "cases.json",
+            [subject],
+            first.patient_labels,
+            first.eval_scenes,
+            train.STARTS_MM,
+            SEED.value + 3,
+            first.detector,
+            ("real",),
+            on_done=bar.update,
+        )
+    case_file, figures = cases.read(path), {}
+    for row in ROWS:
+        name, run, *_ = row
+        _share_data(out / run, out)
+        figures[name] = score(configurations[run], out / run, row, case_file)
+        text = table(figures)
+        with files.replacing(out / "table.txt") as temporary:
+            temporary.write_text(text + "\n")
+        print(text)
+
+
+if __name__ == "__main__":
+    cli.run(main)
