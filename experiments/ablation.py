@@ -19,10 +19,10 @@ from data_pipelines import scan as scans
 from experiments import checkpoint
 from experiments import cli
 from experiments import configs
+from experiments import curriculum
 from experiments import evaluate
 from experiments import patients
 from experiments import progress
-from experiments import train
 from radgs_jax import metrics
 from radgs_jax import training
 
@@ -77,12 +77,12 @@ def _share_data(folder, out):
 
 def _prepare_of(config, folder, stage, modules):
     """What makes the `patients.Prepared` of a `cases.Volume` with the model of a row, trained where it is not there yet."""
-    model = train.p1(config, folder, modules if stage == "p1" else training.MODULES)
+    model = curriculum.p1(config, folder, modules if stage == "p1" else training.MODULES)
     if stage != "p1":
-        train.p2(config, folder, training.MODULES)
+        curriculum.p2(config, folder, training.MODULES)
         model = checkpoint.load_model(folder / "p2" / "model")
     if stage == "p3":
-        train.p3(config, folder, training.MODULES)
+        curriculum.p3(config, folder, training.MODULES)
         return patients.loader(folder / "p3")
 
     @functools.cache
@@ -147,19 +147,19 @@ def table(figures):
 
 
 def main():
-    """Trains and scores every row, and prints the table; raises as `train.p1`, `train.p2` and `train.p3`."""
+    """Trains and scores every row, and prints the table; raises as `curriculum.p1`, `curriculum.p2` and `curriculum.p3`."""
     out = pathlib.Path(OUT.value)
     configurations = {name: dataclasses.replace(config, seed=SEED.value) for name, config in RUNS.items()}
     first = next(iter(configurations.values()))
     _share_data(out / "small", out)
-    subject = train.patient_scan(first, out)
+    subject = curriculum.patient_scan(first, out)
     with progress.bar(len(first.patient_labels) * first.eval_scenes, "held-out X-rays") as bar:
         path = build.simulated_cases(
             out / "eval" / "cases.json",
             [subject],
             first.patient_labels,
             first.eval_scenes,
-            train.STARTS_MM,
+            curriculum.STARTS_MM,
             SEED.value + 3,
             first.detector,
             ("real",),

@@ -26,6 +26,21 @@ def label_numbers(values):
     return [int(value) for value in values]
 
 
+def bins(flag, edges):
+    """[(low, high)] of ascending edges, given as strings to a flag of that name.
+
+    Raises:
+      InputError: fewer than two numbers, or not ascending.
+    """
+    try:
+        values = [float(edge) for edge in edges]
+    except ValueError:
+        values = []
+    if len(values) < 2 or values[0] < 0 or any(a >= b for a, b in zip(values, values[1:])):
+        files.fail("flags", flag, ",".join(edges), "ascending numbers from 0, two at least")
+    return list(zip(values[:-1], values[1:]))
+
+
 def run(main):
     """Parses flags and calls `main()`; bad flags or input end the program with one line on standard error and status 2."""
     app.define_help_flags()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import time
 
@@ -30,10 +31,12 @@ POSE_BLUR_MM = 1.0
 """Blur of a reported reconstruction: two views do not say more about where its edges are."""
 BARE = 0.3
 """Median line integral below which an X-ray shows a bone in air: behind a body it is above 1."""
-WIDE_MM = (-24.0, -12.0, 0.0, 12.0, 24.0)
+WIDE_MM = tuple((0.0, 0.0, along) for along in (-24.0, -12.0, 0.0, 12.0, 24.0))
 """Where an answer is not trusted, further starts lie so far along the spine: up to the neighbours' places and between."""
-WIDE_KEEP = 3
-"""Of those, so many go on from the coarsest level."""
+FAR_MM = tuple(itertools.product((-24.0, 0.0, 24.0), (-24.0, 0.0, 24.0), (-48.0, -24.0, 0.0, 24.0, 48.0)))
+"""Where it still is not, starts all round the given one, in the vertebra's axes."""
+SEARCH_KEEP = 3
+"""Of a search's starts, so many go on from the coarsest level."""
 DEFORMATION_MM = 0.5
 """What a bone may differ from its CT by: of the rest of what the views say, registration is the reason."""
 
@@ -188,7 +191,7 @@ def judge(refined, vertebra, calibration):
 
 
 def refine_until_trusted(prepared, views, images, valid, estimate, start):
-    """`refinement.Refined` and `confidence.Confidence` of a network's pose, with a wider search where that is not trusted.
+    """`refinement.Refined` and `confidence.Confidence` of a network's pose, with wider searches where that is not trusted.
 
     Args:
       prepared, views, images, valid: as in `register`; estimate, start: (4, 4) world_from_box, the network's and its start.
@@ -197,14 +200,17 @@ def refine_until_trusted(prepared, views, images, valid, estimate, start):
     arguments, config = (prepared.bare if bare else prepared.parts, views, images, valid), prepared.refine
     refined = refine_pose(*arguments, [estimate, start], config)
     judged = judge(refined, prepared.vertebra, prepared.calibration)
-    if judged is None or judged.accepted:
-        return refined, judged
     first, *others = config.levels
-    wide = dataclasses.replace(config, levels=(dataclasses.replace(first, keep=WIDE_KEEP), *others))
-    shifts = [carm.matrix([0.0, 0.0, 0.0], [0.0, 0.0, along]) for along in WIDE_MM]
-    again = refine_pose(*arguments, [pose @ shift for pose in (estimate, start) for shift in shifts], wide)
-    judged_again = judge(again, prepared.vertebra, prepared.calibration)
-    return (again, judged_again) if judged_again.chance > judged.chance else (refined, judged)
+    wide = dataclasses.replace(config, levels=(dataclasses.replace(first, keep=SEARCH_KEEP), *others))
+    for poses, shifts_mm in (((estimate, start), WIDE_MM), ((start,), FAR_MM)):
+        if judged is None or judged.accepted:
+            break
+        shifts = [carm.matrix([0.0, 0.0, 0.0], shift) for shift in shifts_mm]
+        again = refine_pose(*arguments, [pose @ shift for pose in poses for shift in shifts], wide)
+        judged_again = judge(again, prepared.vertebra, prepared.calibration)
+        if judged_again.chance > judged.chance:
+            refined, judged = again, judged_again
+    return refined, judged
 
 
 @functools.partial(jax.jit, static_argnames="registered")

@@ -26,24 +26,9 @@ POSTURE = flags.DEFINE_enum(
 OUT = flags.DEFINE_string("out", None, "Case file to write; its X-rays go beside it.", required=True)
 
 
-def bins(edges):
-    """[(low, high)] of ascending edges, given as strings.
-
-    Raises:
-      InputError: fewer than two numbers, or not ascending.
-    """
-    try:
-        values = [float(edge) for edge in edges]
-    except ValueError:
-        values = []
-    if len(values) < 2 or values[0] < 0 or any(a >= b for a, b in zip(values, values[1:])):
-        files.fail("flags", "--starts_mm", ",".join(edges), "ascending numbers from 0, two at least")
-    return list(zip(values[:-1], values[1:]))
-
-
 def main():
-    """Writes the case file, which must not be there; raises as `bins`, `cli.label_numbers` and `build.simulated_cases`."""
-    starts_mm, labels = bins(STARTS_MM.value), cli.label_numbers(LABEL.value)
+    """Writes the case file, which must not be there; raises as `cli.bins`, `cli.label_numbers` and `build.simulated_cases`."""
+    starts_mm, labels = cli.bins("--starts_mm", STARTS_MM.value), cli.label_numbers(LABEL.value)
     out = pathlib.Path(OUT.value)
     if out.exists():
         files.fail(out, "case file", "one that is there", "a new file")

@@ -5,33 +5,16 @@ they are, and with one thing at a time made worse. Leaves tables, a page of plot
 been registered stays there, so that a study that was stopped goes on.
 """
 
-import dataclasses
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from scipy import ndimage
 
-from data_pipelines import build
-from data_pipelines import carm
-from data_pipelines import cases
 from data_pipelines import files
-from data_pipelines import scan as scans
-from data_pipelines import xray
-from experiments import checkpoint
 from experiments import cli
 from experiments import configs
-from experiments import patients
 from experiments import pictures
-from experiments import progress
-from experiments import registering
-from experiments import stages
-from radgs_jax import metrics
-from radgs_jax import sharding
-from radgs_jax import training
-from radgs_jax.baselines import plain
+from experiments import studying
 
 CT = flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder) that was prepared.", required=True)
 MASK = flags.DEFINE_string("mask", None, "Label map on the CT's grid.", required=True)
@@ -48,393 +31,27 @@ PLAIN_MINUTES = flags.DEFINE_float(
 MINUTES = flags.DEFINE_list("minutes", [], "Training times to prepare the first vertebra with, anew, and compare.")
 SEED = flags.DEFINE_integer("seed", 5, "Seed of everything random.", lower_bound=0)
 
-NEAR_MM = ((0, 5), (5, 10), (10, 15), (15, 20), (20, 25))
-FAR_MM = ((25, 30), (30, 40), (40, 50))
-
-
-@dataclasses.dataclass(frozen=True)
-class Condition:
-    """One point of a sweep: what its scenes are made with, and what registering is given.
-
-    group, name: where it stands in the tables; variant: of the X-rays; articulation, detector, posture: as
-    `build.simulated_cases`; shift_mm, turn_deg: how far each camera is off; mask: one of MASKS; views: those that are used.
-    starts_mm: bins of start errors; every_start: each scene from all of them, or in turn from one.
-    """
-
-    group: str
-    name: str
-    variant: str = "artic"
-    articulation: float = 1.0
-    detector: xray.Detector = xray.Detector()
-    posture: str = "rigid"
-    shift_mm: float = 0.0
-    turn_deg: float = 0.0
-    mask: str = "as it is"
-    views: tuple = (0, 1)
-    starts_mm: tuple = NEAR_MM
-    every_start: bool = False
-
-
-def sweeps():
-    """The `Condition`s of every sweep."""
-    usual = xray.Detector()
-    made = [Condition("articulation", f"{s:g}", articulation=s) for s in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)]
-    made += [
-        Condition("photons a pixel", f"{p:g}", "real", detector=dataclasses.replace(usual, photons=p))
-        for p in (1e3, 3e3, 1e4, 1e5, 1e6)
-    ]
-    strengths = ("hardening", "scatter", "blur_px", "gain_ramp", "air")
-    for s in (0.0, 0.5, 1.0, 2.0, 3.0):
-        stronger = {name: s * getattr(usual, name) for name in strengths}
-        made.append(Condition("detector strength", f"{s:g}", "real", detector=dataclasses.replace(usual, **stronger)))
-    made += [Condition("cameras off, mm", f"{s:g}", "real", shift_mm=s) for s in (0.0, 0.5, 1.0, 2.0, 3.0)]
-    made += [Condition("cameras off, degrees", f"{a:g}", "real", turn_deg=a) for a in (0.0, 0.2, 0.5, 1.0)]
-    made += [Condition("mask", mask, "real", mask=mask) for mask in MASKS]
-    made += [Condition("views", text, "real", views=v) for text, v in (("AP", (0,)), ("lateral", (1,)), ("both", (0, 1)))]
-    made += [Condition("spine bent", v, v, posture="bent") for v in ("artic", "real")]
-    return made
-
-
-def _eroded(mask, size_mm, spacing_mm):
-    return ndimage.distance_transform_edt(mask, spacing_mm) > size_mm
-
-
-def _dilated(mask, size_mm, spacing_mm):
-    return ndimage.distance_transform_edt(~mask, spacing_mm) <= size_mm
-
-
-def _coarse(mask, size_mm, spacing_mm):
-    steps = np.maximum(1, np.round(size_mm / spacing_mm).astype(int))
-    index = [np.minimum(np.arange(n) // s * s + s // 2, n - 1) for n, s in zip(mask.shape, steps)]
-    return mask[np.ix_(*index)]
-
-
-MASKS = {
-    "as it is": None,
-    "eroded 1 mm": (_eroded, 1.0),
-    "dilated 1 mm": (_dilated, 1.0),
-    "dilated 2 mm": (_dilated, 2.0),
-    "spacing 3 mm": (_coarse, 3.0),
-}
-
-
-def with_mask(scan, label, kind):
-    """A `scan.Scan` whose mask of one vertebra is another of MASKS; other vertebrae keep theirs."""
-    if MASKS[kind] is None:
-        return scan
-    change, size_mm = MASKS[kind]
-    region = tuple(slice(max(0, s.start - 8), s.stop + 8) for s in scan.boxes[label])
-    labels = scan.labels.copy()
-    part = labels[region]
-    spacing_mm = np.linalg.norm(scan.ct_from_index[:3, :3], axis=0)
-    changed = change(part == label, size_mm, spacing_mm)
-    changed &= (part == label) | (part == 0)
-    labels[region] = np.where(changed, label, np.where(part == label, 0, part))
-    return dataclasses.replace(scan, labels=labels)
-
-
-def cameras_off(views, shift_mm, turn_deg, rng):
-    """`cases.View`s of cameras that are not where they are said to be: each moved about its source in a random direction."""
-    moved = []
-    for view in views:
-        turn, shift = (d / np.linalg.norm(d) for d in rng.normal(size=(2, 3)))
-        motion = carm.matrix(np.radians(turn_deg) * turn, shift_mm * shift)
-        moved.append(dataclasses.replace(view, camera_from_world=motion @ view.camera_from_world))
-    return moved
-
-
-class Patient:
-    """A prepared patient: one `patients.Prepared` a vertebra, by label, and the scan, read once."""
-
-    def __init__(self, ct, mask, labels, workdir):
-        """Reads all; raises as `patients.load`."""
-        self.ct, self.mask, self.labels = pathlib.Path(ct), pathlib.Path(mask), labels
-        self.workdir, self.identity = pathlib.Path(workdir), patients.Identity()
-        self.subject = (self.ct.name.split(".")[0], self.ct, self.mask)
-        self.prepared = {label: patients.load(workdir, self.target(label), self.identity) for label in labels}
-        self.scan = scans.read_scan(self.ct, self.mask, self.subject[0])
-        self._masked = {}
-
-    def target(self, label):
-        """The `patients.Target` of a label."""
-        return patients.Target(self.subject[0], self.ct, self.mask, label)
-
-    def with_mask(self, label, kind):
-        """The `patients.Prepared` of a label as if its mask had been another of MASKS."""
-        if MASKS[kind] is None:
-            return self.prepared[label]
-        if (label, kind) not in self._masked:
-            usual = self.prepared[label]
-            scan = with_mask(self.scan, label, kind)
-            made = patients.unprepared(usual.model, scan, label, self.mask, usual.refine, usual.calibration)
-            self._masked[label, kind] = made
-        return self._masked[label, kind]
-
-
-def _scenes(patient, condition, count, seed, out):
-    """The `cases.CaseFile` of a condition, made in a folder of its own below `out`, and its label by volume."""
-    folder = f"{condition.posture}_{condition.articulation:g}_" + "_".join(
-        f"{getattr(condition.detector, f.name):g}" for f in dataclasses.fields(xray.Detector)
-    )
-    folder += f"_{count}_{seed}_" + "_".join(f"{low:g}-{high:g}" for low, high in condition.starts_mm)
-    with progress.bar(len(patient.labels) * count, f"scenes: {condition.group} {condition.name}") as bar:
-        path = build.simulated_cases(
-            out / "cases" / folder / "cases.json",
-            [patient.subject],
-            patient.labels,
-            count,
-            condition.starts_mm,
-            seed,
-            condition.detector,
-            ("artic", "real"),
-            condition.posture,
-            condition.articulation,
-            on_done=bar.update,
-        )
-    return cases.read(path)
-
-
-def _chosen(case_file, condition):
-    """The cases of a condition: all, or one of each scene from bins in turn."""
-    if condition.every_start:
-        return list(case_file.cases)
-    by_scene = {}
-    for case in case_file.cases:
-        by_scene.setdefault(case.scene, []).append(case)
-    return [listed[number % len(listed)] for number, listed in enumerate(by_scene.values())]
-
-
-def _row(case, scene, points, truth, outcome, passes):
-    errors = [metrics.mtre(points, T, truth) for T in outcome.trajectory]
-    judged = outcome.confidence
-    return {
-        "case": case.name,
-        "scene": scene.name,
-        "start_mm": errors[0],
-        "network_mm": errors[passes],
-        "error_mm": errors[-1],
-        "accepted": None if judged is None else judged.accepted,
-        "uncertainty_mm": None if judged is None else judged.uncertainty_mm,
-        "runtime_s": outcome.runtime_s,
-        "cpu_s": outcome.cpu_s,
-    }
-
-
-def run(patient, condition, count, seed, out, passes):
-    """Registers a condition's cases, unless it was done: a list of dicts, kept in `out`/rows."""
-    kept = out / "rows" / condition.group.replace(" ", "_") / f"{condition.name.replace(' ', '_')}.json"
-    if kept.exists():
-        return files.read_json(kept)
-    case_file = _scenes(patient, condition, count, seed, out)
-    rows, warm = [], False
-    chosen = _chosen(case_file, condition)
-    with progress.bar(len(chosen), f"{condition.group}: {condition.name}") as bar:
-        for number, case in enumerate(chosen):
-            scene = case_file.scenes[case.scene]
-            volume = case_file.volumes[scene.volume]
-            prepared = patient.with_mask(volume.full_label, condition.mask)
-            images = cases.read_xrays(scene, condition.variant)
-            rng = np.random.default_rng([seed, number, 99])
-            views = cameras_off(scene.views, condition.shift_mm, condition.turn_deg, rng)
-            views, images = ([a[i] for i in condition.views] for a in (views, images))
-            for _ in range(1 if warm else 2):  # the first one compiles
-                outcome = registering.register(prepared, views, images, case.world_from_ct, passes)
-            warm = True
-            points = cases.points(case_file, scene.volume)
-            rows.append(_row(case, scene, points, cases.truth(case_file, scene), outcome, passes))
-            bar.update()
-    files.write_json(kept, rows)
-    return rows
-
-
-def train_plain(patient, config, minutes, out, seed):
-    """The plain 2D network, trained on the pairs that the patient was prepared with, for so many minutes: its parameters."""
-    digest = patient.identity.scan(patient.target(patient.labels[0]))
-    model_config = patient.prepared[patient.labels[0]].model.config
-    vertebrae = [(*patient.subject, label) for label in patient.labels]
-    with progress.bar(len(vertebrae) * (1 + config.p3.pairs + config.p3.ct_pairs), "pairs") as bar:
-        pair_set = build.simulated_pairs(
-            patient.workdir / digest / "pairs",
-            vertebrae,
-            config.p3.pairs,
-            config.seed + 7,
-            config.pairs,
-            model_config.gaussians,
-            config.p3.ct_pairs,
-            on_done=bar.update,
-        )
-    mesh, shape = sharding.make_mesh(), plain.PlainConfig()
-    params = jax.jit(lambda key: plain.init(shape, model_config, key))(jax.random.key(seed))
-    state = sharding.replicate(training.state_of(params, ("plain",)), mesh)
-    update, batches = plain.make_update(mesh, shape, model_config), pair_set.batches(seed, config.batch)
-    return stages.timed(
-        out / "checkpoints" / "plain", out, mesh, state, update, batches, seed, config.p3.learning_rate, 60.0 * minutes, 30.0
-    )["params"]
-
-
-def compare(patient, params, condition, count, seed, out, passes):
-    """Errors of every method on the same cases: {method: list of mm}, kept in `out`/methods_VARIANT.json.
-
-    Args:
-      params: of the plain network, None for none.
-    """
-    kept = out / f"methods_{condition.variant}{'' if params is None else '_plain'}.json"
-    if kept.exists():
-        return files.read_json(kept)
-    case_file = _scenes(patient, condition, count, seed, out)
-    chosen, found = list(case_file.cases), {}
-    with progress.bar(len(chosen), f"methods: {condition.variant}") as bar:
-        for case in chosen:
-            scene = case_file.scenes[case.scene]
-            prepared = patient.prepared[case_file.volumes[scene.volume].full_label]
-            images = cases.read_xrays(scene, condition.variant)
-            points, truth = cases.points(case_file, scene.volume), cases.truth(case_file, scene)
-            box_from_ct = np.linalg.inv(prepared.vertebra.ct_from_box)
-            start = case.world_from_ct @ prepared.vertebra.ct_from_box
-            outcome = registering.register(prepared, scene.views, images, case.world_from_ct, passes)
-            poses = {"start pose": case.world_from_ct, "network": outcome.trajectory[passes], "ours": outcome.world_from_ct}
-            valid = [np.ones(image.shape, bool) for image in images]
-            arguments = prepared, scene.views, images, valid
-            alone, _ = registering.refine_until_trusted(*arguments, start, start)
-            poses["refinement without a network"] = alone.world_from_box @ box_from_ct
-            if params is not None:
-                estimate = _plain_pose(params, prepared, scene.views, images, valid, start, passes)
-                poses["plain 2D network"] = estimate @ box_from_ct
-                refined, _ = registering.refine_until_trusted(*arguments, estimate, start)
-                poses["plain 2D network, our refinement"] = refined.world_from_box @ box_from_ct
-            for name, pose in poses.items():
-                found.setdefault(name, []).append(metrics.mtre(points, np.asarray(pose, np.float64), truth))
-            bar.update()
-    files.write_json(kept, found)
-    return found
-
-
-def _plain_pose(params, prepared, views, images, valid, start, passes):
-    config = prepared.model.config
-    seen = registering.at_resolution(views, images, valid, config.pixel_mm)
-    cameras = jnp.asarray(np.stack([view.camera_from_world for view in views]), jnp.float32)
-    first = jnp.asarray(start, jnp.float32)
-    shape = plain.PlainConfig()
-    poses = plain.register(params, shape, config, seen, cameras, first, prepared.vertebra.cloud, passes)
-    return np.asarray(poses[-1], np.float64)
-
-
-def prepared_for(patient, config, minutes, base, out):
-    """The first vertebra's `Patient` after so many minutes of training; 0 is the base itself."""
-    label = patient.labels[0]
-    usual = patient.prepared[label]
-    if minutes == 0:
-        few = Patient.__new__(Patient)
-        few.__dict__.update(patient.__dict__)
-        few.labels, model = [label], checkpoint.load_model(base)
-        few.prepared = {label: dataclasses.replace(usual, model=model)}
-        return few
-    folder = out / "minutes" / f"{minutes:g}"
-    patients.prepare(config, folder, [patient.target(label)], base, minutes, calibration=usual.calibration)
-    return Patient(patient.ct, patient.mask, [label], folder)
-
-
-def wilson(successes, count, z=1.96):
-    """95 % interval (low, high) of a share, after Wilson (1927)."""
-    share, scale = successes / count, 1.0 + z**2 / count
-    middle = (share + z**2 / (2 * count)) / scale
-    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / scale
-    return middle - half, middle + half
-
-
-def median_interval(rows, seed=0, draws=2000):
-    """95 % interval (low, high) of the median error, scenes drawn with replacement: a scene's starts are no independent cases."""
-    by_scene = {}
-    for row in rows:
-        by_scene.setdefault(row["scene"], []).append(row["error_mm"])
-    scenes, rng = list(by_scene.values()), np.random.default_rng(seed)
-    medians = [
-        np.median(np.concatenate([scenes[i] for i in rng.integers(0, len(scenes), len(scenes))])) for _ in range(draws)
-    ]
-    return np.percentile(medians, 2.5), np.percentile(medians, 97.5)
-
-
-HEADER = (
-    f"{'':>34} {'n':>4} {'median mm':>10} {'p90 mm':>8} {'network':>8} {'< 2 mm':>8} {'95 % of it':>14} "
-    f"{'wrong, accepted':>16} {'right, refused':>15} {'radius holds':>13}"
-)
-
-
-def line(name, rows):
-    """One line of a table: rows of `run`."""
-    error = np.array([r["error_mm"] for r in rows])
-    right = error < metrics.SUCCESS_MM
-    accepted = np.array([r["accepted"] is not False for r in rows])
-    low, high = wilson(right.sum(), len(rows))
-    text = (
-        f"{name:>34} {len(rows):4d} {np.median(error):10.2f} {np.percentile(error, 90):8.2f} "
-        f"{np.median([r['network_mm'] for r in rows]):8.2f} {100 * right.mean():6.1f} % {100 * low:6.1f}-{100 * high:5.1f} % "
-        f"{(accepted & ~right).sum():16d} {(~accepted & right).sum():15d}"
-    )
-    if any(r["uncertainty_mm"] is None for r in rows):
-        return text
-    radius = np.array([r["uncertainty_mm"] for r in rows])
-    inside = f"{100 * np.mean((error <= radius)[right]):11.1f} %" if right.any() else f"{'-':>13}"
-    return f"{text} {inside}"
-
-
-def by_start(rows, edges):
-    """Lines of rows by their start errors' bins, then all, then the interval of the median."""
-    lines = []
-    for low, high in edges:
-        inside = [r for r in rows if low <= r["start_mm"] < high]
-        if inside:
-            lines.append(line(f"start {low:g}-{high:g} mm", inside))
-    low, high = median_interval(rows)
-    count = len({r["scene"] for r in rows})
-    return [*lines, line("all", rows), f"{count} scenes; 95 % interval of the median: {low:.3f} to {high:.3f} mm"]
-
-
-def _failures(patient, conditions, results, counts, seed, out, passes, most=4):
-    """Pictures of the worst cases of all conditions with the patient's own preparation, in `out`/failures."""
-    worst = []
-    for condition in conditions:
-        for number, row in enumerate(results[condition]):
-            worst.append((row["error_mm"], condition, number, row["case"]))
-    worst.sort(key=lambda entry: -entry[0])
-    for error, condition, _, name in worst[:most]:
-        folder = out / "failures" / f"{error:.1f}mm_{condition.group}_{condition.name}".replace(" ", "_")
-        if folder.exists() or error < metrics.SUCCESS_MM:
-            continue
-        case_file = _scenes(patient, condition, counts[condition], seed, out)
-        numbered = {case.name: (i, case) for i, case in enumerate(_chosen(case_file, condition))}
-        number, case = numbered[name]
-        scene = case_file.scenes[case.scene]
-        prepared = patient.with_mask(case_file.volumes[scene.volume].full_label, condition.mask)
-        rng = np.random.default_rng([seed, number, 99])
-        views = cameras_off(scene.views, condition.shift_mm, condition.turn_deg, rng)
-        images = cases.read_xrays(scene, condition.variant)
-        views, images = ([a[i] for i in condition.views] for a in (views, images))
-        outcome = registering.register(prepared, views, images, case.world_from_ct, passes)
-        truth = cases.truth(case_file, scene)
-        registering.write(folder, name, outcome, prepared, views, images, case.world_from_ct, truth)
-
 
 def main():
     """Runs the study; raises as `Patient`, `build.simulated_cases` and `patients.prepare`."""
     labels, minutes = cli.label_numbers(LABEL.value), _numbers(MINUTES.value)
     out, config, seed = pathlib.Path(OUT.value), configs.DEMO, SEED.value
-    patient, passes = Patient(CT.value, MASK.value, labels, WORKDIR.value), config.passes
+    patient, passes = studying.Patient(CT.value, MASK.value, labels, WORKDIR.value), config.passes
     out.mkdir(parents=True, exist_ok=True)
     texts, results, counts = [], {}, {}
     for variant in ("artic", "real"):
-        condition = Condition("scenes", variant, variant, every_start=True)
-        results[condition], counts[condition] = run(patient, condition, SCENES.value, seed, out, passes), SCENES.value
-        texts.append("\n".join([f"scenes: {variant}", HEADER, *by_start(results[condition], NEAR_MM)]))
-    far = Condition("far starts", "artic", starts_mm=FAR_MM, every_start=True)
+        condition = studying.Condition("scenes", variant, variant, every_start=True)
+        results[condition], counts[condition] = studying.run(patient, condition, SCENES.value, seed, out, passes), SCENES.value
+        texts.append("\n".join([f"scenes: {variant}", studying.HEADER, *studying.by_start(results[condition], studying.NEAR_MM)]))
+    far = studying.Condition("far starts", "artic", starts_mm=studying.FAR_MM, every_start=True)
     counts[far] = max(1, SCENES.value // 3)
-    results[far] = run(patient, far, counts[far], seed + 1, out, passes)
-    texts.append("\n".join(["far starts: artic", HEADER, *by_start(results[far], FAR_MM)]))
+    results[far] = studying.run(patient, far, counts[far], seed + 1, out, passes)
+    texts.append("\n".join(["far starts: artic", studying.HEADER, *studying.by_start(results[far], studying.FAR_MM)]))
     print("\n\n".join(texts))
-    params = train_plain(patient, config, PLAIN_MINUTES.value, out, seed) if PLAIN_MINUTES.value else None
+    params = studying.train_plain(patient, config, PLAIN_MINUTES.value, out, seed) if PLAIN_MINUTES.value else None
     for variant in ("artic", "real"):
-        condition, count = Condition("methods", variant, variant), max(1, SCENES.value // 5)
-        found = compare(patient, params, condition, count, seed + 2, out, passes)
+        condition, count = studying.Condition("methods", variant, variant), max(1, SCENES.value // 5)
+        found = studying.compare(patient, params, condition, count, seed + 2, out, passes)
         lines = [
             f"{name:>34} {len(e):4d} {np.median(e):10.2f} {np.percentile(e, 90):8.2f} {100 * np.mean(np.array(e) < 2):16.1f} %"
             for name, e in found.items()
@@ -443,25 +60,25 @@ def main():
         texts.append("\n".join([f"methods on the same cases: {variant}", head, *lines]))
         print(texts[-1])
     groups = {}
-    for condition in sweeps() if SWEEP_SCENES.value else []:
+    for condition in studying.sweeps() if SWEEP_SCENES.value else []:
         counts[condition] = SWEEP_SCENES.value
-        results[condition] = run(patient, condition, SWEEP_SCENES.value, seed + 3, out, passes)
+        results[condition] = studying.run(patient, condition, SWEEP_SCENES.value, seed + 3, out, passes)
         groups.setdefault(condition.group, {})[condition.name] = results[condition]
     own = list(results)
     for value in minutes:
-        condition = Condition("minutes of training", f"{value:g}", every_start=True)
-        few = prepared_for(patient, config, value, cli.REPOSITORY / "base", out)
-        rows = run(few, condition, max(1, SWEEP_SCENES.value), seed + 4, out, passes)
+        condition = studying.Condition("minutes of training", f"{value:g}", every_start=True)
+        few = studying.prepared_for(patient, config, value, cli.REPOSITORY / "base", out)
+        rows = studying.run(few, condition, max(1, SWEEP_SCENES.value), seed + 4, out, passes)
         groups.setdefault(condition.group, {})[condition.name] = rows
     for group, entries in groups.items():
-        texts.append("\n".join([group, HEADER, *(line(name, rows) for name, rows in entries.items())]))
+        texts.append("\n".join([group, studying.HEADER, *(studying.line(name, rows) for name, rows in entries.items())]))
     text = "\n\n".join(texts)
     with files.replacing(out / "study.txt") as temporary:
         temporary.write_text(text + "\n")
     starts = {c.name: results[c] for c in own if c.group == "scenes"}
     starts["artic, far"] = results[far]
     pictures.study(out / "study.png", starts, groups)
-    _failures(patient, own, results, counts, seed, out, passes)
+    studying.failures(patient, own, results, counts, seed, out, passes)
     print(f"\n{text}\n\nwritten: {out / 'study.txt'}, {out / 'study.png'}")
 
 

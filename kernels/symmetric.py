@@ -35,6 +35,12 @@ def inverse(packed):
     return jnp.stack([c_xx, c_xy, c_xz, xx * zz - xz * xz, xy * xz - xx * yz, xx * yy - xy * xy], -1) / det[..., None]
 
 
+def determinant(packed):
+    """Determinant (...) of (..., 6)."""
+    xx, xy, xz, yy, yz, zz = (packed[..., i] for i in range(6))
+    return xx * (yy * zz - yz * yz) + xy * (xz * yz - xy * zz) + xz * (xy * yz - xz * yy)
+
+
 def is_positive(packed):
     """True (...) for a positive definite matrix (..., 6), by the pivots of its elimination, whose trace is below TRACE_MAX."""
     xx, xy, xz, yy, yz, zz = (packed[..., i] for i in range(6))

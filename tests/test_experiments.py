@@ -23,6 +23,7 @@ from data_pipelines import files
 from data_pipelines import pairs
 from experiments import checkpoint
 from experiments import configs
+from experiments import curriculum
 from experiments import detectors
 from experiments import evaluate
 from experiments import patients
@@ -135,7 +136,7 @@ def test_a_module_stage_alone_starts_from_the_one_before(tmp_path):
 
 
 def test_patients_never_meet_between_folds():
-    fold = train.folds(["c", "a", "b", "a", "d"], 3)
+    fold = curriculum.folds(["c", "a", "b", "a", "d"], 3)
     assert fold == {"a": 0, "b": 1, "c": 2, "d": 0}
 
 

@@ -331,6 +331,16 @@ def test_a_real_pair_shows_its_measured_xray_and_a_simulated_one_either(batch):
     assert kinds == {(0, 0), (1, 0)}  # strength 0 leaves simulated pairs clean
 
 
+def test_without_counterfactuals_there_is_no_attention_and_the_effect_is_the_answer(inputs):
+    config = dataclasses.replace(CONFIG, counterfactual_draws=0)
+    images, valid, *cameras, cloud = inputs
+    params = jax.jit(recm.RecM(config).init)(jax.random.key(0), images, valid, *cameras, cloud)
+    assert not any("Attention" in name for name in params["params"])
+    found = jax.jit(recm.RecM(config).apply)(params, images, valid, *cameras, cloud)
+    jax.tree.map(np.testing.assert_array_equal, found.effect, found.factual)
+    assert np.ptp(found.attention) == 0
+
+
 def test_what_lies_outside_the_collimator_does_not_count(params, inputs, batch):
     """Neither the reconstruction nor its image loss knows what an X-ray holds where it is not valid."""
     images, valid, *cameras, cloud = inputs

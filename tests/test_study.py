@@ -1,0 +1,117 @@
+"""The study's own arithmetic: intervals, masks and cameras that are wrong by a known amount, and searches that widen."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+
+from data_pipelines import build
+from data_pipelines import cases
+from data_pipelines import files
+from data_pipelines import scan as scans
+from data_pipelines import xray
+from experiments import cli
+from experiments import registering
+from experiments import studying
+
+
+def test_intervals_of_shares_and_of_medians():
+    low, high = studying.wilson(40, 40)
+    np.testing.assert_allclose((low, high), (0.9124, 1.0), atol=1e-4)  # z^2 / (n + z^2) from below
+    np.testing.assert_allclose(studying.wilson(5, 10), (0.2366, 0.7634), atol=1e-4)
+    rng = np.random.default_rng(0)
+    level = rng.uniform(0.5, 1.5, 30)
+    rows = [{"scene": s, "error_mm": level[s] + 0.01 * k} for s in range(30) for k in range(5)]
+    low, high = studying.median_interval(rows)
+    assert low < np.median([r["error_mm"] for r in rows]) < high
+    # Five starts of a scene are no five scenes: the interval is that of 30 numbers.
+    assert high - low > 0.15
+
+
+def test_masks_that_are_wrong_by_so_many_mm():
+    """A ball of 9 mm in voxels of 1 x 1.5 x 2 mm, beside a neighbour that nothing may be taken from."""
+    spacing = np.array([1.0, 1.5, 2.0])
+    place = np.stack(np.meshgrid(*[np.arange(n) * s for n, s in zip((40, 28, 24), spacing)], indexing="ij"), -1)
+    radius = np.linalg.norm(place - [18.0, 19.0, 22.0], axis=-1)
+    labels = np.where(radius < 9.0, 20, 0)
+    labels[:, :, 18:] = 21
+    affine = np.diag([*spacing, 1.0])
+    scan = scans.Scan("x", np.zeros(labels.shape, np.float32), labels, affine)
+    assert studying.with_mask(scan, 20, "as it is") is scan
+    size = lambda s: (s.labels == 20).sum() * spacing.prod()
+    for kind, wanted in (("eroded 1 mm", 8.0), ("dilated 1 mm", 10.0), ("dilated 2 mm", 11.0)):
+        changed = studying.with_mask(scan, 20, kind)
+        assert abs((size(changed) / size(scan)) ** (1 / 3) * 9.0 - wanted) < 0.6
+        np.testing.assert_array_equal(changed.labels == 21, labels == 21)
+    coarse = studying.with_mask(scan, 20, "spacing 3 mm").labels == 20
+    assert 0.8 < coarse.sum() / (labels == 20).sum() < 1.2 and (coarse != (labels == 20)).sum() > 50
+
+
+def test_cameras_are_off_by_what_is_said():
+    view = cases.View(np.array([1.0, 1, 0, 0]), np.eye(4), 8, 8)
+    for shift, turn in ((2.0, 0.0), (0.0, 0.5)):
+        moved = studying.cameras_off([view] * 3, shift, turn, np.random.default_rng(1))
+        for one in moved:
+            R = one.camera_from_world[:3, :3]
+            angle = np.degrees(np.arccos(np.clip((np.trace(R) - 1) / 2, -1, 1)))
+            np.testing.assert_allclose(np.linalg.norm(one.camera_from_world[:3, 3]), shift, atol=1e-9)
+            np.testing.assert_allclose(angle, turn, atol=1e-5)
+        assert not np.allclose(moved[0].camera_from_world, moved[1].camera_from_world)
+
+
+def test_every_sweep_has_a_point_that_is_as_usual():
+    by_group = {}
+    for condition in studying.sweeps():
+        by_group.setdefault(condition.group, []).append(condition)
+    usual = studying.Condition("", "")
+    for group in ("articulation", "photons a pixel", "detector strength", "cameras off, mm", "mask", "views"):
+        same = [dataclasses.replace(c, group="", name="", variant="artic") == usual for c in by_group[group]]
+        assert sum(same) == 1, group
+
+
+def test_bad_bins_are_refused():
+    assert cli.bins("--starts_mm", ["0", "5", "25"]) == [(0.0, 5.0), (5.0, 25.0)]
+    for edges in (["5"], ["0", "x"], ["5", "5"], ["-1", "2"]):
+        with pytest.raises(files.InputError, match="--starts_mm: found .*, wanted ascending numbers"):
+            cli.bins("--starts_mm", edges)
+    with pytest.raises(ValueError, match="posture: found 'odd', wanted one of rigid, bent"):
+        build.simulated_cases("x", [], (), 1, (), 0, xray.Detector(), posture="odd")
+    with pytest.raises(ValueError, match="variants: found 'easy', wanted some of artic, real"):
+        build.simulated_cases("x", [], (), 1, (), 0, xray.Detector(), ("easy",), posture="bent")
+
+
+def test_searches_widen_until_an_answer_is_trusted(monkeypatch):
+    """From two starts to ten along the spine to all round; the answer that is most likely right stays."""
+    asked, chances = [], iter(())
+
+    def refine_pose(parts, views, images, valid, starts, config):
+        asked.append((len(starts), config.levels[0].keep))
+        return len(asked)
+
+    def judge(refined, vertebra, calibration):
+        chance = next(chances)
+        return types.SimpleNamespace(chance=chance, accepted=chance > 0.9)
+
+    monkeypatch.setattr(registering, "refine_pose", refine_pose)
+    monkeypatch.setattr(registering, "judge", judge)
+    config = types.SimpleNamespace(levels=(registering.refinement.Level(3.0, 48, 7, 1.5, 3.0),) * 3)
+    prepared = types.SimpleNamespace(
+        parts="parts",
+        bare="bare",
+        vertebra=None,
+        calibration=None,
+        refine=registering.refinement.RefineConfig(config.levels),
+    )
+    body = [np.ones((4, 4))] * 2, [np.ones((4, 4), bool)] * 2
+    for given, stages, best in (
+        ((0.95,), 1, 1),
+        ((0.2, 0.95), 2, 2),
+        ((0.5, 0.2, 0.95), 3, 3),
+        ((0.5, 0.6, 0.4), 3, 2),
+    ):
+        asked.clear()
+        chances = iter(given)
+        refined, judged = registering.refine_until_trusted(prepared, None, *body, np.eye(4), np.eye(4))
+        assert [a for a in asked] == [(2, 1), (10, 3), (45, 3)][:stages]
+        assert refined == best and judged.chance == given[best - 1]
