@@ -90,7 +90,8 @@ def prepare(
 ):
     """Prepares every target: one network per scan for all its vertebrae, from the model in folder `base`.
 
-    A workdir that was prepared without a detector can be given one later.
+    A workdir that was prepared without a detector can be given one later, and one that is prepared again takes the refinement
+    and the acceptance rule that are given then.
 
     Args:
       config: `configs.Config`; its p3 stage says what is done. workdir: made if need be; targets: list of `Target`.
@@ -113,7 +114,7 @@ def prepare(
         "format": FORMAT,
         "base": checkpoint.model_hash(model),
         "config": pairs.config_hash(
-            config.seed, config.p3, config.pairs, config.losses, model.config, config.batch, config.refine, minutes
+            config.seed, config.p3, config.pairs, config.losses, model.config, config.batch, minutes
         ),
         "scans": {digest: sorted(group) for digest, group in groups.items()},
     }
@@ -129,10 +130,14 @@ def prepare(
     # Everything that can be wrong with the input is found before the first file is written.
     vertebrae = {digest: _extract(group.values(), model.config.gaussians) for digest, group in missing.items()}
     _claim(workdir, document)
-    for digest, group in missing.items():
+    for digest in groups:
+        # Of no account to what is trained: a workdir that is there gets those of this call.
         files.write_json(workdir / digest / REFINE, dataclasses.asdict(config.refine))
-        if calibration is not None:
+        if calibration is None:
+            (workdir / digest / CALIBRATION).unlink(missing_ok=True)
+        else:
             files.write_json(workdir / digest / CALIBRATION, dataclasses.asdict(calibration))
+    for digest, group in missing.items():
         _prepare_scan(config, workdir / digest, list(group.values()), vertebrae[digest], model, minutes, modules)
     if detector is None:
         return

@@ -35,6 +35,8 @@ WIDE_MM = tuple((0.0, 0.0, along) for along in (-24.0, -12.0, 0.0, 12.0, 24.0))
 """Where an answer is not trusted, further starts lie so far along the spine: up to the neighbours' places and between."""
 FAR_MM = tuple(itertools.product((-24.0, 0.0, 24.0), (-24.0, 0.0, 24.0), (-48.0, -24.0, 0.0, 24.0, 48.0)))
 """Where it still is not, starts all round the given one, in the vertebra's axes."""
+SETTLED_MM, SETTLINGS = 0.2, 3
+"""A refinement whose last step was longer goes on from where it is, so many times at most."""
 SEARCH_KEEP = 3
 """Of a search's starts, so many go on from the coarsest level."""
 DEFORMATION_MM = 0.5
@@ -170,16 +172,28 @@ def _network(prepared, seen, extrinsics, world_from_box, cloud, passes):
 _refine = jax.jit(refinement.refine, static_argnames="config")
 
 
-def refine_pose(parts, views, images, valid, starts, config):
-    """`refinement.refine` from several starts; numpy.
+def refine_pose(parts, views, images, valid, starts, config, keep=1):
+    """`refinement.refine` from several starts, and again from its end until it has settled; numpy.
 
     Args:
-      parts: `refinement.Parts`; views, images, valid: as in `register`; starts: K poses (4, 4) of the vertebra's box.
-      config: `refinement.RefineConfig`.
+      parts: `refinement.Parts`; views, images, valid: as in `register`; starts: K >= 2 poses (4, 4) of the vertebra's box.
+      config: `refinement.RefineConfig`; keep: of the starts, how many go on from its coarsest level.
     """
     pyramid = [at_resolution(views, images, valid, level.pixel_mm) for level in config.levels]
     cameras = jnp.asarray(np.stack([view.camera_from_world for view in views]), jnp.float32)
-    return jax.device_get(_refine(parts, pyramid, cameras, jnp.asarray(np.stack(starts), jnp.float32), config))
+
+    def run(poses, config):
+        return jax.device_get(_refine(parts, pyramid, cameras, jnp.asarray(np.stack(poses), jnp.float32), config))
+
+    first, *others = config.levels
+    refined = run(starts, dataclasses.replace(config, levels=(dataclasses.replace(first, keep=keep), *others)))
+    rival = {name: getattr(refined, name) for name in ("rival_mm", "margin")}
+    for _ in range(SETTLINGS):
+        if not refined.step_mm > SETTLED_MM:
+            break
+        # Two starts, as most cases have, are one program; what had been a rival still is one.
+        refined = run([refined.world_from_box] * 2, config).replace(**rival)
+    return refined
 
 
 def judge(refined, vertebra, calibration):
@@ -200,13 +214,12 @@ def refine_until_trusted(prepared, views, images, valid, estimate, start):
     arguments, config = (prepared.bare if bare else prepared.parts, views, images, valid), prepared.refine
     refined = refine_pose(*arguments, [estimate, start], config)
     judged = judge(refined, prepared.vertebra, prepared.calibration)
-    first, *others = config.levels
-    wide = dataclasses.replace(config, levels=(dataclasses.replace(first, keep=SEARCH_KEEP), *others))
     for poses, shifts_mm in (((estimate, start), WIDE_MM), ((start,), FAR_MM)):
         if judged is None or judged.accepted:
             break
         shifts = [carm.matrix([0.0, 0.0, 0.0], shift) for shift in shifts_mm]
-        again = refine_pose(*arguments, [pose @ shift for pose in poses for shift in shifts], wide)
+        starts = [pose @ shift for pose in poses for shift in shifts]
+        again = refine_pose(*arguments, starts, config, SEARCH_KEEP)
         judged_again = judge(again, prepared.vertebra, prepared.calibration)
         if judged_again.chance > judged.chance:
             refined, judged = again, judged_again

@@ -24,6 +24,8 @@ STEP_MM = 5.0
 """Largest step of a parameter, rotations by their lever."""
 T_FREEDOM = 5.0
 """Degrees of freedom of the residuals' t distribution."""
+FAINT = 1e-4
+"""Share of the steepest squared slope of an image below which a pixel shows no edge."""
 APART_MM = 2.0
 """Distance from which two poses are two answers."""
 TIE = (0.1, 4.0)
@@ -57,8 +59,8 @@ class RefineConfig:
 
     levels: tuple = (
         Level(3.0, 48, 7, 1.5, 3.0, 0.1),
-        Level(1.5, 64, 7, 1.0, 2.0),
-        Level(0.75, 112, 4, 1.0, 2.0),
+        Level(1.5, 64, 7, 1.0, 3.0),
+        Level(0.75, 112, 3, 1.0, 2.0),
     )
     blur_px: float = 1.0
     gain_ridge: float = 0.01
@@ -187,17 +189,20 @@ def _fit_gains(target, rest, excess, thickness, inside, ridge):
     u = jnp.broadcast_to(jnp.linspace(-1.0, 1.0, level.shape[-1]), level.shape)
     basis = jnp.stack([jnp.ones_like(level), level, u, jnp.swapaxes(u, 1, 2)], -1)
     columns = jnp.concatenate([basis[..., None] * total[..., None, :], excess[..., None, :]], -2)
-    # Edges far beyond the typical, of metal or a collimator, would decide the first fit alone.
-    square = jnp.where(inside > 0, jnp.sum(target**2, -1), jnp.nan)
-    typical = jnp.nan_to_num(jnp.nanmedian(square, (1, 2), keepdims=True)) + 1e-12
-    weights = inside * (T_FREEDOM + 2.0) / (T_FREEDOM + jnp.nan_to_num(square) / (4.0 * typical))
+    # Edges far beyond the typical, of metal or a collimator, would decide the first fit alone. Pixels without any, of air,
+    # say nothing of what is typical: a bone in air would be one outlier.
+    square = jnp.sum(target**2, -1)
+    telling = (inside > 0) & (square > FAINT * jnp.max(inside * square, (1, 2), keepdims=True))
+    told = jnp.maximum(jnp.sum(telling, (1, 2), keepdims=True), 1.0)
+    typical = jnp.nan_to_num(jnp.nanmedian(jnp.where(telling, square, jnp.nan), (1, 2), keepdims=True)) + 1e-12
+    weights = inside * (T_FREEDOM + 2.0) / (T_FREEDOM + square / (4.0 * typical))
     for _ in range(3):
         gains, normal = _solve_gains(columns, target, weights, ridge)
         of_rest = jnp.maximum(_einsum("vyxk,vk->vyx", basis, gains[:, :-1]), 0.02)
         of_excess = jnp.maximum(of_rest + gains[:, -1, None, None], 0.02)
         residual = target - of_rest[..., None] * rest - of_excess[..., None] * excess
         square = jnp.sum(residual**2, -1)
-        variance = jnp.sum(weights * square, (1, 2), keepdims=True) / (2.0 * counted) + 1e-12
+        variance = jnp.sum(weights * square, (1, 2), keepdims=True) / (2.0 * told) + 1e-12
         weights = inside * (T_FREEDOM + 2.0) / (T_FREEDOM + square / variance)
     return of_rest, of_excess, columns, normal / variance, weights / variance
 

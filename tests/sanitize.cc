@@ -30,6 +30,7 @@ XLA_FFI_Error* RadgsSplatBackwardOfCloud(XLA_FFI_CallFrame*);
 XLA_FFI_Error* RadgsVoxelizeForward(XLA_FFI_CallFrame*);
 XLA_FFI_Error* RadgsVoxelizeBackward(XLA_FFI_CallFrame*);
 XLA_FFI_Error* RadgsDrr(XLA_FFI_CallFrame*);
+XLA_FFI_Error* RadgsDrrPerRay(XLA_FFI_CallFrame*);
 XLA_FFI_Error* RadgsDrrRays(XLA_FFI_CallFrame*);
 XLA_FFI_Error* RadgsDrrVolume(XLA_FFI_CallFrame*);
 }
@@ -341,6 +342,9 @@ void Drr(Random& random, XLA_FFI_ExecutionContext& pool, Kind kind, int64_t view
   for (int64_t i = 0; i < direction.count; ++i) direction[i] = NoCrawl(direction[i]);
   const std::vector<Attribute> step = {{"step_mm", 0.75f}};
   Twice("drr forward", RadgsDrr, pool, inputs, {{views, height, width}}, ordinary, step);
+  const std::vector<std::vector<int64_t>> per_ray = {
+      {views, height, width}, {views, height, width, 3}, {views, height, width, 3}};
+  Twice("drr per ray", RadgsDrrPerRay, pool, inputs, per_ray, ordinary, step);
   Array& cotangent = inputs.emplace_back(std::vector<int64_t>{views, height, width});
   Fill(random, cotangent, -1.0f, 1.0f);
   random.Spoil(cotangent, 0.1f * kSpoiled[kind]);

@@ -30,6 +30,7 @@ from experiments import patients
 from experiments import registering
 from experiments import stages
 from experiments import train
+from radgs_jax import confidence
 from radgs_jax import detection
 from radgs_jax import gaussians
 from radgs_jax import training
@@ -474,6 +475,12 @@ def test_a_prepared_workdir_is_reused_only_for_the_same_inputs(trained):
         patients.prepare(tiny.config(), trained[0] / "p3", targets, trained[0] / "p1" / "model")
     with pytest.raises(files.InputError, match="scans: found"):
         patients.prepare(tiny.config(), trained[0] / "p3", targets[:1], base)
+    # How poses are refined and judged is no part of what was trained: it may be exchanged.
+    rule = confidence.Calibration((0.0,) * 7, 0.5, (0.0,) * 4, 2.0)
+    patients.prepare(tiny.config(), trained[0] / "p3", targets, base, calibration=rule)
+    assert patients.load(trained[0] / "p3", target, patients.Identity()).calibration == rule
+    patients.prepare(tiny.config(), trained[0] / "p3", targets, base)
+    assert patients.load(trained[0] / "p3", target, patients.Identity()).calibration is None
     assert (trained[0] / "p3" / "manifest.json").read_text() == before
 
 

@@ -85,8 +85,8 @@ def test_searches_widen_until_an_answer_is_trusted(monkeypatch):
     """From two starts to ten along the spine to all round; the answer that is most likely right stays."""
     asked, chances = [], iter(())
 
-    def refine_pose(parts, views, images, valid, starts, config):
-        asked.append((len(starts), config.levels[0].keep))
+    def refine_pose(parts, views, images, valid, starts, config, keep=1):
+        asked.append((len(starts), keep))
         return len(asked)
 
     def judge(refined, vertebra, calibration):
