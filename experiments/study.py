@@ -7,7 +7,6 @@ been registered stays there, so that a study that was stopped goes on.
 
 import pathlib
 
-import numpy as np
 from absl import flags
 
 from data_pipelines import files
@@ -32,54 +31,62 @@ MINUTES = flags.DEFINE_list("minutes", [], "Training times to prepare the first 
 SEED = flags.DEFINE_integer("seed", 5, "Seed of everything random.", lower_bound=0)
 
 
+class _Report:
+    """Tables that are on disk as soon as they are made."""
+
+    def __init__(self, path):
+        self.path, self.texts = path, []
+
+    def add(self, *lines):
+        """Appends a table, prints it and writes all of them."""
+        self.texts.append("\n".join(lines))
+        print(f"\n{self.texts[-1]}")
+        with files.replacing(self.path) as temporary:
+            temporary.write_text("\n\n".join(self.texts) + "\n")
+
+
 def main():
-    """Runs the study; raises as `Patient`, `build.simulated_cases` and `patients.prepare`."""
+    """Runs the study; raises as `studying.Patient`, `build.simulated_cases` and `patients.prepare`."""
     labels, minutes = cli.label_numbers(LABEL.value), _numbers(MINUTES.value)
     out, config, seed = pathlib.Path(OUT.value), configs.DEMO, SEED.value
     patient, passes = studying.Patient(CT.value, MASK.value, labels, WORKDIR.value), config.passes
-    out.mkdir(parents=True, exist_ok=True)
-    texts, results, counts = [], {}, {}
+    report, results, counts = _Report(out / "study.txt"), {}, {}
+
+    def run(condition, count, condition_seed):
+        counts[condition] = count
+        results[condition] = studying.run(patient, condition, count, condition_seed, out, passes)
+        return results[condition]
+
     for variant in ("artic", "real"):
         condition = studying.Condition("scenes", variant, variant, every_start=True)
-        results[condition], counts[condition] = studying.run(patient, condition, SCENES.value, seed, out, passes), SCENES.value
-        texts.append("\n".join([f"scenes: {variant}", studying.HEADER, *studying.by_start(results[condition], studying.NEAR_MM)]))
+        rows = run(condition, SCENES.value, seed)
+        report.add(f"scenes: {variant}", studying.HEADER, *studying.by_start(rows, studying.NEAR_MM))
     far = studying.Condition("far starts", "artic", starts_mm=studying.FAR_MM, every_start=True)
-    counts[far] = max(1, SCENES.value // 3)
-    results[far] = studying.run(patient, far, counts[far], seed + 1, out, passes)
-    texts.append("\n".join(["far starts: artic", studying.HEADER, *studying.by_start(results[far], studying.FAR_MM)]))
-    print("\n\n".join(texts))
-    params = studying.train_plain(patient, config, PLAIN_MINUTES.value, out, seed) if PLAIN_MINUTES.value else None
-    for variant in ("artic", "real"):
-        condition, count = studying.Condition("methods", variant, variant), max(1, SCENES.value // 5)
-        found = studying.compare(patient, params, condition, count, seed + 2, out, passes)
-        lines = [
-            f"{name:>34} {len(e):4d} {np.median(e):10.2f} {np.percentile(e, 90):8.2f} {100 * np.mean(np.array(e) < 2):16.1f} %"
-            for name, e in found.items()
-        ]
-        head = f"{'':>34} {'n':>4} {'median mm':>10} {'p90 mm':>8} {'< 2 mm':>18}"
-        texts.append("\n".join([f"methods on the same cases: {variant}", head, *lines]))
-        print(texts[-1])
+    rows = run(far, max(1, SCENES.value // 3), seed)
+    report.add("far starts: artic", studying.HEADER, *studying.by_start(rows, studying.FAR_MM))
     groups = {}
     for condition in studying.sweeps() if SWEEP_SCENES.value else []:
-        counts[condition] = SWEEP_SCENES.value
-        results[condition] = studying.run(patient, condition, SWEEP_SCENES.value, seed + 3, out, passes)
-        groups.setdefault(condition.group, {})[condition.name] = results[condition]
-    own = list(results)
-    for value in minutes:
-        condition = studying.Condition("minutes of training", f"{value:g}", every_start=True)
-        few = studying.prepared_for(patient, config, value, cli.REPOSITORY / "base", out)
-        rows = studying.run(few, condition, max(1, SWEEP_SCENES.value), seed + 4, out, passes)
+        rows = run(condition, SWEEP_SCENES.value, seed)
         groups.setdefault(condition.group, {})[condition.name] = rows
     for group, entries in groups.items():
-        texts.append("\n".join([group, studying.HEADER, *(studying.line(name, rows) for name, rows in entries.items())]))
-    text = "\n\n".join(texts)
-    with files.replacing(out / "study.txt") as temporary:
-        temporary.write_text(text + "\n")
-    starts = {c.name: results[c] for c in own if c.group == "scenes"}
-    starts["artic, far"] = results[far]
-    pictures.study(out / "study.png", starts, groups)
-    studying.failures(patient, own, results, counts, seed, out, passes)
-    print(f"\n{text}\n\nwritten: {out / 'study.txt'}, {out / 'study.png'}")
+        report.add(group, studying.HEADER, *(studying.line(name, rows) for name, rows in entries.items()))
+    params = studying.train_plain(patient, config, PLAIN_MINUTES.value, out, seed) if PLAIN_MINUTES.value else None
+    for variant in ("artic", "real"):
+        condition, count = studying.Condition("methods", variant, variant), max(1, SWEEP_SCENES.value)
+        found = studying.compare(patient, params, condition, count, seed, out, passes)
+        report.add(f"methods on the same cases: {variant}", *studying.methods(found))
+    if minutes:
+        for value in minutes:
+            condition = studying.Condition("minutes of training", f"{value:g}", every_start=True)
+            few = studying.prepared_for(patient, config, value, cli.REPOSITORY / "base", out)
+            rows = studying.run(few, condition, max(1, SWEEP_SCENES.value), seed, out, passes)
+            groups.setdefault(condition.group, {})[condition.name] = rows
+        lines = (studying.line(name, rows) for name, rows in groups[condition.group].items())
+        report.add(condition.group, studying.HEADER, *lines)
+    starts = {name: results[studying.Condition("scenes", name, name, every_start=True)] for name in ("artic", "real")}
+    pictures.study(out / "study.png", {**starts, "artic, far": results[far]}, groups)
+    studying.failures(patient, results, counts, seed, out, passes)
+    print(f"\nwritten: {out / 'study.txt'}, {out / 'study.png'}")
 
 
 def _numbers(values):

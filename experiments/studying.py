@@ -398,14 +398,20 @@ def by_start(rows, edges):
     return [*lines, line("all", rows), f"{count} scenes; 95 % interval of the median: {low:.3f} to {high:.3f} mm"]
 
 
-def failures(patient, conditions, results, counts, seed, out, passes, most=4):
-    """Pictures of the worst cases of all conditions with the patient's own preparation, in `out`/failures."""
-    worst = []
-    for condition in conditions:
-        for number, row in enumerate(results[condition]):
-            worst.append((row["error_mm"], condition, number, row["case"]))
+def methods(found):
+    """Lines of a table of what `compare` returns."""
+    lines = [f"{'':>36} {'n':>4} {'median mm':>10} {'p90 mm':>8} {'< 2 mm':>8}"]
+    for name, error in found.items():
+        right = np.mean(np.array(error) < metrics.SUCCESS_MM)
+        lines.append(f"{name:>36} {len(error):4d} {np.median(error):10.2f} {np.percentile(error, 90):8.2f} {100 * right:6.1f} %")
+    return lines
+
+
+def failures(patient, results, counts, seed, out, passes, most=4):
+    """Pictures of the worst cases of {condition: rows}, `counts` their scenes, in `out`/failures."""
+    worst = [(row["error_mm"], condition, row["case"]) for condition, rows in results.items() for row in rows]
     worst.sort(key=lambda entry: -entry[0])
-    for error, condition, _, name in worst[:most]:
+    for error, condition, name in worst[:most]:
         folder = out / "failures" / f"{error:.1f}mm_{condition.group}_{condition.name}".replace(" ", "_")
         if folder.exists() or error < metrics.SUCCESS_MM:
             continue
