@@ -20,7 +20,7 @@ MASK = flags.DEFINE_string("mask", None, "Label map on the CT's grid.", required
 LABEL = flags.DEFINE_list("label", None, "VerSe numbers of its prepared vertebrae.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder that `experiments.prepare` made.", required=True)
 OUT = flags.DEFINE_string("out", None, "Folder of the study.", required=True)
-SCENES = flags.DEFINE_integer("scenes", 15, "Acquisitions of each vertebra, five starts each.", lower_bound=1)
+SCENES = flags.DEFINE_integer("scenes", 20, "Acquisitions of each vertebra, one start each.", lower_bound=1)
 SWEEP_SCENES = flags.DEFINE_integer(
     "sweep_scenes", 3, "Acquisitions of each vertebra at each point of a sweep, one start each; 0: no sweeps.", lower_bound=0
 )
@@ -58,11 +58,11 @@ def main():
         return results[condition]
 
     for variant in ("artic", "real"):
-        condition = studying.Condition("scenes", variant, variant, every_start=True)
+        condition = studying.Condition("scenes", variant, variant)
         rows = run(condition, SCENES.value, seed)
         report.add(f"scenes: {variant}", studying.HEADER, *studying.by_start(rows, studying.NEAR_MM))
     far = studying.Condition("far starts", "artic", starts_mm=studying.FAR_MM, every_start=True)
-    rows = run(far, max(1, SCENES.value // 3), seed)
+    rows = run(far, max(1, SCENES.value // 4), seed)
     report.add("far starts: artic", studying.HEADER, *studying.by_start(rows, studying.FAR_MM))
     groups = {}
     for condition in studying.sweeps() if SWEEP_SCENES.value else []:
@@ -75,6 +75,7 @@ def main():
         condition, count = studying.Condition("methods", variant, variant), max(1, SWEEP_SCENES.value)
         found = studying.compare(patient, params, condition, count, seed, out, passes)
         report.add(f"methods on the same cases: {variant}", *studying.methods(found))
+    report.add(studying.reconstructions(patient, max(1, SWEEP_SCENES.value), seed, out, passes))
     if minutes:
         for value in minutes:
             condition = studying.Condition("minutes of training", f"{value:g}", every_start=True)
@@ -83,7 +84,7 @@ def main():
             groups.setdefault(condition.group, {})[condition.name] = rows
         lines = (studying.line(name, rows) for name, rows in groups[condition.group].items())
         report.add(condition.group, studying.HEADER, *lines)
-    starts = {name: results[studying.Condition("scenes", name, name, every_start=True)] for name in ("artic", "real")}
+    starts = {name: results[studying.Condition("scenes", name, name)] for name in ("artic", "real")}
     pictures.study(out / "study.png", {**starts, "artic, far": results[far]}, groups)
     studying.failures(patient, results, counts, seed, out, passes)
     print(f"\nwritten: {out / 'study.txt'}, {out / 'study.png'}")

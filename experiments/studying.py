@@ -18,6 +18,7 @@ from data_pipelines import files
 from data_pipelines import scan as scans
 from data_pipelines import xray
 from experiments import checkpoint
+from experiments import evaluate
 from experiments import patients
 from experiments import progress
 from experiments import registering
@@ -291,6 +292,17 @@ def compare(patient, params, condition, count, seed, out, passes):
             bar.update()
     files.write_json(kept, found)
     return found
+
+
+def reconstructions(patient, count, seed, out, passes):
+    """Text of the scores of the reconstructions and of the attention on the 'real' X-rays that methods are compared on."""
+    kept = out / "reconstructions.txt"
+    if not kept.exists():
+        case_file = _scenes(patient, Condition("methods", "real", "real"), count, seed, out)
+        found = evaluate.evaluate(case_file, "real", lambda volume: patient.prepared[volume.full_label], passes)
+        with files.replacing(kept) as temporary:
+            temporary.write_text(evaluate.table(found, "real"))
+    return kept.read_text()
 
 
 def _otherwise_refined(prepared, views, images, valid, start_world_from_ct, passes):
