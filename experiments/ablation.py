@@ -33,9 +33,9 @@ BASE = dataclasses.replace(
     configs.DEMO,
     p1_patients=6,
     patient_labels=(20, 22, 24),
-    p1=configs.StageConfig(pairs=16, ct_pairs=32, steps=(300, 60, 60), learning_rate=2e-3),
-    p2=configs.StageConfig(pairs=2, ct_pairs=16, steps=(40, 20, 40), learning_rate=1e-3),
-    p3=configs.StageConfig(pairs=96, ct_pairs=64, steps=(300, 20, 80), learning_rate=1.5e-3),
+    p1=configs.StageConfig(pairs=16, ct_pairs=32, steps=(160, 30, 30), learning_rate=2e-3),
+    p2=configs.StageConfig(pairs=2, ct_pairs=16, steps=(20, 10, 20), learning_rate=1e-3),
+    p3=configs.StageConfig(pairs=96, ct_pairs=64, steps=(160, 10, 40), learning_rate=1.5e-3),
 )
 DENSE = ("densenet121", (("growth", 12), ("blocks", (3, 6))))
 VIT = ("vit12", (("patch", 8), ("depth", 4), ("width", 96), ("heads", 4), ("mlp", 192)))

@@ -1,8 +1,9 @@
 """Registers cases with a prepared workdir.
 
-Many: `python -m experiments.register --cases=C.json --variant=full --workdir=W --out=OUT`. One: `--ct --mask --label --workdir
---xrays=ap.npy,lat.npy --cameras=cameras.json --out=OUT`, which finds the vertebra by the workdir's detector. With --init it
-starts from that pose; --points gives the vertebra's centre in each view, and the CT's own orientation is taken.
+Many: `python -m experiments.register --cases=C.json --variant=full --workdir=W --out=OUT`. One pair of X-rays: `--ct --mask
+--label=20,21 --workdir --xrays=ap.npy,lat.npy --cameras=cameras.json --out=OUT`, which finds the vertebrae by the workdir's
+detector. With --init it starts from that pose; --points gives a vertebra's centre in each view, and the CT's own orientation
+is taken.
 """
 
 import pathlib
@@ -28,7 +29,7 @@ MASK = flags.DEFINE_string("mask", None, "Label map on the CT's grid, with --ct.
 LABELS = flags.DEFINE_enum(
     "labels", None, sorted(segmentation.LABEL_MAPS), "What numbers --mask holds; default: recognised, or refused."
 )
-LABEL = flags.DEFINE_string("label", None, "VerSe number of the vertebra, with --ct.")
+LABEL = flags.DEFINE_list("label", None, "VerSe number of the vertebra, or several, with --ct.")
 XRAYS = flags.DEFINE_list("xrays", None, "One DICOM, PNG, TIFF, NPY or NIfTI image per view, with --ct.")
 VALUES = flags.DEFINE_enum(
     "values",
@@ -40,7 +41,7 @@ CAMERAS = flags.DEFINE_string(
     "cameras", None, 'JSON list with {"P": 3x4} or {"K": 3x3, "E": 4x4} per view; default: DICOM\'s nominal geometry.'
 )
 INIT = flags.DEFINE_string("init", None, "JSON 4x4 start pose world_from_ct, with --ct; default: a detector finds it.")
-POINTS = flags.DEFINE_string("points", None, "'u,v;u,v': the vertebra's centre in each view, instead of --init.")
+POINTS = flags.DEFINE_string("points", None, "'u,v;u,v': the one vertebra's centre in each view, instead of --init.")
 RAW = flags.DEFINE_bool("raw", False, "Short for --values=intensity.")
 AIR = flags.DEFINE_float("air", None, "Number of the unattenuated beam; default: the brightest pixels.")
 FLAT = flags.DEFINE_list("flat", None, "Image of the beam without a patient, one per view.")
@@ -53,18 +54,18 @@ REFINE = flags.DEFINE_bool("refine", True, "Refine the network's pose against th
 PICTURES = flags.DEFINE_bool("pictures", True, "Write pictures, volumes and transforms per case, besides results.json.")
 
 
-def _single(identity):
-    """The one case of the flags, (id, target, views, images, valid, start, None), and what a detector found or None."""
+def _given(identity):
+    """A case for each label of the flags, (id, target, views, images, valid, start, None), and what a detector found by id."""
     for flag in (MASK, LABEL, XRAYS):
         if not flag.value:
             files.fail("flags", f"--{flag.name}", "nothing", "a value, with --ct")
     if INIT.value and POINTS.value:
         files.fail("flags", "--init, --points", "both", "one of the two, or neither")
-    if not LABEL.value.isdigit():
-        files.fail("flags", "--label", repr(LABEL.value), "a VerSe number")
-    target = patients.Target(
-        pathlib.Path(CT.value).name, pathlib.Path(CT.value), pathlib.Path(MASK.value), int(LABEL.value), LABELS.value
-    )
+    labels = cli.label_numbers(LABEL.value)
+    if POINTS.value and len(labels) > 1:
+        files.fail("flags", "--points", f"{len(labels)} vertebrae", "one --label with it")
+    ct = pathlib.Path(CT.value)
+    targets = [patients.Target(ct.name, ct, pathlib.Path(MASK.value), label, LABELS.value) for label in labels]
     options = radiograph.Options(
         values=VALUES.value or ("intensity" if RAW.value else None),
         log_scale=LOG_SCALE.value,
@@ -73,17 +74,20 @@ def _single(identity):
     )
     measured = radiograph.read_views(XRAYS.value, CAMERAS.value, options, FLAT.value)
     views, images, valid = ([getattr(x, name) for x in measured] for name in ("view", "line_integrals", "valid"))
-    report = None
-    if INIT.value:
-        start = cases.check_rigid(INIT.value, "T_init", files.read_json(INIT.value))
-    else:
-        vertebra = patients.load(WORKDIR.value, target, identity).vertebra
-        if POINTS.value:
-            start, miss = registering.start_from_points(views, _pixels(len(views)), vertebra)
-            print(f"start from --points: the rays miss each other by {miss:.2f} mm")
+    rows, reports = [], {}
+    for target in targets:
+        name = "case" if len(targets) == 1 else scans.level_name(target.label)
+        if INIT.value:
+            start = cases.check_rigid(INIT.value, "T_init", files.read_json(INIT.value))
         else:
-            start, report = _found(identity, target, measured, vertebra)
-    return ("case", target, views, images, valid, start, None), report
+            vertebra = patients.load(WORKDIR.value, target, identity).vertebra
+            if POINTS.value:
+                start, miss = registering.start_from_points(views, _pixels(len(views)), vertebra)
+                print(f"start from --points: the rays miss each other by {miss:.2f} mm")
+            else:
+                start, reports[name] = _found(identity, target, measured, vertebra)
+        rows.append((name, target, views, images, valid, start, None))
+    return rows, reports
 
 
 def _found(identity, target, measured, vertebra):
@@ -145,12 +149,8 @@ def main():
     out = pathlib.Path(OUT.value)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         files.fail(out, "folder", "one that is not empty", "a new folder")
-    identity, prepared, report = patients.Identity(), {}, None
-    if CASES.value:
-        rows = _listed()
-    else:
-        row, report = _single(identity)
-        rows = [row]
+    identity, prepared = patients.Identity(), {}
+    rows, reports = (_listed(), {}) if CASES.value else _given(identity)
     for _, target, *_ in rows:
         key = (identity.scan(target), target.label)
         if key not in prepared:
@@ -174,8 +174,9 @@ def main():
     cases.write_results(
         partial / "results.json", registering.PROGRAM, VARIANT.value if CASES.value else "xrays", results
     )
-    if report is not None:
-        files.write_json(partial / "detection.json", report)
+    if reports:
+        only = next(iter(reports.values()))
+        files.write_json(partial / "detection.json", only if len(reports) == 1 else reports)
     if out.exists():
         out.rmdir()
     partial.rename(out)

@@ -31,7 +31,7 @@ from radgs_jax.baselines import plain
 from radgs_jax.baselines import refiners
 
 NEAR_MM = ((0, 5), (5, 10), (10, 15), (15, 20), (20, 25))
-OVERLAP_GAUSSIANS, OVERLAP_BLUR_MM = 512, 2.0
+OVERLAP_GAUSSIANS, OVERLAP_BLUR_MM = 256, 2.0
 FAR_MM = ((25, 30), (30, 40), (40, 50))
 
 

@@ -189,8 +189,8 @@ def test_every_case_gets_the_same_answer_alone_shuffled_and_with_rubbish_beside_
     assert reported == poses[0]
 
 
-def test_single_case_by_flags_raw_xrays_and_points(trained, tmp_path):
-    """The same case by --ct ..., from raw intensities and from clicked points."""
+def test_one_pair_of_xrays_by_flags_raw_xrays_and_points(trained, tmp_path):
+    """The same case by --ct ..., beside another vertebra, from raw intensities and from clicked points."""
     case_file, case, scene, target = _case(trained)
     images = cases.read_xrays(scene, "artic")
     for i, image in enumerate(images):
@@ -201,7 +201,6 @@ def test_single_case_by_flags_raw_xrays_and_points(trained, tmp_path):
     common = [
         f"--ct={target.ct}",
         f"--mask={target.mask}",
-        f"--label={target.label}",
         f"--cameras={tmp_path / 'cameras.json'}",
         f"--workdir={trained[0] / 'p3'}",
         "--passes=2",
@@ -209,6 +208,7 @@ def test_single_case_by_flags_raw_xrays_and_points(trained, tmp_path):
     by_lines = _run(
         "register",
         *common,
+        f"--label={target.label},22",
         f"--xrays={tmp_path / '0.npy'},{tmp_path / '1.npy'}",
         f"--init={tmp_path / 'init.json'}",
         f"--out={tmp_path / 'a'}",
@@ -226,6 +226,7 @@ def test_single_case_by_flags_raw_xrays_and_points(trained, tmp_path):
     by_points = _run(
         "register",
         *common,
+        f"--label={target.label}",
         f"--xrays={tmp_path / 'raw0.npy'},{tmp_path / 'raw1.npy'}",
         "--raw",
         "--air=5000",
@@ -234,24 +235,26 @@ def test_single_case_by_flags_raw_xrays_and_points(trained, tmp_path):
         "--nopictures",
     )
     assert by_points.returncode == 0, by_points.stderr
-    a, b = (np.array(files.read_json(tmp_path / n / "results.json")["results"][0]["T"]) for n in "ab")
+    found = {n: files.read_json(tmp_path / n / "results.json")["results"] for n in "ab"}
+    assert [[r["id"] for r in rows] for rows in found.values()] == [["L2", "L3"], ["case"]]
+    a, b = (np.array(rows[0]["T"]) for rows in found.values())
     outcome = registering.register(prepared, scene.views, images, case.world_from_ct, 2)
     np.testing.assert_allclose(a, outcome.world_from_ct, atol=1e-2)
     assert np.linalg.norm((b @ prepared.vertebra.ct_from_box[:, 3] - centre)[:3]) < 30
 
-    pose = files.read_json(tmp_path / "a" / "case" / "pose.json")
+    pose = files.read_json(tmp_path / "a" / "L2" / "pose.json")
     np.testing.assert_allclose(pose["world_from_ct"], a)
-    parameters = [float(v) for v in (tmp_path / "a" / "case" / "pose.tfm").read_text().splitlines()[3].split()[1:]]
+    parameters = [float(v) for v in (tmp_path / "a" / "L2" / "pose.tfm").read_text().splitlines()[3].split()[1:]]
     ct_from_world_lps = np.eye(4)
     ct_from_world_lps[:3, :3], ct_from_world_lps[:3, 3] = np.reshape(parameters[:9], (3, 3)), parameters[9:]
     lps = np.diag([-1, -1, 1, 1])
     np.testing.assert_allclose(np.linalg.inv(lps @ ct_from_world_lps @ lps), a, atol=1e-6)
-    moved, affine = files.read_nifti(tmp_path / "a" / "case" / "ct_vertebra_in_world.nii.gz")
+    moved, affine = files.read_nifti(tmp_path / "a" / "L2" / "ct_vertebra_in_world.nii.gz")
     index = np.argwhere(moved > 0.01).mean(0)
     np.testing.assert_allclose(
         affine[:3, :3] @ index + affine[:3, 3], (a @ prepared.vertebra.ct_from_box[:, 3])[:3], atol=2.0
     )
-    saved = gaussians.from_arrays(dict(np.load(tmp_path / "a" / "case" / "gaussians.npz")))
+    saved = gaussians.from_arrays(dict(np.load(tmp_path / "a" / "L2" / "gaussians.npz")))
     assert saved.mean.shape == (4096, 3)
 
 

@@ -132,7 +132,7 @@ def overlap(a, b):
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def to_gaussians(cloud, reconstruction, start, steps=15):
+def to_gaussians(cloud, reconstruction, start, steps=10):
     """The pose at which the CT's Gaussians overlap the reconstruction's most.
 
     Args:
