@@ -33,6 +33,7 @@ BASE = dataclasses.replace(
     configs.DEMO,
     p1_patients=6,
     patient_labels=(20, 22, 24),
+    judged=False,
     p1=configs.StageConfig(pairs=16, ct_pairs=32, steps=(160, 30, 30), learning_rate=2e-3),
     p2=configs.StageConfig(pairs=2, ct_pairs=16, steps=(20, 10, 20), learning_rate=1e-3),
     p3=configs.StageConfig(pairs=96, ct_pairs=64, steps=(160, 10, 40), learning_rate=1.5e-3),
