@@ -9,8 +9,8 @@ import dataclasses
 
 import numpy as np
 
-FLOOR_MM = 0.1
-"""Least radius: calibration and voxels are known no better."""
+FLOOR_MM = 0.02
+"""Least radius: float32 and the samples along a ray are no finer."""
 FEATURES = ("support", "least_support", "similarity", "least_similarity", "log_step", "margin")
 
 
