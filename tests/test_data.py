@@ -292,6 +292,31 @@ def _digests(pair_set):
     return [shard["sha256"] for source in sources for shard in source.manifest["shards"]]
 
 
+def test_a_bent_scene_shows_the_vertebra_at_its_true_pose(stored, tmp_path):
+    """Edges of the vertebra, projected at T_gt, are where the X-rays have edges; 5 mm off they are not."""
+    path = build.simulated_cases(tmp_path / "bent.json", [stored], (21,), 1, ((0, 5),), 3, xray.Detector(), posture="bent")
+    case_file = cases.read(path)
+    (scene,) = case_file.scenes.values()
+    truth = cases.truth(case_file, scene)
+    np.testing.assert_allclose(truth[:3, :3] @ truth[:3, :3].T, np.eye(3), atol=1e-9)
+    vertebra = scans.extract(scans.read_scan(*stored[1:]), 21, 64)
+    cameras = np.stack([v.intrinsics for v in scene.views]), np.stack([v.camera_from_world for v in scene.views])
+
+    def likeness(pose, images):
+        drawn = xray.render(vertebra.density, vertebra.ct_from_index, pose, *cameras, images[0].shape, 2.0)
+        a, b = (np.stack(np.gradient(np.stack(i).astype(np.float64), axis=(1, 2))) for i in (drawn, images))
+        return (a * b).sum() / np.sqrt((a**2).sum() * ((b * (a != 0)) ** 2).sum())
+
+    for variant in ("artic", "real"):
+        images = cases.read_xrays(scene, variant)
+        off = [np.eye(4) for _ in range(3)]
+        for axis, motion in enumerate(off):
+            motion[axis, 3] = 5.0
+        assert all(likeness(truth, images) > likeness(motion @ truth, images) + 0.05 for motion in off), variant
+    with pytest.raises(files.InputError, match="variant|array"):
+        cases.read_xrays(scene, "easy")
+
+
 def test_a_pair_is_a_function_of_seed_and_index(stored, pair_set):
     """Whatever was made before it: the last first, then all of them, against the store that was written in order."""
     subject, ct, mask = stored

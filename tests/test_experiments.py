@@ -29,6 +29,7 @@ from experiments import evaluate
 from experiments import patients
 from experiments import registering
 from experiments import stages
+from experiments import studying
 from experiments import train
 from radgs_jax import confidence
 from radgs_jax import detection
@@ -582,6 +583,19 @@ for note in ("first", "in its place"):
 digests = [checkpoint.model_hash(m) for m in (model, checkpoint.load_model(folder + "/model"))]
 print(json.dumps([made.source.identity(), hashlib.sha256(b"".join(leaves)).hexdigest(), mine, digests]))
 """
+
+
+def test_a_study_goes_on_from_what_it_has_registered(trained, tmp_path):
+    _, _, _, target = _case(trained)
+    patient = studying.Patient(target.ct, target.mask, [21], trained[0] / "p3")
+    condition = studying.Condition("cameras", "off", "real", shift_mm=1.0, mask="dilated 1 mm", every_start=True)
+    rows = studying.run(patient, condition, 1, 3, tmp_path, 2)
+    assert [5 * i <= row["start_mm"] < 5 * (i + 1) for i, row in enumerate(rows)] == [True] * 5
+    assert all(np.isfinite(row["error_mm"]) and row["accepted"] is None for row in rows)
+    lines = studying.by_start(rows, studying.NEAR_MM)
+    assert len(lines) == 7 and lines[-1].startswith("1 scenes; 95 % interval of the median")
+    patient.with_mask = None  # nothing is registered again
+    assert studying.run(patient, condition, 1, 3, tmp_path, 2) == rows
 
 
 @pytest.mark.slow
