@@ -11,6 +11,8 @@ import numpy as np
 
 FLOOR_MM = 0.02
 """Least radius: float32 and the samples along a ray are no finer."""
+VIEWS = 2
+"""Fewest views of a pose that may be accepted: one shows depth by its magnification alone, and a misfit of that it hides."""
 FEATURES = ("support", "least_support", "similarity", "least_similarity", "log_step", "margin")
 
 
@@ -92,7 +94,8 @@ def judge(refined, points, calibration):
     size = float(np.exp(np.clip(np.dot(calibration.size, _size_terms(refined, predicted)), -5.0, 5.0)))
     covariance = np.linalg.inv(information) * (size / predicted) ** 2
     radius = max(FLOOR_MM, calibration.radius * size)
-    return Confidence(chance, bool(chance >= calibration.threshold), covariance, radius)
+    accepted = chance >= calibration.threshold and len(refined.support) >= VIEWS
+    return Confidence(chance, bool(accepted), covariance, radius)
 
 
 def _logistic(x, y, ridge=1e-2, steps=100):

@@ -211,6 +211,8 @@ def test_a_pose_that_says_nothing_is_refused():
     for spoilt in (np.full((6, 6), np.nan), np.zeros((6, 6)), -np.eye(6)):
         judged = confidence.judge(dataclasses.replace(good, information=spoilt), points, calibration)
         assert not judged.accepted and judged.uncertainty_mm >= 100
+    alone = dataclasses.replace(good, support=good.support[:1], similarity=good.similarity[:1])
+    assert not confidence.judge(alone, points, calibration).accepted
 
 
 def test_spread_is_the_motion_of_points():
