@@ -64,6 +64,7 @@ def main():
     far = studying.Condition("far starts", "artic", starts_mm=studying.FAR_MM, every_start=True)
     rows = run(far, max(1, SCENES.value // 4), seed)
     report.add("far starts: artic", studying.HEADER, *studying.by_start(rows, studying.FAR_MM))
+    report.add(studying.reconstructions(patient, max(1, SWEEP_SCENES.value), seed, out, passes))
     groups = {}
     for condition in studying.sweeps() if SWEEP_SCENES.value else []:
         rows = run(condition, SWEEP_SCENES.value, seed)
@@ -75,7 +76,6 @@ def main():
         condition, count = studying.Condition("methods", variant, variant), max(1, SWEEP_SCENES.value)
         found = studying.compare(patient, params, condition, count, seed, out, passes)
         report.add(f"methods on the same cases: {variant}", *studying.methods(found))
-    report.add(studying.reconstructions(patient, max(1, SWEEP_SCENES.value), seed, out, passes))
     if minutes:
         for value in minutes:
             condition = studying.Condition("minutes of training", f"{value:g}", every_start=True)
