@@ -18,7 +18,7 @@ from radgs_jax import camera
 from radgs_jax import metrics
 
 
-def _volume_scores(one, passes):
+def _volume_scores(one, mean_cloud, passes):
     """Reconstruction scores of ours and of the baselines on the evaluation grid in CT axes, of a `Registered`."""
     outcome, prepared, start, truth = one.outcome, one.prepared, one.case.world_from_ct, one.truth
     vertebra = prepared.vertebra
@@ -26,7 +26,7 @@ def _volume_scores(one, passes):
     density = scans.resample(vertebra.density, vertebra.ct_from_index, ct_from_grid, shape)
     mask = scans.resample(vertebra.mask, vertebra.ct_from_index, ct_from_grid, shape, order=0) > 0.5
     mean_shape = prepared.model.mean_shape(vertebra.label)
-    without = registering.reconstruct_without_ct(prepared, one.scene.views, one.images, start, passes)
+    without = registering.reconstruct_without_ct(prepared, mean_cloud, one.scene.views, one.images, start, passes)
 
     def carried(volume, ct_from_index, world_from_ct):
         """A volume at a pose, seen from the true CT frame."""
@@ -40,7 +40,8 @@ def _volume_scores(one, passes):
         "CT at the start": carried(vertebra.density, vertebra.ct_from_index, start),
         "CT at the estimate": carried(vertebra.density, vertebra.ct_from_index, outcome.world_from_ct),
     }
-    return {name: metrics.reconstruction_scores(volume, density, mask) for name, volume in volumes.items()}
+    near = metrics.near(mask)
+    return {name: metrics.reconstruction_scores(volume, density, near) for name, volume in volumes.items()}
 
 
 def _attention_shares(one):
@@ -98,7 +99,7 @@ def evaluate(case_file, variant, prepare, passes, picture_folder=None, score_vol
     Raises:
       InputError: a vertebra that was not prepared or has no points, unreadable X-rays, or a scene without its true pose.
     """
-    passes_mm, results, volumes, attention, shown = [], [], {}, [], set()
+    passes_mm, results, volumes, attention, mean_clouds, shown = [], [], {}, [], {}, set()
     scored = {case_file.scenes[case.scene].volume for case in case_file.cases}
     points = {name: cases.points(case_file, name) for name in sorted(scored)}
 
@@ -109,7 +110,9 @@ def evaluate(case_file, variant, prepare, passes, picture_folder=None, score_vol
             results.append({"id": one.case.name, **registering.answer(outcome)})
             if score_volumes:
                 attention.append(_attention_shares(one))
-                for name, scores in _volume_scores(one, passes).items():
+                if one.scene.volume not in mean_clouds:
+                    mean_clouds[one.scene.volume] = registering.mean_cloud(one.prepared)
+                for name, scores in _volume_scores(one, mean_clouds[one.scene.volume], passes).items():
                     for score, value in scores.items():
                         volumes.setdefault(name, {}).setdefault(score, []).append(value)
             if picture_folder is not None and one.scene.volume not in shown:

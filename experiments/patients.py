@@ -7,6 +7,7 @@ detector.
 
 import dataclasses
 import functools
+import json
 import pathlib
 
 import jax
@@ -132,11 +133,8 @@ def prepare(
     _claim(workdir, document)
     for digest in groups:
         # Of no account to what is trained: a workdir that is there gets those of this call.
-        files.write_json(workdir / digest / REFINE, dataclasses.asdict(config.refine))
-        if calibration is None:
-            (workdir / digest / CALIBRATION).unlink(missing_ok=True)
-        else:
-            files.write_json(workdir / digest / CALIBRATION, dataclasses.asdict(calibration))
+        _renew(workdir / digest / REFINE, config.refine)
+        _renew(workdir / digest / CALIBRATION, calibration)
     for digest, group in missing.items():
         _prepare_scan(config, workdir / digest, list(group.values()), vertebrae[digest], model, minutes, modules)
     if detector is None:
@@ -145,6 +143,16 @@ def prepare(
         if not _detector(workdir, digest).exists():
             first = next(iter(group.values()))
             detectors.make_patient(workdir / digest, first.ct, first.mask, generic, adapting, first.labels)
+
+
+def _renew(path, config):
+    """Keeps a JSON file of a dataclass, or none for None, touching it only where that changes something."""
+    if config is None:
+        path.unlink(missing_ok=True)
+        return
+    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+    if not path.exists() or files.read_json(path) != wanted:
+        files.write_json(path, wanted)
 
 
 def _extract(targets, gaussian_count):

@@ -114,17 +114,22 @@ def register(prepared, views, images, start_world_from_ct, passes, valid=None, r
     )
 
 
-def reconstruct_without_ct(prepared, views, images, start_world_from_ct, passes):
-    """What the X-rays give where the CT gives nothing: the mean shape stands in for it, from the start pose on, unrefined.
+def mean_cloud(prepared):
+    """The mean shape of the vertebra's level as Gaussians (N,), box frame."""
+    mean_shape = prepared.model.mean_shape(prepared.vertebra.label)
+    return gaussians.from_density(mean_shape, pairs.mean_shape_grid(), prepared.model.config.gaussians)
+
+
+def reconstruct_without_ct(prepared, cloud, views, images, start_world_from_ct, passes):
+    """What the X-rays give where the CT gives nothing: another shape stands in for it, from the start pose on, unrefined.
 
     Args:
-      prepared: `patients.Prepared`, of which the network and the mean shape are used; the others as in `register`.
+      prepared: `patients.Prepared`, of which the network is used; cloud: Gaussians (N,), box frame, as of `mean_cloud`;
+        the others as in `register`.
     Returns:
       Gaussians (N,) in the world frame.
     """
     config = prepared.model.config
-    mean_shape = prepared.model.mean_shape(prepared.vertebra.label)
-    cloud = gaussians.from_density(mean_shape, pairs.mean_shape_grid(), config.gaussians)
     seen = at_resolution(views, images, [np.ones(image.shape, bool) for image in images], config.pixel_mm)
     extrinsics = np.stack([view.camera_from_world for view in views])
     start = start_world_from_ct @ prepared.vertebra.ct_from_box
