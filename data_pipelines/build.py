@@ -23,9 +23,8 @@ from data_pipelines import xray
 
 ORIENTATIONS = ("RAS", "LPS", "PIR", "LAS")
 """Storage orders that phantoms are written in, in turn: everything downstream must cope with any."""
-POSTURES = ("rigid", "bent")
-"""How bodies in case files have moved."""
-BENT_VARIANTS = ("artic", "real")
+POSTURES = {"rigid": cases.VARIANTS, "bent": ("artic", "real")}
+"""How bodies in case files have moved, and the variants that there are of each."""
 BENT_WINDOW = 240
 """Pixels along a bent scene's X-rays, round the vertebra."""
 A_SHARD = 128
@@ -180,7 +179,7 @@ def simulated_cases(
     starts_mm,
     seed,
     detector,
-    variants=cases.VARIANTS,
+    variants=None,
     posture="rigid",
     articulation=1.0,
     on_done=lambda: None,
@@ -192,10 +191,9 @@ def simulated_cases(
     Args:
       subjects: [(subject, ct path, mask path)]; labels: VerSe numbers; scenes: acquisitions per vertebra; seed: of all draws.
       starts_mm: bins [(low, high)] of start mTRE, one case each per scene; detector: `xray.Detector` of the 'real' variant.
-      variants: arrays of the X-ray files, among `cases.VARIANTS`; on_done: called after each scene.
+      variants: arrays of the X-ray files, among `POSTURES[posture]`, None for all; on_done: called after each scene.
       posture: 'rigid', everything but the vertebra moved as one and `detector`'s physics; or 'bent', every vertebra at a place
-        of its own, with `simulator`'s postures, metal and physics: `detector` and `articulation` have no say, and the
-        variants are 'artic' and 'real'.
+        of its own, with `simulator`'s postures, metal and physics: `detector` and `articulation` have no say.
       articulation: of 'rigid', as `carm.sample_articulation` has it.
     Raises:
       InputError: an unreadable scan, an absent or cut vertebra.
@@ -203,8 +201,8 @@ def simulated_cases(
     """
     if posture not in POSTURES:
         raise ValueError(f"posture: found {posture!r}, wanted one of {', '.join(POSTURES)}")
-    known = cases.VARIANTS if posture == "rigid" else BENT_VARIANTS
-    variants = known if variants == cases.VARIANTS else variants
+    known = POSTURES[posture]
+    variants = known if variants is None else variants
     if unknown := [v for v in variants if v not in known]:
         raise ValueError(f"variants: found {unknown[0]!r}, wanted some of {', '.join(known)}")
     path = pathlib.Path(path)
@@ -290,9 +288,7 @@ def _bent_scene(body, vertebra, variants, rng):
     # Case files do not say which pixels count, so nothing is collimated.
     sample = simulator.simulate(body, vertebra.label, rng, simulator.Preset(chance_collimator=0.0), geometry)
     images = {"artic": sample.rest + sample.excess, "real": sample.measured}
-    world_from_ct = sample.world_from_box.astype(np.float64) @ np.linalg.inv(vertebra.ct_from_box)
-    u, _, vt = np.linalg.svd(world_from_ct[:3, :3])
-    world_from_ct[:3, :3] = u @ vt
+    world_from_ct = carm.nearest_rigid(sample.world_from_box.astype(np.float64) @ np.linalg.inv(vertebra.ct_from_box))
     cameras = (a.astype(np.float64) for a in (sample.intrinsics, sample.camera_from_world))
     metal = bool(sample.metal.max() > 0)
     return {v: images[v] for v in variants}, *cameras, world_from_ct, {"metal": metal}

@@ -67,6 +67,14 @@ def matrix(rotation_vector, translation):
     return T
 
 
+def nearest_rigid(T):
+    """The matrix (4, 4) nearest to T whose rotation is one: what float32 has left is 1e-6 off."""
+    u, _, vt = np.linalg.svd(T[:3, :3])
+    T = T.copy()
+    T[:3, :3] = u @ vt
+    return T
+
+
 def motion_about(centre, twist):
     """The motion (4, 4) of `radgs_jax.rigid.motion_about`, in float64 numpy: centre (3,) mm, twist (6,) rad, then mm."""
     T = matrix(twist[:3], 0.0)

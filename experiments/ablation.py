@@ -6,23 +6,19 @@ that was stopped goes on.
 """
 
 import dataclasses
-import functools
 import pathlib
 
 import numpy as np
 from absl import flags
 
-from data_pipelines import build
 from data_pipelines import cases
 from data_pipelines import files
-from data_pipelines import scan as scans
 from experiments import checkpoint
 from experiments import cli
 from experiments import configs
 from experiments import curriculum
 from experiments import evaluate
 from experiments import patients
-from experiments import progress
 from radgs_jax import metrics
 from radgs_jax import training
 
@@ -85,14 +81,7 @@ def _prepare_of(config, folder, stage, modules):
     if stage == "p3":
         curriculum.p3(config, folder, training.MODULES)
         return patients.loader(folder / "p3")
-
-    @functools.cache
-    def scan(ct, mask):
-        return scans.read_scan(ct, mask)
-
-    return lambda volume: patients.unprepared(
-        model, scan(volume.full_ct, volume.full_mask), volume.full_label, volume.full_mask, config.refine
-    )
+    return patients.unprepared_loader(model, config.refine)
 
 
 def score(config, folder, row, case_file):
@@ -153,19 +142,7 @@ def main():
     configurations = {name: dataclasses.replace(config, seed=SEED.value) for name, config in RUNS.items()}
     first = next(iter(configurations.values()))
     _share_data(out / "small", out)
-    subject = curriculum.patient_scan(first, out)
-    with progress.bar(len(first.patient_labels) * first.eval_scenes, "held-out X-rays") as bar:
-        path = build.simulated_cases(
-            out / "eval" / "cases.json",
-            [subject],
-            first.patient_labels,
-            first.eval_scenes,
-            curriculum.STARTS_MM,
-            SEED.value + 3,
-            first.detector,
-            ("real",),
-            on_done=bar.update,
-        )
+    path = curriculum.held_out_cases(first, out, curriculum.patient_scan(first, out), ("real",))
     case_file, figures = cases.read(path), {}
     for row in ROWS:
         name, run, *_ = row

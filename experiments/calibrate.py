@@ -33,15 +33,11 @@ OUT = flags.DEFINE_string("out", None, "JSON file of the calibration.", required
 
 def refined_cases(case_file, variant, sizes_mm, seed, on_done):
     """`refinement.Refined`, points about the centre in world axes and mTRE of every scene from starts of those sizes."""
-    bodies, prepared = {}, {}
+    body, prepared = patients.bodies(), {}
     for number, scene in enumerate(case_file.scenes.values()):
         volume = case_file.volumes[scene.volume]
         if volume.name not in prepared:
-            key = (volume.full_ct, volume.full_mask)
-            if key not in bodies:
-                scan = scans.read_scan(volume.full_ct, volume.full_mask, volume.patient)
-                bodies = {key: (scan, scans.WholeBody(scan, scans.BODY_MM))}
-            scan, whole = bodies[key]
+            scan, whole = body(volume)
             vertebra = scans.extract(scan, volume.full_label, 64, volume.full_mask)
             prepared[volume.name] = vertebra, patients.refinement_parts(scans.moving_parts(whole, vertebra))
         vertebra, parts = prepared[volume.name]
@@ -64,10 +60,7 @@ def main():
     Raises:
       InputError: unreadable cases, sizes that are no numbers, or cases that all end right or all wrong.
     """
-    try:
-        sizes = [float(size) for size in STARTS_MM.value]
-    except ValueError:
-        files.fail("flags", "--starts_mm", ",".join(STARTS_MM.value), "numbers")
+    sizes = cli.numbers("--starts_mm", STARTS_MM.value)
     case_files = [cases.read(path) for path in CASES.value]
     found = []
     total = sum(len(c.scenes) for c in case_files) * len(VARIANTS.value) * len(sizes)

@@ -26,18 +26,28 @@ def label_numbers(values):
     return [int(value) for value in values]
 
 
+def numbers(flag, values, wanted="numbers"):
+    """Floats of strings given to a flag of that name.
+
+    Raises:
+      InputError: one that is no number; `wanted` says what is.
+    """
+    try:
+        return [float(value) for value in values]
+    except ValueError:
+        return files.fail("flags", flag, ",".join(values), wanted)
+
+
 def bins(flag, edges):
     """[(low, high)] of ascending edges, given as strings to a flag of that name.
 
     Raises:
       InputError: fewer than two numbers, or not ascending.
     """
-    try:
-        values = [float(edge) for edge in edges]
-    except ValueError:
-        values = []
+    wanted = "ascending numbers from 0, two at least"
+    values = numbers(flag, edges, wanted)
     if len(values) < 2 or values[0] < 0 or any(a >= b for a, b in zip(values, values[1:])):
-        files.fail("flags", flag, ",".join(edges), "ascending numbers from 0, two at least")
+        files.fail("flags", flag, ",".join(edges), wanted)
     return list(zip(values[:-1], values[1:]))
 
 

@@ -11,6 +11,8 @@ from radgs_jax.refinement import RefineConfig
 from radgs_jax.training import LossConfig
 
 DATA_STAGES = ("p1", "p2", "p3")
+STARTS_MM = ((0, 5), (5, 10), (10, 15), (15, 20), (20, 25))
+"""Bins of start errors that scores are told by."""
 
 
 @dataclasses.dataclass(frozen=True)

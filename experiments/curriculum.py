@@ -10,6 +10,7 @@ from data_pipelines import cases
 from data_pipelines import files
 from experiments import checkpoint
 from experiments import cli
+from experiments import configs
 from experiments import evaluate
 from experiments import patients
 from experiments import progress
@@ -17,7 +18,6 @@ from experiments import stages
 from radgs_jax.models import backbones
 from radgs_jax.models import radgs_reg
 
-STARTS_MM = ((0, 5), (5, 10), (10, 15), (15, 20), (20, 25))
 # Patients never meet between stages: each stage draws its phantoms from seeds of its own.
 P1_SEED, P2_SEED, PATIENT_SEED = 10000, 20000, 30000
 
@@ -31,6 +31,26 @@ def _phantom_scans(config, workdir, first, count, text):
 def patient_scan(config, workdir):
     """(subject, ct path, mask path) of the phantom that P3 prepares."""
     return _phantom_scans(config, workdir, PATIENT_SEED, 1, "patient")[0]
+
+
+def held_out_cases(config, workdir, subject, variants=None):
+    """The case file of X-rays and poses of P3's patient that no stage has seen, made where it is not there yet.
+
+    Args:
+      config, workdir: as in `p1`; subject: of `patient_scan`; variants: as in `build.simulated_cases`.
+    """
+    with progress.bar(len(config.patient_labels) * config.eval_scenes, "held-out X-rays") as bar:
+        return build.simulated_cases(
+            workdir / "eval" / "cases.json",
+            [subject],
+            config.patient_labels,
+            config.eval_scenes,
+            configs.STARTS_MM,
+            config.seed + 3,
+            config.detector,
+            variants,
+            on_done=bar.update,
+        )
 
 
 def folds(patients_, count):

@@ -198,11 +198,7 @@ def held_out(model, case_file, names, variant, passes, refine):
     Raises:
       InputError: an unreadable scan or X-ray, an absent or cut vertebra, a scene without its true pose.
     """
-
-    def prepare(volume):
-        scan = scans.read_scan(volume.full_ct, volume.full_mask, volume.patient)
-        return patients.unprepared(model, scan, volume.full_label, volume.full_mask, refine)
-
+    prepare = patients.unprepared_loader(model, refine)
     chosen = [case for case in case_file.cases if case.scene in names]
     errors = [
         [metrics.mtre(one.prepared.vertebra.points, T, one.truth) for T in one.outcome.trajectory]

@@ -164,17 +164,38 @@ def _extract(targets, gaussian_count):
     return [(vertebra, scans.moving_parts(whole, vertebra)) for vertebra in vertebrae]
 
 
-def unprepared(model, scan, label, mask_path, refine, calibration=None):
+def unprepared(model, scan, whole, label, mask_path, refine, calibration=None):
     """`Prepared` with a `checkpoint.Model` as it is, of a vertebra of a `scan.Scan` at hand.
 
     Args:
-      mask_path: what errors name; refine, calibration: as in `Prepared`.
+      whole: the scan's `scan.WholeBody` at `scan.BODY_MM`; mask_path: what errors name; refine, calibration: as in `Prepared`.
     Raises:
       InputError: an absent or cut vertebra.
     """
     vertebra = scans.extract(scan, label, model.config.gaussians, mask_path)
-    parts = refinement_parts(scans.moving_parts(scans.WholeBody(scan, scans.BODY_MM), vertebra))
+    parts = refinement_parts(scans.moving_parts(whole, vertebra))
     return Prepared(model, vertebra, fine_cloud(vertebra), parts, bare_parts(parts, vertebra), refine, calibration)
+
+
+def bodies():
+    """A function that gives the `scan.Scan` of a `cases.Volume` and its `scan.WholeBody`, the last one kept.
+
+    Raises, when called:
+      InputError: as `scan.read_scan`.
+    """
+
+    @functools.lru_cache(1)
+    def read(ct, mask, patient):
+        scan = scans.read_scan(ct, mask, patient)
+        return scan, scans.WholeBody(scan, scans.BODY_MM)
+
+    return lambda volume: read(volume.full_ct, volume.full_mask, volume.patient)
+
+
+def unprepared_loader(model, refine):
+    """A function that gives the `unprepared` vertebra of a `cases.Volume`; it raises as that and `bodies`."""
+    body = bodies()
+    return lambda volume: unprepared(model, *body(volume), volume.full_label, volume.full_mask, refine)
 
 
 def loader(workdir):
@@ -249,23 +270,34 @@ def _claim(workdir, document):
         files.write_json(path, document)
 
 
-def _prepare_scan(config, folder, targets, vertebrae, model, minutes, modules):
+def pairs_of(config, folder, targets, gaussian_count):
+    """The `pairs.PairSet` that P3 trains on, made where it is not there yet.
+
+    Args:
+      config: `configs.Config`; folder: of the scan, in a workdir; targets: of one scan; gaussian_count: of each vertebra.
+    Raises:
+      InputError: as `build.simulated_pairs`.
+    """
     first = targets[0]
-    for vertebra, parts in vertebrae:
-        save_vertebra(folder / f"vertebra_{vertebra.label}.npz", vertebra, parts)
-    labels = [target.label for target in targets]
-    with progress.bar(len(labels) * (1 + config.p3.pairs + config.p3.ct_pairs), "p3 pairs") as bar:
-        pair_set = build.simulated_pairs(
+    with progress.bar(len(targets) * (1 + config.p3.pairs + config.p3.ct_pairs), "p3 pairs") as bar:
+        return build.simulated_pairs(
             folder / "pairs",
-            [(first.patient, first.ct, first.mask, label) for label in labels],
+            [(first.patient, first.ct, first.mask, target.label) for target in targets],
             config.p3.pairs,
             config.seed + 7,
             config.pairs,
-            model.config.gaussians,
+            gaussian_count,
             config.p3.ct_pairs,
             first.labels,
             bar.update,
         )
+
+
+def _prepare_scan(config, folder, targets, vertebrae, model, minutes, modules):
+    for vertebra, parts in vertebrae:
+        save_vertebra(folder / f"vertebra_{vertebra.label}.npz", vertebra, parts)
+    labels = [target.label for target in targets]
+    pair_set = pairs_of(config, folder, targets, model.config.gaussians)
     stage = dataclasses.replace(config, model=model.config)
     params = stages.run(
         stage,

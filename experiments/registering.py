@@ -89,14 +89,15 @@ def register(prepared, views, images, start_world_from_ct, passes, valid=None, r
         refined, judged = refine_until_trusted(prepared, views, images, valid, result.world_from_box, start)
         boxes += list(refined.trajectory)
     box_from_ct = np.linalg.inv(vertebra.ct_from_box)
-    poses = [start_world_from_ct, *(_rigid(T) @ box_from_ct for T in np.asarray(boxes, np.float64))]
+    poses = [start_world_from_ct, *(carm.nearest_rigid(T) @ box_from_ct for T in np.asarray(boxes, np.float64))]
     if refine:
         result = _network(prepared, seen, extrinsics, boxes[-1], vertebra.cloud, 1)
     box = jnp.asarray(result.trajectory[-2])
-    effect = jax.tree.map(lambda a: a[0], result.reconstruction.effect)
     if config.head == "anchored":
         matches = result.reconstruction.matches
-        effect = _as_bone(effect, vertebra.cloud, prepared.fine_cloud, matches, refine)
+        effect = _as_bone(vertebra.cloud, prepared.fine_cloud, matches, refine)
+    else:
+        effect = jax.tree.map(lambda a: a[0], result.reconstruction.effect)
     reconstruction = jax.block_until_ready(gaussians.move(effect, box))
     runtime, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return Outcome(
@@ -232,7 +233,7 @@ def refine_until_trusted(prepared, views, images, valid, estimate, start):
 
 
 @functools.partial(jax.jit, static_argnames="registered")
-def _as_bone(effect, anchors, fine, matches, registered):
+def _as_bone(anchors, fine, matches, registered):
     """The reconstruction in fine Gaussians (M,) of a bone that is its CT's but for `DEFORMATION_MM`.
 
     Where the pose has been refined, the rigid part of what the matches say is the network's error, not the bone's place.
@@ -249,14 +250,6 @@ def _as_bone(effect, anchors, fine, matches, registered):
     bone = gaussians.move(chosen, inner)
     bone = bone.replace(mean=bone.mean + own)
     return gaussians.blur(recm.carry_detail(bone, chosen, fine), POSE_BLUR_MM)
-
-
-def _rigid(T):
-    # float32 passes leave a rotation 1e-6 off; the nearest one goes into the files.
-    u, _, vt = np.linalg.svd(T[:3, :3])
-    T = T.copy()
-    T[:3, :3] = u @ vt
-    return T
 
 
 def reconstruction_in_ct(reconstruction, world_from_ct, ct_from_index, shape):

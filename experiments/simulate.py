@@ -21,7 +21,7 @@ SCENES = flags.DEFINE_integer("scenes", 3, "Acquisitions of each vertebra.", low
 STARTS_MM = flags.DEFINE_list("starts_mm", ["0", "5", "10", "15", "20", "25"], "Edges of the bins of start errors.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0)
 POSTURE = flags.DEFINE_enum(
-    "posture", "rigid", build.POSTURES, "How the body has moved: as one piece, or bent, every vertebra by itself."
+    "posture", "rigid", list(build.POSTURES), "How the body has moved: as one piece, or bent, every vertebra by itself."
 )
 OUT = flags.DEFINE_string("out", None, "Case file to write; its X-rays go beside it.", required=True)
 

@@ -56,31 +56,66 @@ def _module(config, workdir, name, module, mesh, batch, pair_set, params, steps,
     # Each stage has its own random stream, whatever ran before it.
     seed = zlib.crc32(f"{config.seed} {stage}".encode())
     update = training.make_update(mesh, module, config.model, config.losses, 1.0)
-    key = jax.random.key(seed)
     # Placed before the first step: a state that moves onto the mesh by itself would compile the update twice.
     state = sharding.replicate(training.init_state(jax.tree.map(jnp.copy, params), module), mesh)
-    with contextlib.closing(pair_set.batches(seed, batch, module)) as batches:
+    state = scheduled(
+        folder,
+        workdir,
+        mesh,
+        state,
+        update,
+        pair_set.batches(seed, batch, module),
+        seed=seed,
+        learning_rate=learning_rate,
+        steps=steps,
+        budget_s=budget_s,
+        checkpoint_seconds=config.checkpoint_seconds,
+        finish=functools.partial(_log_pictures, config) if module != "reg" else None,
+    )
+    return state["params"]
+
+
+def scheduled(
+    folder,
+    log_folder,
+    mesh,
+    state,
+    update,
+    batches,
+    *,
+    seed,
+    learning_rate,
+    checkpoint_seconds,
+    steps=None,
+    budget_s=None,
+    finish=None,
+):
+    """As `loop`, under a cosine, closing `batches`.
+
+    Args:
+      seed: of all steps; learning_rate: the cosine's peak; steps: used without a budget.
+      budget_s: seconds, in which as many steps are taken as one that is timed leaves room for.
+      finish: called with (log, steps, state, last batch), if not None; the others as in `loop`.
+    """
+    key = jax.random.key(seed)
+    with contextlib.closing(batches):
         if budget_s is not None:
             start = batches.get_state()
-            probe = lambda: _time_step(update, state, key, _split(next(batches), mesh))
-            steps = _steps_for(folder, budget_s, probe)
+            steps = _steps_for(folder, budget_s, lambda: _time_step(update, state, key, _split(next(batches), mesh)))
             batches.set_state(start)
-        rate = lambda step: training.cosine(step, steps, learning_rate, min(50, max(1, steps // 5)))
-        pictures = lambda log, state, batch: _log_pictures(log, steps, config, state["params"], batch)
-        state = loop(
+        return loop(
             folder,
-            workdir,
+            log_folder,
             mesh,
             state,
             update,
             batches,
             key=key,
-            rate=rate,
+            rate=lambda step: training.cosine(step, steps, learning_rate, min(50, max(1, steps // 5))),
             steps=steps,
-            checkpoint_seconds=config.checkpoint_seconds,
-            finish=pictures if module != "reg" else None,
+            checkpoint_seconds=checkpoint_seconds,
+            finish=None if finish is None else lambda log, state, batch: finish(log, steps, state, batch),
         )
-    return state["params"]
 
 
 def loop(folder, log_folder, mesh, state, update, batches, *, key, rate, steps, checkpoint_seconds, finish=None):
@@ -118,27 +153,6 @@ def loop(folder, log_folder, mesh, state, update, batches, *, key, rate, steps, 
     return state
 
 
-def timed(folder, log_folder, mesh, state, update, batches, seed, learning_rate, budget_s, checkpoint_seconds):
-    """As `loop`, closing `batches`, for as many steps as `budget_s` seconds allow, under a cosine of peak `learning_rate`."""
-    key = jax.random.key(seed)
-    with contextlib.closing(batches):
-        start = batches.get_state()
-        steps = _steps_for(folder, budget_s, lambda: _time_step(update, state, key, _split(next(batches), mesh)))
-        batches.set_state(start)
-        return loop(
-            folder,
-            log_folder,
-            mesh,
-            state,
-            update,
-            batches,
-            key=key,
-            rate=lambda step: training.cosine(step, steps, learning_rate, min(50, max(1, steps // 5))),
-            steps=steps,
-            checkpoint_seconds=checkpoint_seconds,
-        )
-
-
 def _split(batch, mesh):
     """A batch on the mesh: every process puts its own part on its own devices."""
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -158,8 +172,8 @@ def _render(recm_params, batch, config):
     return example.xrays[0, 0], example.target[0, 0], training.project(effect, example)[0, 0]
 
 
-def _log_pictures(log, step, config, params, batch):
-    images = _render(params["recm"], jax.tree.map(lambda a: a[:1], batch), config.model)
+def _log_pictures(config, log, step, state, batch):
+    images = _render(state["params"]["recm"], jax.tree.map(lambda a: a[:1], batch), config.model)
     log.image(
         step,
         "xray_target_effect",

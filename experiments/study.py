@@ -47,27 +47,27 @@ class _Report:
 
 def main():
     """Runs the study; raises as `studying.Patient`, `build.simulated_cases` and `patients.prepare`."""
-    labels, minutes = cli.label_numbers(LABEL.value), _numbers(MINUTES.value)
+    labels, minutes = cli.label_numbers(LABEL.value), cli.numbers("--minutes", MINUTES.value)
     out, config, seed = pathlib.Path(OUT.value), configs.DEMO, SEED.value
     patient, passes = studying.Patient(CT.value, MASK.value, labels, WORKDIR.value), config.passes
     report, results, counts = _Report(out / "study.txt"), {}, {}
 
-    def run(condition, count, condition_seed):
+    def run(condition, count):
         counts[condition] = count
-        results[condition] = studying.run(patient, condition, count, condition_seed, out, passes)
+        results[condition] = studying.run(patient, condition, count, seed, out, passes)
         return results[condition]
 
     for variant in ("artic", "real"):
         condition = studying.Condition("scenes", variant, variant)
-        rows = run(condition, SCENES.value, seed)
-        report.add(f"scenes: {variant}", studying.HEADER, *studying.by_start(rows, studying.NEAR_MM))
+        rows = run(condition, SCENES.value)
+        report.add(f"scenes: {variant}", studying.HEADER, *studying.by_start(rows, configs.STARTS_MM))
     far = studying.Condition("far starts", "artic", starts_mm=studying.FAR_MM, every_start=True)
-    rows = run(far, max(1, SCENES.value // 4), seed)
+    rows = run(far, max(1, SCENES.value // 4))
     report.add("far starts: artic", studying.HEADER, *studying.by_start(rows, studying.FAR_MM))
     report.add(studying.reconstructions(patient, max(1, SWEEP_SCENES.value), seed, out, passes))
     groups = {}
     for condition in studying.sweeps() if SWEEP_SCENES.value else []:
-        rows = run(condition, SWEEP_SCENES.value, seed)
+        rows = run(condition, SWEEP_SCENES.value)
         groups.setdefault(condition.group, {})[condition.name] = rows
     for group, entries in groups.items():
         report.add(group, studying.HEADER, *(studying.line(name, rows) for name, rows in entries.items()))
@@ -88,13 +88,6 @@ def main():
     pictures.study(out / "study.png", {**starts, "artic, far": results[far]}, groups)
     studying.failures(patient, results, counts, seed, out, passes)
     print(f"\nwritten: {out / 'study.txt'}, {out / 'study.png'}")
-
-
-def _numbers(values):
-    try:
-        return [float(value) for value in values]
-    except ValueError:
-        return files.fail("flags", "--minutes", ",".join(values), "numbers")
 
 
 if __name__ == "__main__":

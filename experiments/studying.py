@@ -3,6 +3,7 @@
 What has been registered stays on disk, so that a study that was stopped goes on.
 """
 
+import copy
 import dataclasses
 import pathlib
 
@@ -18,6 +19,7 @@ from data_pipelines import files
 from data_pipelines import scan as scans
 from data_pipelines import xray
 from experiments import checkpoint
+from experiments import configs
 from experiments import evaluate
 from experiments import patients
 from experiments import progress
@@ -30,7 +32,6 @@ from radgs_jax import training
 from radgs_jax.baselines import plain
 from radgs_jax.baselines import refiners
 
-NEAR_MM = ((0, 5), (5, 10), (10, 15), (15, 20), (20, 25))
 OVERLAP_GAUSSIANS, OVERLAP_BLUR_MM = 256, 2.0
 FAR_MM = ((25, 30), (30, 40), (40, 50))
 
@@ -54,7 +55,7 @@ class Condition:
     turn_deg: float = 0.0
     mask: str = "as it is"
     views: tuple = (0, 1)
-    starts_mm: tuple = NEAR_MM
+    starts_mm: tuple = configs.STARTS_MM
     every_start: bool = False
 
 
@@ -149,13 +150,14 @@ class Patient:
         if (label, kind) not in self._masked:
             usual = self.prepared[label]
             scan = with_mask(self.scan, label, kind)
-            made = patients.unprepared(usual.model, scan, label, self.mask, usual.refine, usual.calibration)
+            whole = scans.WholeBody(scan, scans.BODY_MM)
+            made = patients.unprepared(usual.model, scan, whole, label, self.mask, usual.refine, usual.calibration)
             self._masked[label, kind] = made
         return self._masked[label, kind]
 
 
 def _scenes(patient, condition, count, seed, out):
-    """The `cases.CaseFile` of a condition, made in a folder of its own below `out`, and its label by volume."""
+    """The `cases.CaseFile` of a condition, made in a folder of its own below `out`."""
     folder = f"{condition.posture}_{condition.articulation:g}_" + "_".join(
         f"{getattr(condition.detector, f.name):g}" for f in dataclasses.fields(xray.Detector)
     )
@@ -203,6 +205,14 @@ def _row(case, scene, points, truth, outcome, passes):
     }
 
 
+def _given(patient, condition, label, scene, seed):
+    """What registering is given under a condition but for the start: `patients.Prepared`, `cases.View`s, line integrals."""
+    images = cases.read_xrays(scene, condition.variant)
+    views = cameras_off(scene.views, condition.shift_mm, condition.turn_deg, np.random.default_rng(seed))
+    prepared = patient.with_mask(label, condition.mask)
+    return prepared, *([a[i] for i in condition.views] for a in (views, images))
+
+
 def run(patient, condition, count, seed, out, passes):
     """Registers a condition's cases, unless it was done: a list of dicts, kept in `out`/rows."""
     kept = out / "rows" / condition.group.replace(" ", "_") / f"{condition.name.replace(' ', '_')}.json"
@@ -215,13 +225,9 @@ def run(patient, condition, count, seed, out, passes):
         for number, case in enumerate(chosen):
             scene = case_file.scenes[case.scene]
             volume = case_file.volumes[scene.volume]
-            prepared = patient.with_mask(volume.full_label, condition.mask)
-            images = cases.read_xrays(scene, condition.variant)
-            rng = np.random.default_rng([seed, number, 99])
-            views = cameras_off(scene.views, condition.shift_mm, condition.turn_deg, rng)
-            views, images = ([a[i] for i in condition.views] for a in (views, images))
+            given = *_given(patient, condition, volume.full_label, scene, [seed, number, 99]), case.world_from_ct
             for _ in range(1 if warm else 2):  # the first one compiles
-                outcome = registering.register(prepared, views, images, case.world_from_ct, passes)
+                outcome = registering.register(*given, passes)
             warm = True
             points = cases.points(case_file, scene.volume)
             rows.append(_row(case, scene, points, cases.truth(case_file, scene), outcome, passes))
@@ -232,27 +238,27 @@ def run(patient, condition, count, seed, out, passes):
 
 def train_plain(patient, config, minutes, out, seed):
     """The plain 2D network, trained on the pairs that the patient was prepared with, for so many minutes: its parameters."""
-    digest = patient.identity.scan(patient.target(patient.labels[0]))
+    targets = [patient.target(label) for label in patient.labels]
     model_config = patient.prepared[patient.labels[0]].model.config
-    vertebrae = [(*patient.subject, label) for label in patient.labels]
-    with progress.bar(len(vertebrae) * (1 + config.p3.pairs + config.p3.ct_pairs), "pairs") as bar:
-        pair_set = build.simulated_pairs(
-            patient.workdir / digest / "pairs",
-            vertebrae,
-            config.p3.pairs,
-            config.seed + 7,
-            config.pairs,
-            model_config.gaussians,
-            config.p3.ct_pairs,
-            on_done=bar.update,
-        )
+    folder = patient.workdir / patient.identity.scan(targets[0])
+    pair_set = patients.pairs_of(config, folder, targets, model_config.gaussians)
     mesh, shape = sharding.make_mesh(), plain.PlainConfig()
     params = jax.jit(lambda key: plain.init(shape, model_config, key))(jax.random.key(seed))
     state = sharding.replicate(training.state_of(params, ("plain",)), mesh)
     update, batches = plain.make_update(mesh, shape, model_config), pair_set.batches(seed, config.batch)
-    return stages.timed(
-        out / "checkpoints" / "plain", out, mesh, state, update, batches, seed, config.p3.learning_rate, 60.0 * minutes, 30.0
-    )["params"]
+    state = stages.scheduled(
+        out / "checkpoints" / "plain",
+        out,
+        mesh,
+        state,
+        update,
+        batches,
+        seed=seed,
+        learning_rate=config.p3.learning_rate,
+        budget_s=60.0 * minutes,
+        checkpoint_seconds=config.checkpoint_seconds,
+    )
+    return state["params"]
 
 
 def compare(patient, params, condition, count, seed, out, passes):
@@ -344,10 +350,8 @@ def prepared_for(patient, config, minutes, base, out):
     label = patient.labels[0]
     usual = patient.prepared[label]
     if minutes == 0:
-        few = Patient.__new__(Patient)
-        few.__dict__.update(patient.__dict__)
-        few.labels, model = [label], checkpoint.load_model(base)
-        few.prepared = {label: dataclasses.replace(usual, model=model)}
+        few, model = copy.copy(patient), checkpoint.load_model(base)
+        few.labels, few.prepared = [label], {label: dataclasses.replace(usual, model=model)}
         return few
     folder = out / "minutes" / f"{minutes:g}"
     patients.prepare(config, folder, [patient.target(label)], base, minutes, calibration=usual.calibration)
@@ -431,11 +435,7 @@ def failures(patient, results, counts, seed, out, passes, most=4):
         numbered = {case.name: (i, case) for i, case in enumerate(_chosen(case_file, condition))}
         number, case = numbered[name]
         scene = case_file.scenes[case.scene]
-        prepared = patient.with_mask(case_file.volumes[scene.volume].full_label, condition.mask)
-        rng = np.random.default_rng([seed, number, 99])
-        views = cameras_off(scene.views, condition.shift_mm, condition.turn_deg, rng)
-        images = cases.read_xrays(scene, condition.variant)
-        views, images = ([a[i] for i in condition.views] for a in (views, images))
-        outcome = registering.register(prepared, views, images, case.world_from_ct, passes)
-        truth = cases.truth(case_file, scene)
-        registering.write(folder, name, outcome, prepared, views, images, case.world_from_ct, truth)
+        label, start = case_file.volumes[scene.volume].full_label, case.world_from_ct
+        given = _given(patient, condition, label, scene, [seed, number, 99])
+        outcome = registering.register(*given, start, passes)
+        registering.write(folder, name, outcome, *given, start, cases.truth(case_file, scene))

@@ -10,7 +10,6 @@ import pathlib
 
 from absl import flags
 
-from data_pipelines import build
 from data_pipelines import cases
 from data_pipelines import files
 from data_pipelines import pairs
@@ -18,7 +17,6 @@ from experiments import cli
 from experiments import configs
 from experiments import curriculum
 from experiments import evaluate
-from experiments import progress
 from experiments import stages
 from radgs_jax import training
 
@@ -36,17 +34,7 @@ P2_FOLD = flags.DEFINE_integer("p2_fold", 0, "Fold (by patient) that P2 holds ou
 
 def score(config, workdir, subject, ct, mask):
     """The table, as text, of X-rays and poses of the patient that no stage has seen; written to `workdir`/eval too."""
-    with progress.bar(len(config.patient_labels) * config.eval_scenes, "held-out X-rays") as bar:
-        path = build.simulated_cases(
-            workdir / "eval" / "cases.json",
-            [(subject, ct, mask)],
-            config.patient_labels,
-            config.eval_scenes,
-            curriculum.STARTS_MM,
-            config.seed + 3,
-            config.detector,
-            on_done=bar.update,
-        )
+    path = curriculum.held_out_cases(config, workdir, (subject, ct, mask))
     case_file = cases.read(path)
     texts = []
     for variant in ("artic", "real"):

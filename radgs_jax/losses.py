@@ -90,6 +90,13 @@ def geodesic(prediction, target, centre=None, lever_mm=rigid.LEVER_MM):
     return jnp.mean(rigid.distance(prediction, target, centre, lever_mm))
 
 
+def pose_from_start(prediction, target):
+    """Mean geodesic distance in mm between motions (..., 4, 4) at the origin, less where `target` is far from no motion."""
+    error = rigid.distance(prediction, target, jnp.zeros(3))
+    start = rigid.distance(jnp.eye(4), target, jnp.zeros(3))
+    return jnp.mean(error / jnp.sqrt(1.0 + 0.15 * start))
+
+
 def reconstruction_branch(image, target_image, volume, lambda_ssim=0.2, lambda_tv=0.05):
     """L_rec of Eq. 2 for one branch: L1 + 0.2 SSIM of images (..., H, W), + 0.05 TV of the volume (..., X, Y, Z)."""
     return l1(image, target_image) + lambda_ssim * ssim2d(image, target_image) + lambda_tv * tv3d(volume)

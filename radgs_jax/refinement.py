@@ -114,7 +114,6 @@ class Refined:
     trajectory: jax.Array
 
 
-_SCALE = np.array([1.0 / rigid.LEVER_MM] * 3 + [1.0] * 3)
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -232,7 +231,7 @@ def _step(parts, window, poses, level, config):
     gain_rest, gain_excess, columns, gain_normal, weights = _fit_gains(
         target, of_rest, of_excess, rest + excess, inside, config.gain_ridge
     )
-    scaled = filtered[..., 3:, :] * jnp.asarray(np.tile(_SCALE, 2), jnp.float32)[:, None]
+    scaled = filtered[..., 3:, :] * jnp.asarray(np.tile(rigid.TWIST_SCALE, 2), jnp.float32)[:, None]
     jacobian = jnp.concatenate(
         [scaled[..., :6, :] * gain_excess[..., None, None], scaled[..., 6:, :] * gain_rest[..., None, None]], -2
     )
@@ -245,7 +244,7 @@ def _step(parts, window, poses, level, config):
     normal = normal - _einsum("vap,vaq->pq", cross, eliminate[..., :-1])
     right = _einsum("vyxpd,vyxd,vyx->p", jacobian, residual, weights) - _einsum("vap,va->p", cross, eliminate[..., -1])
     # What is known beforehand: the rest of the body has moved little against the vertebra.
-    relative = rigid.twist_about(centre, rigid.matmul(poses[1], rigid.inverse(poses[0]))) / _SCALE
+    relative = rigid.twist_about(centre, rigid.matmul(poses[1], rigid.inverse(poses[0]))) / rigid.TWIST_SCALE
     size = level.tie * np.array([TIE[0] * rigid.LEVER_MM] * 3 + [TIE[1]] * 3)
     tie = np.kron(np.array([[1.0, -1.0], [-1.0, 1.0]]), np.diag(size**-2.0))
     normal = normal + tie
@@ -253,12 +252,12 @@ def _step(parts, window, poses, level, config):
     damped = normal + config.damping * jnp.diag(jnp.diag(normal)) + 1e-3 * jnp.eye(12)
     step = jnp.linalg.solve(damped, right)
     step = step / jnp.maximum(1.0, jnp.max(jnp.abs(step)) / STEP_MM)
-    moved = rigid.matmul(rigid.motion_about(centre, step.reshape(2, 6) * _SCALE), poses)
+    moved = rigid.matmul(rigid.motion_about(centre, step.reshape(2, 6) * rigid.TWIST_SCALE), poses)
     schur = normal[:6, :6] - normal[:6, 6:] @ jnp.linalg.solve(normal[6:, 6:] + 1e-6 * jnp.eye(6), normal[6:, :6])
     edges = jnp.sum(model_excess**2, -1)
     edges = inside * (edges > 0.01 * jnp.max(edges, (1, 2), keepdims=True))
     return moved, {
-        "information": schur / _SCALE[:, None] / _SCALE,
+        "information": schur / rigid.TWIST_SCALE[:, None] / rigid.TWIST_SCALE,
         "similarity": _correlation(target, model_rest + model_excess, inside),
         "support": _correlation(target - model_rest, model_excess, edges),
         "step_mm": jnp.linalg.norm(step[:6]),

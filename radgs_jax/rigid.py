@@ -6,9 +6,12 @@ radians, then a translation in mm. Everything is differentiable, also at the ide
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 LEVER_MM = 25.0
 """Length that turns a rotation into mm where a pose distance is one number: about a vertebra's radius."""
+TWIST_SCALE = np.array([1.0 / LEVER_MM] * 3 + [1.0] * 3)
+"""A twist (6,), rad and mm, of which every part moves the lever's end by 1 mm."""
 
 
 def matmul(a, b):

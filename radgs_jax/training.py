@@ -198,9 +198,7 @@ def _match_losses(reconstruction, example):
     scale = jnp.exp(-0.5 * reconstruction.log_precision)
     likelihood = jnp.mean(jnp.sum(miss / scale + jnp.log(scale), -1))
     motion, _ = matching.align(reconstruction.matches)
-    start = rigid.distance(jnp.eye(4), example.motion, jnp.zeros(3))
-    pose = jnp.mean(rigid.distance(motion, example.motion, jnp.zeros(3)) / jnp.sqrt(1.0 + 0.15 * start))
-    return likelihood, pose, jnp.mean(miss)
+    return likelihood, losses.pose_from_start(motion, example.motion), jnp.mean(miss)
 
 
 def registration_loss(motion, true_motion, cloud, reconstruction, config, weights):

@@ -592,7 +592,7 @@ def test_a_study_goes_on_from_what_it_has_registered(trained, tmp_path):
     rows = studying.run(patient, condition, 1, 3, tmp_path, 2)
     assert [5 * i <= row["start_mm"] < 5 * (i + 1) for i, row in enumerate(rows)] == [True] * 5
     assert all(np.isfinite(row["error_mm"]) and row["accepted"] is None for row in rows)
-    lines = studying.by_start(rows, studying.NEAR_MM)
+    lines = studying.by_start(rows, configs.STARTS_MM)
     assert len(lines) == 7 and lines[-1].startswith("1 scenes; 95 % interval of the median")
     patient.with_mask = None  # nothing is registered again
     assert studying.run(patient, condition, 1, 3, tmp_path, 2) == rows

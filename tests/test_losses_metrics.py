@@ -100,6 +100,15 @@ def test_empty_volumes_have_finite_losses_and_gradients():
             assert np.isfinite(value) and np.all(np.isfinite(gradient)), loss.__name__
 
 
+def test_a_pose_counts_less_where_its_start_is_far():
+    """A miss of 3 mm after a motion of 4 mm and of 40 mm, by the formula."""
+    target, prediction = np.tile(np.eye(4, dtype=np.float32), (2, 2, 1, 1))
+    target[:, 0, 3], prediction[:, 0, 3] = (4.0, 40.0), (4.0, 40.0)
+    prediction[:, 2, 3] = 3.0
+    expected = np.mean(3.0 / np.sqrt(1.0 + 0.15 * np.array([4.0, 40.0])))
+    np.testing.assert_allclose(losses.pose_from_start(prediction, target), expected, rtol=1e-5)
+
+
 def test_geodesic_of_known_motions(x64):
     centre = jnp.asarray([20.0, -180.0, 300.0])
     turn = 0.1 * jnp.asarray([0.48, -0.6, 0.64])

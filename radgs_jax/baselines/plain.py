@@ -21,7 +21,6 @@ from radgs_jax.models.config import ModelConfig
 
 STEP_MM = 10.0
 """What an output of 1 means: mm, and mm at the lever."""
-_SCALE = (1.0 / rigid.LEVER_MM,) * 3 + (1.0,) * 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +93,7 @@ def fuse(twists, log_precisions, rotation):
     precision = jnp.exp(log_precisions)
     normal = jnp.einsum("bvij,bvi,bvik->bjk", both, precision, both) + 1e-3 * jnp.eye(6)
     right = jnp.einsum("bvij,bvi,bvi->bj", both, precision, twists)
-    twist = jnp.linalg.solve(normal, right[..., None])[..., 0] * jnp.asarray(_SCALE)
+    twist = jnp.linalg.solve(normal, right[..., None])[..., 0] * jnp.asarray(rigid.TWIST_SCALE)
     return rigid.motion_about(jnp.zeros(3), twist)
 
 
@@ -124,11 +123,9 @@ def loss(params, key, batch, config, model_config, strength=1.0):
         example.camera_from_box,
         example.cloud,
     )
-    error = rigid.distance(motion, example.motion, jnp.zeros(3))
-    start = rigid.distance(jnp.eye(4), example.motion, jnp.zeros(3))
-    pose = jnp.mean(error / jnp.sqrt(1.0 + 0.15 * start))
+    pose = losses.pose_from_start(motion, example.motion)
     image = losses.l1(jnp.where(example.valid, images, 0.0), jnp.where(example.valid, example.target, 0.0))
-    return pose + image, {"pose_mm": jnp.mean(error), "start_mm": jnp.mean(start), "image_l1": image}
+    return pose + image, {"pose_mm": losses.geodesic(motion, example.motion), "image_l1": image}
 
 
 @functools.cache

@@ -8,7 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernels import symmetric
 from radgs_jax import camera
@@ -19,14 +18,14 @@ from radgs_jax import rigid
 SILHOUETTE = 0.02
 """Line integral above which a pixel shows the vertebra."""
 MARGIN_PX = 4
-_SCALE = np.array([1.0 / rigid.LEVER_MM] * 3 + [1.0] * 3)
 
 
 def _descend(linearise, start, steps):
     """The pose (4, 4) after `steps` of Levenberg and Marquardt; a step that does not lower the cost is not taken.
 
     Args:
-      linearise: pose -> cost, gradient (6,) and curvature (6, 6) in a twist about its centre in world axes, over `_SCALE`.
+      linearise: pose -> cost, gradient (6,) and curvature (6, 6) in a twist about its centre in world axes, over
+        `rigid.TWIST_SCALE`.
     """
 
     def body(state, _):
@@ -34,7 +33,7 @@ def _descend(linearise, start, steps):
         system = curvature + damping * jnp.diag(jnp.diag(curvature)) + 1e-9 * jnp.eye(6)
         step = -jnp.linalg.solve(system, gradient)
         step = step / jnp.maximum(1.0, jnp.max(jnp.abs(step)) / refinement.STEP_MM)
-        tried = rigid.matmul(rigid.motion_about(pose[:3, 3], step * _SCALE), pose)
+        tried = rigid.matmul(rigid.motion_about(pose[:3, 3], step * rigid.TWIST_SCALE), pose)
         found = linearise(tried)
         better = found[0] < cost
         chosen = jax.tree.map(lambda a, b: jnp.where(better, a, b), (tried, found), (pose, (cost, gradient, curvature)))
@@ -56,7 +55,7 @@ def _drawn(bare, pose, views, camera_from_world, size, step_mm):
     image, motion = refinement.project_part(
         bare.excess, bare.box_from_excess, pose, pose[:3, 3], views, camera_from_world, size, step_mm
     )
-    return image, motion * jnp.asarray(_SCALE, jnp.float32)
+    return image, motion * jnp.asarray(rigid.TWIST_SCALE, jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="steps")
@@ -141,7 +140,7 @@ def to_gaussians(cloud, reconstruction, start, steps=10):
 
     def linearise(pose):
         def cost(twist):
-            moved = rigid.matmul(rigid.motion_about(pose[:3, 3], twist * _SCALE), pose)
+            moved = rigid.matmul(rigid.motion_about(pose[:3, 3], twist * rigid.TWIST_SCALE), pose)
             return -jnp.log(overlap(gaussians.move(cloud, moved), reconstruction) + 1e-9)
 
         zero = jnp.zeros(6)

@@ -41,15 +41,14 @@ def align(matches, steps=3):
     Returns:
       motion (B, 4, 4) and its information (B, 6, 6) about the box's origin, rad and mm.
     """
-    scale = jnp.asarray([1.0 / rigid.LEVER_MM] * 3 + [1.0] * 3)
     motion = jnp.broadcast_to(jnp.eye(4, dtype=matches.source.dtype), (matches.source.shape[0], 4, 4))
     for _ in range(steps):
         x = rigid.apply(motion, matches.source)
-        jacobian = jnp.concatenate([-rigid.skew(x), jnp.broadcast_to(jnp.eye(3), (*x.shape, 3))], -1) * scale
+        jacobian = jnp.concatenate([-rigid.skew(x), jnp.broadcast_to(jnp.eye(3), (*x.shape, 3))], -1) * rigid.TWIST_SCALE
         weighted = jnp.sum(matches.information[..., None] * jacobian[..., None, :, :], -2)
         normal = jnp.sum(jnp.sum(jacobian[..., :, None] * weighted[..., None, :], -3), 1)
         normal = normal + FREE_MM**-2 * jnp.eye(6)
         right = jnp.sum(weighted * (matches.target - x)[..., None], (1, 2))
-        twist = jnp.linalg.solve(normal, right[..., None])[..., 0] * scale
+        twist = jnp.linalg.solve(normal, right[..., None])[..., 0] * rigid.TWIST_SCALE
         motion = rigid.matmul(rigid.motion_about(jnp.zeros(3), twist), motion)
-    return motion, normal / scale[:, None] / scale
+    return motion, normal / rigid.TWIST_SCALE[:, None] / rigid.TWIST_SCALE
