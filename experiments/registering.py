@@ -35,6 +35,10 @@ WIDE_MM = tuple((0.0, 0.0, along) for along in (-24.0, -12.0, 0.0, 12.0, 24.0))
 """Where an answer is not trusted, further starts lie so far along the spine: up to the neighbours' places and between."""
 FAR_MM = tuple(itertools.product((-24.0, 0.0, 24.0), (-24.0, 0.0, 24.0), (-48.0, -24.0, 0.0, 24.0, 48.0)))
 """Where it still is not, starts all round the given one, in the vertebra's axes."""
+NEIGHBOURS_MM = (-28.0, 28.0)
+"""Where along the spine the vertebrae above and below lie, near enough for the coarsest level to fall into their places."""
+WALK = 4
+"""An answer's neighbours are asked whether the vertebra is theirs, and theirs in turn, so many times at most."""
 SETTLED_MM, SETTLINGS = 0.2, 3
 """A refinement whose last step was longer goes on from where it is, so many times at most."""
 SEARCH_KEEP = 3
@@ -181,24 +185,48 @@ _refine = jax.jit(refinement.refine, static_argnames="config")
 def refine_pose(parts, views, images, valid, starts, config, keep=1):
     """`refinement.refine` from several starts, and again from its end until it has settled; numpy.
 
+    Vertebrae look alike: the places of the answer's neighbours along the spine are tried too, and the best is its rival.
+
     Args:
       parts: `refinement.Parts`; views, images, valid: as in `register`; starts: K >= 2 poses (4, 4) of the vertebra's box.
       config: `refinement.RefineConfig`; keep: of the starts, how many go on from its coarsest level.
     """
     pyramid = [at_resolution(views, images, valid, level.pixel_mm) for level in config.levels]
     cameras = jnp.asarray(np.stack([view.camera_from_world for view in views]), jnp.float32)
-
-    def run(poses, config):
-        return jax.device_get(_refine(parts, pyramid, cameras, jnp.asarray(np.stack(poses), jnp.float32), config))
-
     first, *others = config.levels
-    refined = run(starts, dataclasses.replace(config, levels=(dataclasses.replace(first, keep=keep), *others)))
-    rival = {name: getattr(refined, name) for name in ("rival_mm", "margin")}
-    for _ in range(SETTLINGS):
-        if not refined.step_mm > SETTLED_MM:
+
+    def run(poses, levels):
+        starts = jnp.asarray(np.stack(poses), jnp.float32)
+        chosen = dataclasses.replace(config, levels=levels)
+        return jax.device_get(_refine(parts, pyramid[: len(levels)], cameras, starts, chosen))
+
+    def settled(refined):
+        for _ in range(SETTLINGS):
+            if not refined.step_mm > SETTLED_MM:
+                break
+            # Two starts, as most cases have, are one program; what had been a rival still is one.
+            rival = {name: getattr(refined, name) for name in ("rival_mm", "margin")}
+            refined = run([refined.world_from_box] * 2, config.levels).replace(**rival)
+        return refined
+
+    refined = settled(run(starts, (dataclasses.replace(first, keep=keep), *others)))
+    for _ in range(WALK):
+        places = [refined.world_from_box @ carm.matrix([0.0, 0.0, 0.0], (0.0, 0.0, along)) for along in NEIGHBOURS_MM]
+        other = run(places, (first,))
+        away_mm = np.linalg.norm(other.world_from_box[:3, 3] - refined.world_from_box[:3, 3])
+        if away_mm < refinement.APART_MM:
             break
-        # Two starts, as most cases have, are one program; what had been a rival still is one.
-        refined = run([refined.world_from_box] * 2, config).replace(**rival)
+        margin = refined.fit[0] - other.fit[0]
+        if margin > 0:
+            if margin < refined.margin:
+                refined = refined.replace(rival_mm=away_mm, margin=margin)
+            break
+        other = settled(run([other.world_from_box] * 2, config.levels))
+        better, worse = (other, refined) if other.fit[-1] > refined.fit[-1] else (refined, other)
+        margin = better.fit[-1] - worse.fit[-1]
+        refined = better.replace(rival_mm=away_mm, margin=min(margin, better.margin))
+        if better is not other:
+            break
     return refined
 
 

@@ -23,6 +23,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound
 POSTURE = flags.DEFINE_enum(
     "posture", "rigid", list(build.POSTURES), "How the body has moved: as one piece, or bent, every vertebra by itself."
 )
+PHOTONS = flags.DEFINE_float("photons", xray.Detector().photons, "Photons a pixel, of variant `real`.", lower_bound=1.0)
 OUT = flags.DEFINE_string("out", None, "Case file to write; its X-rays go beside it.", required=True)
 
 
@@ -41,7 +42,7 @@ def main():
             SCENES.value,
             starts_mm,
             SEED.value,
-            xray.Detector(),
+            xray.Detector(photons=PHOTONS.value),
             posture=POSTURE.value,
             on_done=bar.update,
         )

@@ -26,6 +26,8 @@ T_FREEDOM = 5.0
 """Degrees of freedom of the residuals' t distribution."""
 FAINT = 1e-4
 """Share of the steepest squared slope of an image below which a pixel shows no edge."""
+LEAST_SIGNAL = 0.1
+"""Share of an image's energy that is never taken for noise."""
 APART_MM = 2.0
 """Distance from which two poses are two answers."""
 TIE = (0.1, 4.0)
@@ -97,10 +99,11 @@ class Refined:
     """world_from_box, world_from_rest: (4, 4) poses of the vertebra and of the rest, both of box-frame points.
 
     information: (6, 6) of the vertebra's twist about its centre in world axes (rad, mm), the rest's pose and gains eliminated,
-    as if pixels were independent. similarity: (V,) correlation of image and model derivatives; support: (V,) the same of what
-    the rest leaves of the image with the vertebra alone, where it has edges; step_mm: size of the last step.
-    rival_mm, margin: distance of the best other start that ended apart, the last time several were left, and by how much it
-    fits worse (in similarity plus support); 0 and 2 without one. trajectory: (levels, 4, 4) world_from_box after each level.
+    as if pixels were independent. similarity: (V,) correlation of image and model derivatives, the image's noise made good;
+    support: (V,) the same of what the rest leaves of the image with the vertebra alone, where it has edges; step_mm: size of the
+    last step. rival_mm, margin: distance of the best other start that ended apart, the last time several were left, and by how
+    much it fits worse; 0 and 2 without one. trajectory, fit: (levels, 4, 4) world_from_box after each level, and (levels,) how
+    well it fits, mean similarity plus mean support.
     """
 
     world_from_box: jax.Array
@@ -112,20 +115,28 @@ class Refined:
     rival_mm: jax.Array
     margin: jax.Array
     trajectory: jax.Array
+    fit: jax.Array
 
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @functools.cache
-def _bands(size, sigma):
-    """Matrices (size, size) of a Gaussian and of its derivative, borders repeated."""
+def _kernels(sigma):
+    """Offsets in pixels, and there a Gaussian and its derivative."""
     radius = int(np.ceil(3 * sigma))
     offsets = np.arange(-radius, radius + 1)
     smooth = np.exp(-0.5 * (offsets / sigma) ** 2)
     smooth /= smooth.sum()
+    return offsets, smooth, offsets / sigma**2 * smooth
+
+
+@functools.cache
+def _bands(size, sigma):
+    """Matrices (size, size) of a Gaussian and of its derivative, borders repeated."""
+    offsets, *kernels = _kernels(sigma)
     result = []
-    for kernel in (smooth, offsets / sigma**2 * smooth):
+    for kernel in kernels:
         band = np.zeros((size, size))
         for offset, weight in zip(offsets, kernel):
             np.add.at(band, (np.arange(size), np.clip(np.arange(size) + offset, 0, size - 1)), weight)
@@ -138,6 +149,25 @@ def derivatives(images, sigma):
     smooth, slope = _bands(images.shape[1], sigma)
     pairs = ((slope, smooth), (smooth, slope))
     return jnp.stack([_einsum("ij,vjkc,lk->vilc", a, images, b) for a, b in pairs], -1)
+
+
+def noise_energy(images, valid, sigma):
+    """Expected squared length of what white noise leaves in `derivatives` of a pixel: (V,) for images (V, S, S).
+
+    The noise's variance is told from the mixed second difference, in which smooth structures cancel (Immerkaer 1996), by its
+    median, which edges do not move.
+    """
+    difference = images
+    for axis in (1, 2):
+        ends = [
+            jax.lax.slice_in_dim(difference, start, start + images.shape[axis] - 2, axis=axis) for start in range(3)
+        ]
+        difference = ends[0] - 2.0 * ends[1] + ends[2]
+    inside = interior(valid, 1)[:, 1:-1, 1:-1] > 0
+    typical = jnp.nan_to_num(jnp.nanmedian(jnp.where(inside, jnp.abs(difference), jnp.nan), (1, 2)))
+    _, smooth, slope = _kernels(sigma)
+    # The squares of a normal deviate's median and of the difference's coefficients, (1, -2, 1) along both axes.
+    return (typical / 0.6745) ** 2 / 36.0 * 2.0 * np.sum(smooth**2) * np.sum(slope**2)
 
 
 def interior(valid, margin):
@@ -206,18 +236,20 @@ def _fit_gains(target, rest, excess, thickness, inside, ridge):
     return of_rest, of_excess, columns, normal / variance, weights / variance
 
 
-def _correlation(a, b, weights):
-    """(V,) weighted cosine of (V, S, S, 2) arrays."""
+def _correlation(a, b, weights, noise):
+    """(V,) weighted cosine of (V, S, S, 2) arrays, as it were without the noise of `a`, of energy (V,) a pixel (Spearman 1904)."""
 
     def dot(x, y):
         return _einsum("vyxd,vyxd,vyx->v", x, y, weights)
 
-    return dot(a, b) * jax.lax.rsqrt(dot(a, a) * dot(b, b) + 1e-20)
+    energy = dot(a, a)
+    clean = jnp.maximum(energy - noise * jnp.sum(weights, (1, 2)), LEAST_SIGNAL * energy)
+    return dot(a, b) * jax.lax.rsqrt(clean * dot(b, b) + 1e-20)
 
 
 def _step(parts, window, poses, level, config):
     """One Gauss-Newton step from poses (2, 4, 4): the new poses, and what `Refined` has of the linearisation."""
-    image, valid, intrinsics, camera_from_world = window
+    image, valid, intrinsics, camera_from_world, noise = window
     centre = poses[0, :3, 3]
     cameras = intrinsics, camera_from_world, level.size
     excess, d_excess = project_part(
@@ -258,8 +290,8 @@ def _step(parts, window, poses, level, config):
     edges = inside * (edges > 0.01 * jnp.max(edges, (1, 2), keepdims=True))
     return moved, {
         "information": schur / rigid.TWIST_SCALE[:, None] / rigid.TWIST_SCALE,
-        "similarity": _correlation(target, model_rest + model_excess, inside),
-        "support": _correlation(target - model_rest, model_excess, edges),
+        "similarity": _correlation(target, model_rest + model_excess, inside, noise),
+        "support": _correlation(target - model_rest, model_excess, edges, noise),
         "step_mm": jnp.linalg.norm(step[:6]),
     }
 
@@ -280,14 +312,14 @@ def refine(parts, pyramid, camera_from_world, starts, config):
       `Refined`.
     """
     poses = jax.vmap(_start)(starts)
-    trajectory = []
+    trajectory, fit = [], []
     rival_mm, margin = jnp.float32(0.0), jnp.float32(0.0)
     for level, views in zip(config.levels, pyramid):
 
         def run(poses, level=level, views=views):
             camera_from_box = rigid.matmul(camera_from_world, poses[0])
             crops = camera.windows(views.images, views.valid, views.intrinsics, camera_from_box, level.size)
-            window = (*crops, camera_from_world)
+            window = (*crops, camera_from_world, noise_energy(*crops[:2], config.blur_px))
 
             def body(poses, _):
                 return _step(parts, window, poses, level, config)
@@ -307,5 +339,7 @@ def refine(parts, pyramid, camera_from_world, starts, config):
             margin = jnp.where(elsewhere, score[order[0]] - score[other], 2.0)
         poses, found = jax.tree.map(lambda a: a[order], (poses, found))
         trajectory.append(poses[0, 0])
+        fit.append(score[order[0]])
     best = jax.tree.map(lambda a: a[0], found)
-    return Refined(poses[0, 0], poses[0, 1], trajectory=jnp.stack(trajectory), rival_mm=rival_mm, margin=margin, **best)
+    history = {"trajectory": jnp.stack(trajectory), "fit": jnp.stack(fit)}
+    return Refined(poses[0, 0], poses[0, 1], rival_mm=rival_mm, margin=margin, **history, **best)

@@ -116,6 +116,37 @@ def test_scatter_noise_and_metal_cost_little(parts):
     assert _error_mm(found.world_from_box) < 0.8
 
 
+def test_noise_is_told_from_structure():
+    """The energy that noise leaves in derivatives, whatever smooth structure, edges or invalid pixels it lies on."""
+    rng = np.random.default_rng(0)
+    v, u = np.meshgrid(np.arange(96.0), np.arange(96.0), indexing="ij")
+    clean = np.stack([0.02 * u + np.sin(v / 9.0), np.where(u + 2 * v > 130, 3.0, 1.0)])
+    valid = np.ones(clean.shape, bool)
+    valid[:, :, :20] = False
+    noise = rng.normal(size=clean.shape) * np.array([0.05, 0.2])[:, None, None]
+    noisy = np.where(valid, clean + noise, 50.0)
+    found = refinement.noise_energy(jnp.asarray(noisy, jnp.float32), jnp.asarray(valid), 1.0)
+    left = refinement.derivatives(jnp.asarray(noise, jnp.float32)[..., None], 1.0)[:, 8:-8, 28:-8]
+    np.testing.assert_allclose(found, jnp.mean(jnp.sum(left**2, (-1, -2)), (1, 2)), rtol=0.15)
+    assert jnp.all(refinement.noise_energy(jnp.asarray(clean, jnp.float32), jnp.asarray(valid), 1.0) < 1e-4)
+
+
+def test_correlations_are_those_that_images_would_have_without_noise(parts):
+    start = _starts((0.02, -0.02, 0.02, 1.0, 1.0, -1.0))
+    rng, found = np.random.default_rng(4), []
+    for sigma in (0.0, 0.05):
+
+        def measured(mm, size, sigma=sigma):
+            images, k = _xrays(parts, TRUTH, REST, mm, size)
+            return images + sigma * rng.normal(size=images.shape), k
+
+        found.append(refine(parts, _pyramid(measured), jnp.asarray(CAMERA_FROM_WORLD, jnp.float32), start, CONFIG))
+    clean, noisy = found
+    assert _error_mm(noisy.world_from_box) < 1.0
+    np.testing.assert_allclose(noisy.similarity, clean.similarity, atol=0.05)
+    np.testing.assert_allclose(noisy.support, clean.support, atol=0.1)
+
+
 def test_the_best_of_several_starts_goes_on(parts):
     """Whatever their order; and a start that ended elsewhere is reported as a rival that fits worse."""
     pyramid = _pyramid(lambda mm, size: _xrays(parts, TRUTH, REST, mm, size))
@@ -171,6 +202,7 @@ def _refined(support, step, error_scale, seed):
         np.float32(0),
         np.float32(2),
         np.eye(4)[None],
+        np.mean(like, keepdims=True),
     )
 
 

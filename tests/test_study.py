@@ -1,7 +1,6 @@
-"""The study's own arithmetic: intervals, masks and cameras that are wrong by a known amount, and searches that widen."""
+"""The study's own arithmetic: intervals, and masks and cameras that are wrong by a known amount."""
 
 import dataclasses
-import types
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from data_pipelines import files
 from data_pipelines import scan as scans
 from data_pipelines import xray
 from experiments import cli
-from experiments import registering
 from experiments import studying
 
 
@@ -79,39 +77,3 @@ def test_bad_bins_are_refused():
         build.simulated_cases("x", [], (), 1, (), 0, xray.Detector(), posture="odd")
     with pytest.raises(ValueError, match="variants: found 'easy', wanted some of artic, real"):
         build.simulated_cases("x", [], (), 1, (), 0, xray.Detector(), ("easy",), posture="bent")
-
-
-def test_searches_widen_until_an_answer_is_trusted(monkeypatch):
-    """From two starts to ten along the spine to all round; the answer that is most likely right stays."""
-    asked, chances = [], iter(())
-
-    def refine_pose(parts, views, images, valid, starts, config, keep=1):
-        asked.append((len(starts), keep))
-        return len(asked)
-
-    def judge(refined, vertebra, calibration):
-        chance = next(chances)
-        return types.SimpleNamespace(chance=chance, accepted=chance > 0.9)
-
-    monkeypatch.setattr(registering, "refine_pose", refine_pose)
-    monkeypatch.setattr(registering, "judge", judge)
-    config = types.SimpleNamespace(levels=(registering.refinement.Level(3.0, 48, 7, 1.5, 3.0),) * 3)
-    prepared = types.SimpleNamespace(
-        parts="parts",
-        bare="bare",
-        vertebra=None,
-        calibration=None,
-        refine=registering.refinement.RefineConfig(config.levels),
-    )
-    body = [np.ones((4, 4))] * 2, [np.ones((4, 4), bool)] * 2
-    for given, stages, best in (
-        ((0.95,), 1, 1),
-        ((0.2, 0.95), 2, 2),
-        ((0.5, 0.2, 0.95), 3, 3),
-        ((0.5, 0.6, 0.4), 3, 2),
-    ):
-        asked.clear()
-        chances = iter(given)
-        refined, judged = registering.refine_until_trusted(prepared, None, *body, np.eye(4), np.eye(4))
-        assert [a for a in asked] == [(2, 1), (10, 3), (45, 3)][:stages]
-        assert refined == best and judged.chance == given[best - 1]

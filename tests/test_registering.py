@@ -1,0 +1,118 @@
+"""Registering's own decisions: which starts are tried, when a search widens, and whether a neighbour's place fits better."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from data_pipelines import carm
+from data_pipelines import cases
+from experiments import registering
+from kernels.drr import drr
+from radgs_jax import refinement
+
+CONFIG = refinement.RefineConfig(
+    levels=(
+        refinement.Level(4.0, 24, 6, 2.0, 4.0, 0.3),
+        refinement.Level(2.0, 40, 5, 1.5, 3.0),
+    )
+)
+PIXELS, PIXEL_MM, DISTANCE_MM, SOURCE_MM = 140, 2.0, 1000.0, 700.0
+PITCH_MM = 31.0
+TRUTH = carm.matrix([0.08, -0.1, 0.05], (3.0, -4.0, 5.0))
+REST = carm.matrix([0.1, -0.08, 0.03], (4.0, -3.0, 4.0))
+
+
+@pytest.fixture(scope="module")
+def spine():
+    """Five vertebrae of one outline, each with a structure of its own, in a body; the middle one is registered."""
+    rng = np.random.default_rng(0)
+
+    def structured(shape, width, mean, spread):
+        field = ndimage.gaussian_filter(rng.normal(size=shape), width)
+        return mean + spread * field / field.std()
+
+    shape = (28, 24, 14)
+    x, y, z = (2.0 * (np.indices(shape)[axis] - 0.5 * (shape[axis] - 1)) for axis in range(3))
+    inside = (x / 22) ** 2 + ((y - 3) / 17) ** 2 + (z / 12) ** 2 < 1
+    bones = [np.where(inside, structured(shape, 1.0, 0.02, 0.006), 0.0) for _ in range(5)]
+    box_from_bone = np.diag([2.0, 2.0, 2.0, 1.0])
+    box_from_bone[:3, 3] = [-27.0, -23.0, -13.0]
+    rest = np.maximum(structured((60, 50, 84), 1.5, 0.015, 0.002), 0.0)
+    box_from_rest = np.diag([3.0, 3.0, 3.0, 1.0])
+    box_from_rest[:3, 3] = [-88.0, -74.0, -125.0]
+    points = 3.0 * np.moveaxis(np.indices(rest.shape), 0, -1) + box_from_rest[:3, 3]
+    for place, bone in zip((-2, -1, 1, 2), bones[1:]):
+        voxels = (points - [0.0, 0.0, place * PITCH_MM] - box_from_bone[:3, 3]) / 2.0
+        rest = rest + ndimage.map_coordinates(bone, np.moveaxis(voxels, -1, 0), order=1)
+    parts = (bones[0], box_from_bone, rest, box_from_rest)
+    return refinement.Parts(*(jnp.asarray(a, jnp.float32) for a in parts))
+
+
+@pytest.fixture(scope="module")
+def xrays(spine):
+    """Views from the front and the side, and the line integrals there, with noise."""
+    cameras = np.zeros((2, 4, 4))
+    cameras[0, :3, :3] = [[-1, 0, 0], [0, 0, -1], [0, -1, 0]]
+    cameras[1, :3, :3] = [[0, -1, 0], [0, 0, -1], [1, 0, 0]]
+    cameras[:, 2, 3], cameras[:, 3, 3] = SOURCE_MM, 1.0
+    focal, middle = DISTANCE_MM / PIXEL_MM, 0.5 * (PIXELS - 1)
+    intrinsics = np.array([focal, focal, middle, middle])
+    images = np.random.default_rng(1).normal(size=(2, PIXELS, PIXELS)) * 0.01
+    for volume, grid, pose in (
+        (spine.excess, spine.box_from_excess, TRUTH),
+        (spine.rest, spine.box_from_rest, REST),
+    ):
+        index_from_camera = jnp.linalg.inv(jnp.asarray(cameras @ pose, jnp.float32) @ grid)[:, :3]
+        k = jnp.asarray(np.stack([intrinsics] * 2), jnp.float32)
+        images = images + np.asarray(drr(volume, index_from_camera, k, PIXELS, PIXELS, step_mm=1.0))
+    return [cases.View(intrinsics, camera, PIXELS, PIXELS) for camera in cameras], list(images)
+
+
+@pytest.mark.parametrize("levels_off", [0, 1, -2])
+def test_an_answer_in_a_neighbours_place_is_given_up(spine, xrays, levels_off):
+    """From the vertebra's own place, the one above, and two below; each time a neighbour is the rival, which fits worse."""
+    views, images = xrays
+    valid = [np.ones(image.shape, bool) for image in images]
+    start = TRUTH @ carm.matrix([0.02, -0.03, 0.02], (1.0, -1.0, levels_off * PITCH_MM + 1.5))
+    found = registering.refine_pose(spine, views, images, valid, [start, start], CONFIG)
+    assert np.linalg.norm(found.world_from_box[:3, 3] - TRUTH[:3, 3]) < 0.5
+    assert 0.6 * PITCH_MM < found.rival_mm < 1.4 * PITCH_MM and 0.05 < found.margin < 2.0
+
+
+def test_searches_widen_until_an_answer_is_trusted(monkeypatch):
+    """From two starts to ten along the spine to all round; the answer that is most likely right stays."""
+    asked, chances = [], iter(())
+
+    def refine_pose(parts, views, images, valid, starts, config, keep=1):
+        asked.append((len(starts), keep))
+        return len(asked)
+
+    def judge(refined, vertebra, calibration):
+        chance = next(chances)
+        return types.SimpleNamespace(chance=chance, accepted=chance > 0.9)
+
+    monkeypatch.setattr(registering, "refine_pose", refine_pose)
+    monkeypatch.setattr(registering, "judge", judge)
+    config = types.SimpleNamespace(levels=(refinement.Level(3.0, 48, 7, 1.5, 3.0),) * 3)
+    prepared = types.SimpleNamespace(
+        parts="parts",
+        bare="bare",
+        vertebra=None,
+        calibration=None,
+        refine=refinement.RefineConfig(config.levels),
+    )
+    body = [np.ones((4, 4))] * 2, [np.ones((4, 4), bool)] * 2
+    for given, stages, best in (
+        ((0.95,), 1, 1),
+        ((0.2, 0.95), 2, 2),
+        ((0.5, 0.2, 0.95), 3, 3),
+        ((0.5, 0.6, 0.4), 3, 2),
+    ):
+        asked.clear()
+        chances = iter(given)
+        refined, judged = registering.refine_until_trusted(prepared, None, *body, np.eye(4), np.eye(4))
+        assert [a for a in asked] == [(2, 1), (10, 3), (45, 3)][:stages]
+        assert refined == best and judged.chance == given[best - 1]
