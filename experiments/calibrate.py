@@ -1,10 +1,11 @@
 """Fits the acceptance rule: `python -m experiments.calibrate --cases=C.json,D.json --out=base/calibration.json`.
 
-Refines every scene from poses as wrong as a network's beside a start further off, judges none of them, and fits
-`radgs_jax.confidence` to how wrong they ended. Needs no training: what a refinement says of itself does not depend on where
-its start came from.
+Refines every scene from poses as wrong as a network's beside a start further off, fits `radgs_jax.confidence` to how wrong they
+ended, and searches again where it refuses, as `register` does. Needs no training: what a refinement says of itself does not
+depend on where its start came from.
 """
 
+import collections.abc
 import dataclasses
 
 import numpy as np
@@ -21,6 +22,7 @@ from experiments import progress
 from experiments import registering
 from radgs_jax import confidence
 from radgs_jax import metrics
+from radgs_jax import refinement
 
 CASES = flags.DEFINE_list("cases", None, "Case files with true poses, of simulated patients.", required=True)
 VARIANTS = flags.DEFINE_list("variants", ["artic", "real"], "Arrays of their X-ray files.")
@@ -31,9 +33,31 @@ SEED = flags.DEFINE_integer("seed", 11, "Seed of the starts.", lower_bound=0)
 OUT = flags.DEFINE_string("out", None, "JSON file of the calibration.", required=True)
 
 
-def refined_cases(case_file, variant, sizes_mm, seed, on_done):
-    """`refinement.Refined`, points about the centre in world axes and mTRE of every scene from starts of those sizes."""
-    body, prepared = patients.bodies(), {}
+@dataclasses.dataclass
+class Case:
+    """A scene from one start: the searches that are left, the vertebra, the truth, and what there is so far.
+
+    refined: `refinement.Refined`; points: about the centre in world axes; error_mm: its mTRE.
+    """
+
+    searches: collections.abc.Iterator
+    vertebra: scans.Vertebra
+    world_from_ct: np.ndarray
+    refined: refinement.Refined | None = None
+    points: np.ndarray | None = None
+    error_mm: float = np.inf
+
+    def search(self):
+        """The next wider search, or the first refinement."""
+        self.refined = next(self.searches)
+        self.points = registering.centred_points(self.refined, self.vertebra)
+        pose = np.asarray(self.refined.world_from_box, np.float64) @ np.linalg.inv(self.vertebra.ct_from_box)
+        self.error_mm = metrics.mtre(self.vertebra.points, pose, self.world_from_ct)
+
+
+def started_cases(case_file, variant, sizes_mm, seed):
+    """`Case`s of every scene from starts of those sizes, none of them refined yet."""
+    body, prepared, found = patients.bodies(), {}, []
     for number, scene in enumerate(case_file.scenes.values()):
         volume = case_file.volumes[scene.volume]
         if volume.name not in prepared:
@@ -42,16 +66,45 @@ def refined_cases(case_file, variant, sizes_mm, seed, on_done):
             prepared[volume.name] = vertebra, patients.refinement_parts(scans.moving_parts(whole, vertebra))
         vertebra, parts = prepared[volume.name]
         images, truth = cases.read_xrays(scene, variant), cases.truth(case_file, scene)
+        given = parts, scene.views, images, [np.ones(image.shape, bool) for image in images]
         rng = np.random.default_rng([seed, number])
         centre = vertebra.ct_from_box[:3, 3]
         for size in sizes_mm:
             sizes = size * rng.uniform(0.5, 1.5), rng.uniform(0.0, 25.0)
-            starts = [carm.start_of_mtre(rng, truth, centre, vertebra.points, s) @ vertebra.ct_from_box for s in sizes]
-            valid = [np.ones(image.shape, bool) for image in images]
-            refined = registering.refine_pose(parts, scene.views, images, valid, starts, configs.DEMO.refine)
-            pose = np.asarray(refined.world_from_box, np.float64) @ np.linalg.inv(vertebra.ct_from_box)
-            yield refined, (vertebra.points - centre) @ pose[:3, :3].T, metrics.mtre(vertebra.points, pose, truth)
-            on_done()
+            poses = [carm.start_of_mtre(rng, truth, centre, vertebra.points, s) @ vertebra.ct_from_box for s in sizes]
+            searches = registering.searches(*given, *poses, configs.DEMO.refine)
+            found.append(Case(searches, vertebra, truth))
+    return found
+
+
+def calibrated(found):
+    """The `confidence.Calibration` of `Case`s, each threshold from those that the one before refuses, and their `Confidence`s.
+
+    Raises:
+      ValueError: as `confidence.calibrate`.
+    """
+    judged = [None] * len(found)
+    for count in range(1 + confidence.SEARCHES):
+        asked = [i for i, j in enumerate(judged) if j is None or not j.accepted]
+        if not asked:
+            break
+        with progress.bar(len(asked), f"search {count}" if count else "refine") as bar:
+            for i in asked:
+                found[i].search()
+                bar.update()
+        refined, points, error_mm = zip(*((found[i].refined, found[i].points, found[i].error_mm) for i in asked))
+        right = np.array(error_mm) < metrics.SUCCESS_MM
+        if count == 0:
+            calibration = confidence.calibrate(refined, points, error_mm)
+        else:
+            chance = [confidence.judge(r, p, calibration).chance for r, p in zip(refined, points)]
+            limits = (confidence.threshold(np.array(chance), right),) * (1 + confidence.SEARCHES - count)
+            calibration = dataclasses.replace(calibration, thresholds=calibration.thresholds[:count] + limits)
+        for i, r, p in zip(asked, refined, points):
+            judged[i] = confidence.judge(r, p, calibration, count)
+        accepted, limit = sum(judged[i].accepted for i in asked), calibration.thresholds[count]
+        print(f"{len(asked)} judged, {right.sum()} of them right; accepted, from a chance of {limit:.3f}: {accepted}")
+    return calibration, judged
 
 
 def main():
@@ -63,21 +116,17 @@ def main():
     sizes = cli.numbers("--starts_mm", STARTS_MM.value)
     case_files = [cases.read(path) for path in CASES.value]
     found = []
-    total = sum(len(c.scenes) for c in case_files) * len(VARIANTS.value) * len(sizes)
-    with progress.bar(total, "refine") as bar:
-        for case_file in case_files:
-            for variant in VARIANTS.value:
-                found += refined_cases(case_file, variant, sizes, SEED.value, bar.update)
-    refined, points, errors = zip(*found)
-    errors = np.array(errors)
+    for case_file in case_files:
+        for variant in VARIANTS.value:
+            found += started_cases(case_file, variant, sizes, SEED.value)
     try:
-        calibration = confidence.calibrate(refined, points, errors)
+        calibration, judged = calibrated(found)
     except ValueError as error:
         files.fail(CASES.value[0], "cases", str(error), "simulated cases of both kinds")
-    judged = [confidence.judge(r, p, calibration) for r, p in zip(refined, points)]
+    files.write_json(OUT.value, dataclasses.asdict(calibration))
+    errors = np.array([case.error_mm for case in found])
     accepted, radius = (np.array([getattr(j, name) for j in judged]) for name in ("accepted", "uncertainty_mm"))
     right = errors < metrics.SUCCESS_MM
-    files.write_json(OUT.value, dataclasses.asdict(calibration))
     print(
         f"{len(errors)} cases, {right.sum()} right; wrong and accepted {(accepted & ~right).sum()}, right and refused "
         f"{(~accepted & right).sum()}; radius holds {100 * np.mean((errors <= radius)[right]):.1f} % of the right ones, median "

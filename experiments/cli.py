@@ -60,7 +60,8 @@ def run(main):
             raise flags.Error(f"found the argument {rest[0]!r}, wanted flags only")
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "radgs_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        # A program starts with a hundred small ones, which together take as long as a large one.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         main()
     except flags.Error as error:
         program.stop("flags: " + " ".join(str(error).split()))

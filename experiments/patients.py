@@ -239,14 +239,15 @@ def read_calibration(path):
     if not path.exists():
         return None
     value = files.read_json(path)
-    wanted = {"chance": len(confidence.FEATURES) + 1, "threshold": 0, "size": 4, "radius": 0}
+    counts = len(confidence.FEATURES) + 1, confidence.SEARCHES + 1
+    wanted = {"chance": counts[0], "thresholds": counts[1], "size": 5, "radius": 0}
     for field, count in wanted.items():
         found = value.get(field) if isinstance(value, dict) else None
         numbers = found if count else [found]
         good = isinstance(numbers, list) and all(type(v) in (int, float) for v in numbers)
         if not good or (count and len(numbers) != count):
             files.fail(path, field, repr(found)[:60], f"{count} numbers" if count else "a number")
-    return confidence.Calibration(tuple(value["chance"]), value["threshold"], tuple(value["size"]), value["radius"])
+    return confidence.Calibration(*(tuple(value[field]) for field in ("chance", "thresholds", "size")), value["radius"])
 
 
 def _claim(workdir, document):

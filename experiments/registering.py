@@ -230,33 +230,46 @@ def refine_pose(parts, views, images, valid, starts, config, keep=1):
     return refined
 
 
-def judge(refined, vertebra, calibration):
-    """`confidence.Confidence` in a refined pose of a `scan.Vertebra`; None without a calibration."""
-    if calibration is None:
-        return None
-    centred = (vertebra.points - vertebra.ct_from_box[:3, 3]) @ vertebra.ct_from_box[:3, :3]
-    return confidence.judge(refined, centred @ refined.world_from_box[:3, :3].T, calibration)
+def searches(parts, views, images, valid, estimate, start, config):
+    """`refinement.Refined` of a network's pose, then the best after each wider search, of `confidence.SEARCHES`: an iterator.
+
+    Args:
+      parts, views, images, valid, config: as in `refine_pose`; estimate, start: (4, 4) world_from_box, the network's and its start.
+    """
+    arguments = parts, views, images, valid
+    refined = refine_pose(*arguments, [estimate, start], config)
+    yield refined
+    for poses, shifts_mm in (((estimate, start), WIDE_MM), ((start,), FAR_MM)):
+        shifts = [carm.matrix([0.0, 0.0, 0.0], shift) for shift in shifts_mm]
+        again = refine_pose(*arguments, [pose @ shift for pose in poses for shift in shifts], config, SEARCH_KEEP)
+        if again.fit[-1] > refined.fit[-1]:
+            refined = again
+        yield refined
+
+
+def centred_points(refined, vertebra):
+    """Points (N, 3), mm, of a `scan.Vertebra` at its `refinement.Refined` pose, about its centre in world axes."""
+    in_box = (vertebra.points - vertebra.ct_from_box[:3, 3]) @ vertebra.ct_from_box[:3, :3]
+    return in_box @ refined.world_from_box[:3, :3].T
 
 
 def refine_until_trusted(prepared, views, images, valid, estimate, start):
     """`refinement.Refined` and `confidence.Confidence` of a network's pose, with wider searches where that is not trusted.
 
+    Without a calibration nothing is judged, and the first refinement is all.
+
     Args:
       prepared, views, images, valid: as in `register`; estimate, start: (4, 4) world_from_box, the network's and its start.
     """
     bare = max(np.median(image[v]) if v.any() else np.inf for image, v in zip(images, valid)) < BARE
-    arguments, config = (prepared.bare if bare else prepared.parts, views, images, valid), prepared.refine
-    refined = refine_pose(*arguments, [estimate, start], config)
-    judged = judge(refined, prepared.vertebra, prepared.calibration)
-    for poses, shifts_mm in (((estimate, start), WIDE_MM), ((start,), FAR_MM)):
-        if judged is None or judged.accepted:
+    parts, calibration = prepared.bare if bare else prepared.parts, prepared.calibration
+    judged = None
+    for count, refined in enumerate(searches(parts, views, images, valid, estimate, start, prepared.refine)):
+        if calibration is None:
             break
-        shifts = [carm.matrix([0.0, 0.0, 0.0], shift) for shift in shifts_mm]
-        starts = [pose @ shift for pose in poses for shift in shifts]
-        again = refine_pose(*arguments, starts, config, SEARCH_KEEP)
-        judged_again = judge(again, prepared.vertebra, prepared.calibration)
-        if judged_again.chance > judged.chance:
-            refined, judged = again, judged_again
+        judged = confidence.judge(refined, centred_points(refined, prepared.vertebra), calibration, count)
+        if judged.accepted:
+            break
     return refined, judged
 
 

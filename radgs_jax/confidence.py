@@ -9,23 +9,31 @@ import dataclasses
 
 import numpy as np
 
+from radgs_jax import metrics
+
 FLOOR_MM = 0.02
 """Least radius: float32 and the samples along a ray are no finer."""
 VIEWS = 2
 """Fewest views of a pose that may be accepted: one shows depth by its magnification alone, and a misfit of that it hides."""
-FEATURES = ("support", "least_support", "similarity", "least_similarity", "log_step", "margin")
+SEARCHES = 2
+"""Wider searches that may follow a refinement; what has come through one is more likely right than it looks."""
+FEATURES = ("support", "least_support", "similarity", "least_similarity", "log_step", "margin", "log_apart")
+APART_FACTOR = 4.0
+"""Error of a pose over how far its views are apart, about the median where cameras are not quite where they are said to be."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """chance: weights of a constant and of FEATURES in the log odds of a right pose; threshold: chance from which it is accepted.
+    """chance: weights of a constant and of FEATURES in the log odds of a right pose; thresholds (1 + SEARCHES,): chance from which
+    it is accepted at once and after each search.
 
-    size: weights of a constant, the log of the predicted error, the support and the log step in the log of the error;
+    size: weights of a constant, the log of the predicted error, the support, the log step and the log of how far the views are
+    apart in the log of the error;
     radius: how many times that size holds the error in 95 of 100 cases.
     """
 
     chance: tuple
-    threshold: float
+    thresholds: tuple
     size: tuple
     radius: float
 
@@ -42,7 +50,8 @@ class Confidence:
 
 
 def features(refined):
-    """FEATURES (6,) of a `refinement.Refined` in numpy: correlations, the last step's size, how much worse a rival fits."""
+    """FEATURES (6,) of a `refinement.Refined` in numpy: correlations, the last step, how much worse a rival fits, how far apart the
+    views are."""
     return np.array(
         [
             np.mean(refined.support),
@@ -51,6 +60,7 @@ def features(refined):
             np.min(refined.similarity),
             np.log(float(refined.step_mm) + 1e-3),
             min(float(refined.margin), 0.5),
+            np.log(float(refined.apart_mm) + 1e-2),
         ]
     )
 
@@ -71,14 +81,16 @@ def spread_mm(information, points):
 
 
 def _size_terms(refined, predicted_mm):
-    return np.array([1.0, np.log(predicted_mm), np.mean(refined.support), np.log(float(refined.step_mm) + 1e-3)])
+    step, apart = np.log(float(refined.step_mm) + 1e-3), np.log(float(refined.apart_mm) + 1e-2)
+    return np.array([1.0, np.log(predicted_mm), np.mean(refined.support), step, apart])
 
 
-def judge(refined, points, calibration):
-    """`Confidence` in a `refinement.Refined`, of numpy arrays.
+def judge(refined, points, calibration, searches=0):
+    """`Confidence` in a `refinement.Refined`, of numpy arrays; a pose whose radius is beyond a right one's error is not accepted.
 
     Args:
-      points: (N, 3) of the vertebra, about its centre in world axes, mm; calibration: `Calibration`.
+      points: (N, 3) of the vertebra, about its centre in world axes, mm; calibration: `Calibration`; searches: that it has come
+        through.
     """
     information = np.asarray(refined.information, np.float64)
     values = features(refined)
@@ -93,8 +105,9 @@ def judge(refined, points, calibration):
     predicted = spread_mm(information, points)
     size = float(np.exp(np.clip(np.dot(calibration.size, _size_terms(refined, predicted)), -5.0, 5.0)))
     covariance = np.linalg.inv(information) * (size / predicted) ** 2
-    radius = max(FLOOR_MM, calibration.radius * size)
-    accepted = chance >= calibration.threshold and len(refined.support) >= VIEWS
+    radius = max(FLOOR_MM, float(np.hypot(calibration.radius * size, APART_FACTOR * refined.apart_mm)))
+    sure = chance >= calibration.thresholds[searches] and radius <= metrics.SUCCESS_MM
+    accepted = sure and len(refined.support) >= VIEWS
     return Confidence(chance, bool(accepted), covariance, radius)
 
 
@@ -110,10 +123,13 @@ def _logistic(x, y, ridge=1e-2, steps=100):
     return weights
 
 
-def calibrate(refined, points, error_mm, right_mm=2.0, coverage=0.96):
-    """The `Calibration` of simulated cases.
+def threshold(chance, right):
+    """The chance (N,) of the surest pose that is not `right` (N,), and a trifle; no less than even odds."""
+    return max(0.5, float(np.max(chance[~right], initial=0.0))) + 1e-6
 
-    The threshold is the chance of the surest wrong pose, or even odds where that is more.
+
+def calibrate(refined, points, error_mm, coverage=0.96):
+    """The `Calibration` of simulated cases, with the threshold of poses that have come through no search for each of them.
 
     Args:
       refined: N `refinement.Refined` in numpy; points: N arrays as in `judge`; error_mm: (N,) mTRE.
@@ -122,7 +138,7 @@ def calibrate(refined, points, error_mm, right_mm=2.0, coverage=0.96):
       ValueError: no right pose or no wrong one among them.
     """
     error_mm = np.asarray(error_mm)
-    right = error_mm < right_mm
+    right = error_mm < metrics.SUCCESS_MM
     if right.all() or not right.any():
         raise ValueError(f"calibrate: {right.sum()} of {len(right)} poses are right, wanted some and not all")
     x = np.array([[1.0, *features(r)] for r in refined])
@@ -130,10 +146,14 @@ def calibrate(refined, points, error_mm, right_mm=2.0, coverage=0.96):
     scale = np.array([1.0, *np.where(spread > 1e-9, spread, 1.0)])
     chance = _logistic(x / scale, right.astype(float)) / scale
     odds = x @ chance
-    threshold = 1.0 / (1.0 + np.exp(-max(1e-6, float(odds[~right].max()) + 1e-6)))
+    first = threshold(1.0 / (1.0 + np.exp(-odds)), right)
     terms = np.array([_size_terms(r, spread_mm(r.information, p)) for r, p in zip(refined, points)])
     fitted, *_ = np.linalg.lstsq(terms[right], np.log(error_mm[right] + 1e-3), rcond=None)
-    ratio = error_mm[right] / np.exp(terms[right] @ fitted)
+    apart = APART_FACTOR * np.array([r.apart_mm for r in refined])
+    ratio = np.sqrt(np.maximum(error_mm**2 - apart**2, 0.0))[right] / np.exp(terms[right] @ fitted)
     return Calibration(
-        tuple(map(float, chance)), float(threshold), tuple(map(float, fitted)), float(np.quantile(ratio, coverage))
+        tuple(map(float, chance)),
+        (first,) * (1 + SEARCHES),
+        tuple(map(float, fitted)),
+        float(np.quantile(ratio, coverage)),
     )

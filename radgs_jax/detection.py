@@ -10,7 +10,6 @@ import itertools
 
 import numpy as np
 from scipy import ndimage
-from scipy import signal
 from scipy import special
 
 from radgs_jax import camera
@@ -84,7 +83,7 @@ class Lattice:
         if towards > 0:
             kernel = kernel[::-1, ::-1]
         with np.errstate(divide="ignore"):
-            return np.log(np.maximum(signal.convolve2d(np.exp(score - top), kernel, "same"), 0.0)) + top
+            return np.log(np.maximum(ndimage.convolve(np.exp(score - top), kernel, mode="constant"), 0.0)) + top
 
     @staticmethod
     def _above(score, link):

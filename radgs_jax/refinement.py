@@ -101,9 +101,10 @@ class Refined:
     information: (6, 6) of the vertebra's twist about its centre in world axes (rad, mm), the rest's pose and gains eliminated,
     as if pixels were independent. similarity: (V,) correlation of image and model derivatives, the image's noise made good;
     support: (V,) the same of what the rest leaves of the image with the vertebra alone, where it has edges; step_mm: size of the
-    last step. rival_mm, margin: distance of the best other start that ended apart, the last time several were left, and by how
-    much it fits worse; 0 and 2 without one. trajectory, fit: (levels, 4, 4) world_from_box after each level, and (levels,) how
-    well it fits, mean similarity plus mean support.
+    last step; apart_mm: how far apart the views would have the vertebra in the direction that all see.
+    rival_mm, margin: distance of the best other start that ended apart, the last time several were left, and by how much it fits
+    worse; 0 and 2 without one. trajectory, fit: (levels, 4, 4) world_from_box after each level, and (levels,) how well it fits,
+    mean similarity plus mean support.
     """
 
     world_from_box: jax.Array
@@ -112,6 +113,7 @@ class Refined:
     similarity: jax.Array
     support: jax.Array
     step_mm: jax.Array
+    apart_mm: jax.Array
     rival_mm: jax.Array
     margin: jax.Array
     trajectory: jax.Array
@@ -247,6 +249,20 @@ def _correlation(a, b, weights, noise):
     return dot(a, b) * jax.lax.rsqrt(clean * dot(b, b) + 1e-20)
 
 
+def _apart(normals, rights, camera_from_world, damping):
+    """How far apart, mm, the views would move the vertebra along the one direction that all of them see, each by itself.
+
+    Args:
+      normals, rights: (V, 12, 12) and (V, 12) of the views' own Gauss-Newton steps, in mm.
+    """
+    axes = camera_from_world[:, 2, :3]
+    _, directions = jnp.linalg.eigh(_einsum("vi,vj->ij", axes, axes))
+    damped = normals * (1.0 + damping * jnp.eye(12)) + 1e-3 * jnp.eye(12)
+    steps = jnp.linalg.solve(damped, rights[..., None])[..., 0]
+    along = _einsum("vi,i->v", steps[:, 3:6], directions[:, 0])
+    return jnp.max(along) - jnp.min(along)
+
+
 def _step(parts, window, poses, level, config):
     """One Gauss-Newton step from poses (2, 4, 4): the new poses, and what `Refined` has of the linearisation."""
     image, valid, intrinsics, camera_from_world, noise = window
@@ -272,9 +288,10 @@ def _step(parts, window, poses, level, config):
     cross = _einsum("vyxad,vyxpd,vyx->vap", columns, jacobian, weights)
     gain_right = _einsum("vyxad,vyxd,vyx->va", columns, residual, weights)
     eliminate = jnp.linalg.solve(gain_normal, jnp.concatenate([cross, gain_right[..., None]], -1))
-    normal = _einsum("vyxpd,vyxqd,vyx->pq", jacobian, jacobian, weights)
-    normal = normal - _einsum("vap,vaq->pq", cross, eliminate[..., :-1])
-    right = _einsum("vyxpd,vyxd,vyx->p", jacobian, residual, weights) - _einsum("vap,va->p", cross, eliminate[..., -1])
+    normals = _einsum("vyxpd,vyxqd,vyx->vpq", jacobian, jacobian, weights)
+    normals = normals - _einsum("vap,vaq->vpq", cross, eliminate[..., :-1])
+    rights = _einsum("vyxpd,vyxd,vyx->vp", jacobian, residual, weights) - _einsum("vap,va->vp", cross, eliminate[..., -1])
+    normal, right = jnp.sum(normals, 0), jnp.sum(rights, 0)
     # What is known beforehand: the rest of the body has moved little against the vertebra.
     relative = rigid.twist_about(centre, rigid.matmul(poses[1], rigid.inverse(poses[0]))) / rigid.TWIST_SCALE
     size = level.tie * np.array([TIE[0] * rigid.LEVER_MM] * 3 + [TIE[1]] * 3)
@@ -293,6 +310,7 @@ def _step(parts, window, poses, level, config):
         "similarity": _correlation(target, model_rest + model_excess, inside, noise),
         "support": _correlation(target - model_rest, model_excess, edges, noise),
         "step_mm": jnp.linalg.norm(step[:6]),
+        "apart_mm": _apart(normals + tie, rights, camera_from_world, config.damping),
     }
 
 

@@ -199,6 +199,7 @@ def _refined(support, step, error_scale, seed):
         like,
         like - 0.05,
         np.float32(step),
+        np.float32(0.01),
         np.float32(0),
         np.float32(2),
         np.eye(4)[None],
@@ -236,15 +237,19 @@ def test_calibrated_confidence_refuses_what_is_wrong_and_covers_what_is_right():
 
 
 def test_a_pose_that_says_nothing_is_refused():
-    calibration = confidence.Calibration((0.0,) * 7, 0.4, (0.0, 1.0, 0.0, 0.0), 2.0)
+    calibration = confidence.Calibration((0.0,) * 8, (0.6, 0.4, 0.4), (0.0, 1.0, 0.0, 0.0, 0.0), 2.0)
     points = np.random.default_rng(0).normal(size=(50, 3)) * 10
-    good = _refined(0.9, 0.01, 1.0, 0)
-    assert confidence.judge(good, points, calibration).accepted
+    good = _refined(0.9, 0.01, 0.3, 0)
+    assert confidence.judge(good, points, calibration, 1).accepted
+    assert not confidence.judge(good, points, calibration).accepted
     for spoilt in (np.full((6, 6), np.nan), np.zeros((6, 6)), -np.eye(6)):
-        judged = confidence.judge(dataclasses.replace(good, information=spoilt), points, calibration)
+        judged = confidence.judge(dataclasses.replace(good, information=spoilt), points, calibration, 1)
         assert not judged.accepted and judged.uncertainty_mm >= 100
+    apart = dataclasses.replace(good, apart_mm=np.float32(1.0))
+    judged = confidence.judge(apart, points, calibration, 1)
+    assert not judged.accepted and judged.uncertainty_mm >= 2.0
     alone = dataclasses.replace(good, support=good.support[:1], similarity=good.similarity[:1])
-    assert not confidence.judge(alone, points, calibration).accepted
+    assert not confidence.judge(alone, points, calibration, 1).accepted
 
 
 def test_spread_is_the_motion_of_points():

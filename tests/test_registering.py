@@ -83,36 +83,39 @@ def test_an_answer_in_a_neighbours_place_is_given_up(spine, xrays, levels_off):
 
 
 def test_searches_widen_until_an_answer_is_trusted(monkeypatch):
-    """From two starts to ten along the spine to all round; the answer that is most likely right stays."""
-    asked, chances = [], iter(())
+    """From two starts to ten along the spine to all round; the best answer stays, and is trusted at less after each search."""
+    asked, fits = [], iter(())
 
     def refine_pose(parts, views, images, valid, starts, config, keep=1):
         asked.append((len(starts), keep))
-        return len(asked)
+        return types.SimpleNamespace(number=len(asked), fit=[next(fits)])
 
-    def judge(refined, vertebra, calibration):
-        chance = next(chances)
-        return types.SimpleNamespace(chance=chance, accepted=chance > 0.9)
+    def judge(refined, points, calibration, searches):
+        assert calibration == "calibration"
+        return types.SimpleNamespace(accepted=refined.fit[0] > (0.9, 0.8, 0.7)[searches])
 
     monkeypatch.setattr(registering, "refine_pose", refine_pose)
-    monkeypatch.setattr(registering, "judge", judge)
-    config = types.SimpleNamespace(levels=(refinement.Level(3.0, 48, 7, 1.5, 3.0),) * 3)
+    monkeypatch.setattr(registering, "centred_points", lambda refined, vertebra: None)
+    monkeypatch.setattr(registering.confidence, "judge", judge)
     prepared = types.SimpleNamespace(
         parts="parts",
         bare="bare",
         vertebra=None,
-        calibration=None,
-        refine=refinement.RefineConfig(config.levels),
+        calibration="calibration",
+        refine=CONFIG,
     )
     body = [np.ones((4, 4))] * 2, [np.ones((4, 4), bool)] * 2
-    for given, stages, best in (
-        ((0.95,), 1, 1),
-        ((0.2, 0.95), 2, 2),
-        ((0.5, 0.2, 0.95), 3, 3),
-        ((0.5, 0.6, 0.4), 3, 2),
+    for given, stages, best, accepted in (
+        ((0.95,), 1, 1, True),
+        ((0.2, 0.95), 2, 2, True),
+        ((0.85, 0.2), 2, 1, True),
+        ((0.5, 0.2, 0.95), 3, 3, True),
+        ((0.5, 0.6, 0.4), 3, 2, False),
     ):
         asked.clear()
-        chances = iter(given)
+        fits = iter(given)
         refined, judged = registering.refine_until_trusted(prepared, None, *body, np.eye(4), np.eye(4))
-        assert [a for a in asked] == [(2, 1), (10, 3), (45, 3)][:stages]
-        assert refined == best and judged.chance == given[best - 1]
+        assert asked == [(2, 1), (10, 3), (45, 3)][:stages]
+        assert refined.number == best and judged.accepted == accepted
+    prepared.calibration, fits = None, iter((0.1,))
+    assert registering.refine_until_trusted(prepared, None, *body, np.eye(4), np.eye(4))[1] is None
