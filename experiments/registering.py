@@ -37,6 +37,8 @@ FAR_MM = tuple(itertools.product((-24.0, 0.0, 24.0), (-24.0, 0.0, 24.0), (-48.0,
 """Where it still is not, starts all round the given one, in the vertebra's axes."""
 NEIGHBOURS_MM = (-28.0, 28.0)
 """Where along the spine the vertebrae above and below lie, near enough for the coarsest level to fall into their places."""
+GLANCE = 5
+"""Steps of the coarsest level that are taken in a neighbour's place."""
 WALK = 4
 """An answer's neighbours are asked whether the vertebra is theirs, and theirs in turn, so many times at most."""
 SETTLED_MM, SETTLINGS = 0.2, 3
@@ -194,6 +196,7 @@ def refine_pose(parts, views, images, valid, starts, config, keep=1):
     pyramid = [at_resolution(views, images, valid, level.pixel_mm) for level in config.levels]
     cameras = jnp.asarray(np.stack([view.camera_from_world for view in views]), jnp.float32)
     first, *others = config.levels
+    glance = dataclasses.replace(first, iterations=GLANCE)
 
     def run(poses, levels):
         starts = jnp.asarray(np.stack(poses), jnp.float32)
@@ -212,7 +215,7 @@ def refine_pose(parts, views, images, valid, starts, config, keep=1):
     refined = settled(run(starts, (dataclasses.replace(first, keep=keep), *others)))
     for _ in range(WALK):
         places = [refined.world_from_box @ carm.matrix([0.0, 0.0, 0.0], (0.0, 0.0, along)) for along in NEIGHBOURS_MM]
-        other = run(places, (first,))
+        other = run(places, (glance,))
         away_mm = np.linalg.norm(other.world_from_box[:3, 3] - refined.world_from_box[:3, 3])
         if away_mm < refinement.APART_MM:
             break

@@ -50,8 +50,9 @@ def bin(camera, factor):
 def bin_image(image, factor):
     """Image (..., H, W) averaged over factor x factor pixels, as `bin` describes."""
     height, width = image.shape[-2] // factor, image.shape[-1] // factor
-    blocks = image[..., : height * factor, : width * factor].reshape(*image.shape[:-2], height, factor, width, factor)
-    return blocks.mean((-3, -1))
+    rows = image[..., : height * factor, : width * factor].reshape(*image.shape[:-2], height, factor, width * factor)
+    # Rows first: whole ones are added much faster than small blocks.
+    return rows.mean(-2).reshape(*image.shape[:-2], height, width, factor).mean(-1)
 
 
 def box_blur(image, radius):

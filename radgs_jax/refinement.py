@@ -61,7 +61,7 @@ class RefineConfig:
 
     levels: tuple = (
         Level(3.0, 48, 7, 1.5, 3.0, 0.1),
-        Level(1.5, 64, 7, 1.0, 3.0),
+        Level(1.5, 64, 6, 1.0, 3.0),
         Level(0.75, 112, 3, 1.0, 2.0),
     )
     blur_px: float = 1.0
@@ -118,6 +118,23 @@ class Refined:
     margin: jax.Array
     trajectory: jax.Array
     fit: jax.Array
+
+
+@flax.struct.dataclass
+class _Window:
+    """What does not change from step to step of V crops of one level.
+
+    target: (V, S, S, 2) derivatives of the image; inside, weights: (V, S, S), where they count, and how much at first; told:
+    (V, 1, 1) pixels with edges; noise: (V,) as of `noise_energy`; intrinsics: (V, 4); camera_from_world: (V, 4, 4).
+    """
+
+    target: jax.Array
+    inside: jax.Array
+    weights: jax.Array
+    told: jax.Array
+    noise: jax.Array
+    intrinsics: jax.Array
+    camera_from_world: jax.Array
 
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -205,21 +222,10 @@ def _solve_gains(columns, target, weights, ridge):
     return jnp.linalg.solve(normal, right[..., None])[..., 0], normal
 
 
-def _fit_gains(target, rest, excess, thickness, inside, ridge):
-    """The model that fits the image best over all gains, and the residuals' weights.
-
-    Args:
-      target, rest, excess: (V, S, S, 2) derivatives; thickness: (V, S, S) line integrals of both parts; inside: (V, S, S).
-    Returns:
-      gain of the rest and of the excess (V, S, S), columns (V, S, S, K, 2), their normal matrices (V, K, K), weights
-      (V, S, S) in 1 / residual variance.
-    """
-    total = rest + excess
-    counted = jnp.maximum(jnp.sum(inside, (1, 2), keepdims=True), 1.0)
-    level = 0.5 * (thickness - jnp.sum(thickness * inside, (1, 2), keepdims=True) / counted)
-    u = jnp.broadcast_to(jnp.linspace(-1.0, 1.0, level.shape[-1]), level.shape)
-    basis = jnp.stack([jnp.ones_like(level), level, u, jnp.swapaxes(u, 1, 2)], -1)
-    columns = jnp.concatenate([basis[..., None] * total[..., None, :], excess[..., None, :]], -2)
+def _window(images, valid, intrinsics, camera_from_world, config):
+    """The `_Window` of crops (V, S, S)."""
+    target = derivatives(images[..., None], config.blur_px)[..., 0, :]
+    inside = interior(valid, int(np.ceil(3 * config.blur_px)))
     # Edges far beyond the typical, of metal or a collimator, would decide the first fit alone. Pixels without any, of air,
     # say nothing of what is typical: a bone in air would be one outlier.
     square = jnp.sum(target**2, -1)
@@ -227,13 +233,33 @@ def _fit_gains(target, rest, excess, thickness, inside, ridge):
     told = jnp.maximum(jnp.sum(telling, (1, 2), keepdims=True), 1.0)
     typical = jnp.nan_to_num(jnp.nanmedian(jnp.where(telling, square, jnp.nan), (1, 2), keepdims=True)) + 1e-12
     weights = inside * (T_FREEDOM + 2.0) / (T_FREEDOM + square / (4.0 * typical))
+    noise = noise_energy(images, valid, config.blur_px)
+    return _Window(target, inside, weights, told, noise, intrinsics, camera_from_world)
+
+
+def _fit_gains(window, rest, excess, thickness, ridge):
+    """The model that fits the image best over all gains, and the residuals' weights.
+
+    Args:
+      window: `_Window`; rest, excess: (V, S, S, 2) derivatives; thickness: (V, S, S) line integrals of both parts.
+    Returns:
+      gain of the rest and of the excess (V, S, S), columns (V, S, S, K, 2), their normal matrices (V, K, K), weights
+      (V, S, S) in 1 / residual variance.
+    """
+    target, inside, weights = window.target, window.inside, window.weights
+    total = rest + excess
+    counted = jnp.maximum(jnp.sum(inside, (1, 2), keepdims=True), 1.0)
+    level = 0.5 * (thickness - jnp.sum(thickness * inside, (1, 2), keepdims=True) / counted)
+    u = jnp.broadcast_to(jnp.linspace(-1.0, 1.0, level.shape[-1]), level.shape)
+    basis = jnp.stack([jnp.ones_like(level), level, u, jnp.swapaxes(u, 1, 2)], -1)
+    columns = jnp.concatenate([basis[..., None] * total[..., None, :], excess[..., None, :]], -2)
     for _ in range(3):
         gains, normal = _solve_gains(columns, target, weights, ridge)
         of_rest = jnp.maximum(_einsum("vyxk,vk->vyx", basis, gains[:, :-1]), 0.02)
         of_excess = jnp.maximum(of_rest + gains[:, -1, None, None], 0.02)
         residual = target - of_rest[..., None] * rest - of_excess[..., None] * excess
         square = jnp.sum(residual**2, -1)
-        variance = jnp.sum(weights * square, (1, 2), keepdims=True) / (2.0 * told) + 1e-12
+        variance = jnp.sum(weights * square, (1, 2), keepdims=True) / (2.0 * window.told) + 1e-12
         weights = inside * (T_FREEDOM + 2.0) / (T_FREEDOM + square / variance)
     return of_rest, of_excess, columns, normal / variance, weights / variance
 
@@ -265,21 +291,19 @@ def _apart(normals, rights, camera_from_world, damping):
 
 def _step(parts, window, poses, level, config):
     """One Gauss-Newton step from poses (2, 4, 4): the new poses, and what `Refined` has of the linearisation."""
-    image, valid, intrinsics, camera_from_world, noise = window
+    camera_from_world, target, inside = window.camera_from_world, window.target, window.inside
     centre = poses[0, :3, 3]
-    cameras = intrinsics, camera_from_world, level.size
+    cameras = window.intrinsics, camera_from_world, level.size
     excess, d_excess = project_part(
         parts.excess, parts.box_from_excess, poses[0], centre, *cameras, level.vertebra_step_mm
     )
     rest, d_rest = project_part(parts.rest, parts.box_from_rest, poses[1], centre, *cameras, level.rest_step_mm)
-    channels = jnp.concatenate([image[..., None], rest[..., None], excess[..., None], d_excess, d_rest], -1)
-    filtered = derivatives(channels, config.blur_px)
-    target, of_rest, of_excess = (filtered[..., i, :] for i in range(3))
-    inside = interior(valid, int(np.ceil(3 * config.blur_px)))
+    filtered = derivatives(jnp.concatenate([rest[..., None], excess[..., None], d_excess, d_rest], -1), config.blur_px)
+    of_rest, of_excess = filtered[..., 0, :], filtered[..., 1, :]
     gain_rest, gain_excess, columns, gain_normal, weights = _fit_gains(
-        target, of_rest, of_excess, rest + excess, inside, config.gain_ridge
+        window, of_rest, of_excess, rest + excess, config.gain_ridge
     )
-    scaled = filtered[..., 3:, :] * jnp.asarray(np.tile(rigid.TWIST_SCALE, 2), jnp.float32)[:, None]
+    scaled = filtered[..., 2:, :] * jnp.asarray(np.tile(rigid.TWIST_SCALE, 2), jnp.float32)[:, None]
     jacobian = jnp.concatenate(
         [scaled[..., :6, :] * gain_excess[..., None, None], scaled[..., 6:, :] * gain_rest[..., None, None]], -2
     )
@@ -307,8 +331,8 @@ def _step(parts, window, poses, level, config):
     edges = inside * (edges > 0.01 * jnp.max(edges, (1, 2), keepdims=True))
     return moved, {
         "information": schur / rigid.TWIST_SCALE[:, None] / rigid.TWIST_SCALE,
-        "similarity": _correlation(target, model_rest + model_excess, inside, noise),
-        "support": _correlation(target - model_rest, model_excess, edges, noise),
+        "similarity": _correlation(target, model_rest + model_excess, inside, window.noise),
+        "support": _correlation(target - model_rest, model_excess, edges, window.noise),
         "step_mm": jnp.linalg.norm(step[:6]),
         "apart_mm": _apart(normals + tie, rights, camera_from_world, config.damping),
     }
@@ -337,7 +361,7 @@ def refine(parts, pyramid, camera_from_world, starts, config):
         def run(poses, level=level, views=views):
             camera_from_box = rigid.matmul(camera_from_world, poses[0])
             crops = camera.windows(views.images, views.valid, views.intrinsics, camera_from_box, level.size)
-            window = (*crops, camera_from_world, noise_energy(*crops[:2], config.blur_px))
+            window = _window(*crops, camera_from_world, config)
 
             def body(poses, _):
                 return _step(parts, window, poses, level, config)
