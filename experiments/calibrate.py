@@ -72,7 +72,7 @@ def started_cases(case_file, variant, sizes_mm, seed):
         for size in sizes_mm:
             sizes = size * rng.uniform(0.5, 1.5), rng.uniform(0.0, 25.0)
             poses = [carm.start_of_mtre(rng, truth, centre, vertebra.points, s) @ vertebra.ct_from_box for s in sizes]
-            searches = registering.searches(*given, *poses, configs.DEMO.refine)
+            searches = registering.searches(*given, *poses, configs.DEMO.refine, volume.full_label)
             found.append(Case(searches, vertebra, truth))
     return found
 

@@ -35,8 +35,10 @@ WIDE_MM = tuple((0.0, 0.0, along) for along in (-24.0, -12.0, 0.0, 12.0, 24.0))
 """Where an answer is not trusted, further starts lie so far along the spine: up to the neighbours' places and between."""
 FAR_MM = tuple(itertools.product((-24.0, 0.0, 24.0), (-24.0, 0.0, 24.0), (-48.0, -24.0, 0.0, 24.0, 48.0)))
 """Where it still is not, starts all round the given one, in the vertebra's axes."""
-NEIGHBOURS_MM = (-28.0, 28.0)
-"""Where along the spine the vertebrae above and below lie, near enough for the coarsest level to fall into their places."""
+PITCH_MM = {3: 17.0, 8: 19.0, 12: 21.0, 16: 23.5, 18: 27.0, 20: 32.5, 22: 35.5, 24: 35.5}
+"""Distance from a vertebra's centre to the next one's below, of adults on average, by VerSe number; between them, in proportion."""
+DOUBT = 0.2
+"""A neighbour's place that fits less worse than this at a glance is looked into."""
 GLANCE = 5
 """Steps of the coarsest level that are taken in a neighbour's place."""
 WALK = 4
@@ -184,14 +186,21 @@ def _network(prepared, seen, extrinsics, world_from_box, cloud, passes):
 _refine = jax.jit(refinement.refine, static_argnames="config")
 
 
-def refine_pose(parts, views, images, valid, starts, config, keep=1):
+def neighbours_mm(label):
+    """Where along the spine the vertebrae below and above one of VerSe number `label` lie, by `PITCH_MM`, mm."""
+    below, above = np.interp([label, label - 1], list(PITCH_MM), list(PITCH_MM.values()))
+    return -below, above
+
+
+def refine_pose(parts, views, images, valid, starts, config, places_mm, keep=1):
     """`refinement.refine` from several starts, and again from its end until it has settled; numpy.
 
     Vertebrae look alike: the places of the answer's neighbours along the spine are tried too, and the best is its rival.
 
     Args:
       parts: `refinement.Parts`; views, images, valid: as in `register`; starts: K >= 2 poses (4, 4) of the vertebra's box.
-      config: `refinement.RefineConfig`; keep: of the starts, how many go on from its coarsest level.
+      config: `refinement.RefineConfig`; places_mm: two, as of `neighbours_mm`; keep: of the starts, how many go on from the
+        coarsest level.
     """
     pyramid = [at_resolution(views, images, valid, level.pixel_mm) for level in config.levels]
     cameras = jnp.asarray(np.stack([view.camera_from_world for view in views]), jnp.float32)
@@ -214,13 +223,13 @@ def refine_pose(parts, views, images, valid, starts, config, keep=1):
 
     refined = settled(run(starts, (dataclasses.replace(first, keep=keep), *others)))
     for _ in range(WALK):
-        places = [refined.world_from_box @ carm.matrix([0.0, 0.0, 0.0], (0.0, 0.0, along)) for along in NEIGHBOURS_MM]
+        places = [refined.world_from_box @ carm.matrix([0.0, 0.0, 0.0], (0.0, 0.0, along)) for along in places_mm]
         other = run(places, (glance,))
         away_mm = np.linalg.norm(other.world_from_box[:3, 3] - refined.world_from_box[:3, 3])
         if away_mm < refinement.APART_MM:
             break
         margin = refined.fit[0] - other.fit[0]
-        if margin > 0:
+        if margin > DOUBT:
             if margin < refined.margin:
                 refined = refined.replace(rival_mm=away_mm, margin=margin)
             break
@@ -233,18 +242,20 @@ def refine_pose(parts, views, images, valid, starts, config, keep=1):
     return refined
 
 
-def searches(parts, views, images, valid, estimate, start, config):
+def searches(parts, views, images, valid, estimate, start, config, label):
     """`refinement.Refined` of a network's pose, then the best after each wider search, of `confidence.SEARCHES`: an iterator.
 
     Args:
-      parts, views, images, valid, config: as in `refine_pose`; estimate, start: (4, 4) world_from_box, the network's and its start.
+      parts, views, images, valid, config: as in `refine_pose`; estimate, start: (4, 4) world_from_box, the network's and its start;
+        label: VerSe number.
     """
-    arguments = parts, views, images, valid
-    refined = refine_pose(*arguments, [estimate, start], config)
+    arguments, places_mm = (parts, views, images, valid), neighbours_mm(label)
+    refined = refine_pose(*arguments, [estimate, start], config, places_mm)
     yield refined
     for poses, shifts_mm in (((estimate, start), WIDE_MM), ((start,), FAR_MM)):
         shifts = [carm.matrix([0.0, 0.0, 0.0], shift) for shift in shifts_mm]
-        again = refine_pose(*arguments, [pose @ shift for pose in poses for shift in shifts], config, SEARCH_KEEP)
+        starts = [pose @ shift for pose in poses for shift in shifts]
+        again = refine_pose(*arguments, starts, config, places_mm, SEARCH_KEEP)
         if again.fit[-1] > refined.fit[-1]:
             refined = again
         yield refined
@@ -265,12 +276,13 @@ def refine_until_trusted(prepared, views, images, valid, estimate, start):
       prepared, views, images, valid: as in `register`; estimate, start: (4, 4) world_from_box, the network's and its start.
     """
     bare = max(np.median(image[v]) if v.any() else np.inf for image, v in zip(images, valid)) < BARE
-    parts, calibration = prepared.bare if bare else prepared.parts, prepared.calibration
+    parts, calibration, vertebra = prepared.bare if bare else prepared.parts, prepared.calibration, prepared.vertebra
     judged = None
-    for count, refined in enumerate(searches(parts, views, images, valid, estimate, start, prepared.refine)):
+    found = searches(parts, views, images, valid, estimate, start, prepared.refine, vertebra.label)
+    for count, refined in enumerate(found):
         if calibration is None:
             break
-        judged = confidence.judge(refined, centred_points(refined, prepared.vertebra), calibration, count)
+        judged = confidence.judge(refined, centred_points(refined, vertebra), calibration, count)
         if judged.accepted:
             break
     return refined, judged

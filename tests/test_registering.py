@@ -77,16 +77,25 @@ def test_an_answer_in_a_neighbours_place_is_given_up(spine, xrays, levels_off):
     views, images = xrays
     valid = [np.ones(image.shape, bool) for image in images]
     start = TRUTH @ carm.matrix([0.02, -0.03, 0.02], (1.0, -1.0, levels_off * PITCH_MM + 1.5))
-    found = registering.refine_pose(spine, views, images, valid, [start, start], CONFIG)
+    found = registering.refine_pose(spine, views, images, valid, [start, start], CONFIG, (-34.0, 33.0))
     assert np.linalg.norm(found.world_from_box[:3, 3] - TRUTH[:3, 3]) < 0.5
     assert 0.6 * PITCH_MM < found.rival_mm < 1.4 * PITCH_MM and 0.05 < found.margin < 2.0
+
+
+def test_neighbours_lie_further_off_down_the_spine():
+    """As in published anatomy: about 19 mm in the upper thorax, 35 mm in the lumbar spine, each pair seen alike from both sides."""
+    for label in range(2, 25):
+        (below, above), (_, above_next) = registering.neighbours_mm(label), registering.neighbours_mm(label + 1)
+        assert 15 < above <= -below < 37 and above_next == -below
+    assert -19 > registering.neighbours_mm(9)[0] > -20 and -35 > registering.neighbours_mm(23)[0]
 
 
 def test_searches_widen_until_an_answer_is_trusted(monkeypatch):
     """From two starts to ten along the spine to all round; the best answer stays, and is trusted at less after each search."""
     asked, fits = [], iter(())
 
-    def refine_pose(parts, views, images, valid, starts, config, keep=1):
+    def refine_pose(parts, views, images, valid, starts, config, places_mm, keep=1):
+        assert places_mm == registering.neighbours_mm(20)
         asked.append((len(starts), keep))
         return types.SimpleNamespace(number=len(asked), fit=[next(fits)])
 
@@ -100,7 +109,7 @@ def test_searches_widen_until_an_answer_is_trusted(monkeypatch):
     prepared = types.SimpleNamespace(
         parts="parts",
         bare="bare",
-        vertebra=None,
+        vertebra=types.SimpleNamespace(label=20),
         calibration="calibration",
         refine=CONFIG,
     )
