@@ -37,8 +37,6 @@ FAR_MM = tuple(itertools.product((-24.0, 0.0, 24.0), (-24.0, 0.0, 24.0), (-48.0,
 """Where it still is not, starts all round the given one, in the vertebra's axes."""
 PITCH_MM = {3: 17.0, 8: 19.0, 12: 21.0, 16: 23.5, 18: 27.0, 20: 32.5, 22: 35.5, 24: 35.5}
 """Distance from a vertebra's centre to the next one's below, of adults on average, by VerSe number; between them, in proportion."""
-DOUBT = 0.2
-"""A neighbour's place that fits less worse than this at a glance is looked into."""
 GLANCE = 5
 """Steps of the coarsest level that are taken in a neighbour's place."""
 WALK = 4
@@ -229,11 +227,12 @@ def refine_pose(parts, views, images, valid, starts, config, places_mm, keep=1):
         if away_mm < refinement.APART_MM:
             break
         margin = refined.fit[0] - other.fit[0]
-        if margin > DOUBT:
+        # A place that fits better at a glance than the answer does in detail is looked into.
+        if other.fit[0] < refined.fit[-1]:
             if margin < refined.margin:
                 refined = refined.replace(rival_mm=away_mm, margin=margin)
             break
-        other = settled(run([other.world_from_box] * 2, config.levels))
+        other = settled(run(places, config.levels))
         better, worse = (other, refined) if other.fit[-1] > refined.fit[-1] else (refined, other)
         margin = better.fit[-1] - worse.fit[-1]
         refined = better.replace(rival_mm=away_mm, margin=min(margin, better.margin))
