@@ -480,7 +480,7 @@ def test_a_prepared_workdir_is_reused_only_for_the_same_inputs(trained):
     with pytest.raises(files.InputError, match="scans: found"):
         patients.prepare(tiny.config(), trained[0] / "p3", targets[:1], base)
     # How poses are refined and judged is no part of what was trained: it may be exchanged.
-    rule = confidence.Calibration((0.0,) * 7, 0.5, (0.0,) * 4, 2.0)
+    rule = confidence.Calibration((0.0,) * 8, (0.5,) * 3, (0.0,) * 5, 2.0)
     patients.prepare(tiny.config(), trained[0] / "p3", targets, base, calibration=rule)
     assert patients.load(trained[0] / "p3", target, patients.Identity()).calibration == rule
     patients.prepare(tiny.config(), trained[0] / "p3", targets, base)
