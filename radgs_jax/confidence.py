@@ -16,7 +16,7 @@ FLOOR_MM = 0.02
 VIEWS = 2
 """Fewest views of a pose that may be accepted: one shows depth by its magnification alone, and a misfit of that it hides."""
 SEARCHES = 2
-"""Wider searches that may follow a refinement; what has come through one is more likely right than it looks."""
+"""Wider searches that may follow a refinement; poses that have come through one are other than those that needed none."""
 FEATURES = ("support", "least_support", "similarity", "least_similarity", "log_step", "margin", "log_apart")
 APART_FACTOR = 4.0
 """Error of a pose over how far its views are apart, about the median where cameras are not quite where they are said to be."""
@@ -81,8 +81,8 @@ def spread_mm(information, points):
 
 
 def _size_terms(refined, predicted_mm):
-    step, apart = np.log(float(refined.step_mm) + 1e-3), np.log(float(refined.apart_mm) + 1e-2)
-    return np.array([1.0, np.log(predicted_mm), np.mean(refined.support), step, apart])
+    values = dict(zip(FEATURES, features(refined)))
+    return np.array([1.0, np.log(predicted_mm), *(values[name] for name in ("support", "log_step", "log_apart"))])
 
 
 def judge(refined, points, calibration, searches=0):

@@ -275,6 +275,11 @@ def _correlation(a, b, weights, noise):
     return dot(a, b) * jax.lax.rsqrt(clean * dot(b, b) + 1e-20)
 
 
+def _damped(normal, damping):
+    """Normal matrices (..., 12, 12), their diagonals raised: in proportion, and by a little where nothing is known."""
+    return normal * (1.0 + damping * jnp.eye(12)) + 1e-3 * jnp.eye(12)
+
+
 def _apart(normals, rights, camera_from_world, damping):
     """How far apart, mm, the views would move the vertebra along the one direction that all of them see, each by itself.
 
@@ -283,8 +288,7 @@ def _apart(normals, rights, camera_from_world, damping):
     """
     axes = camera_from_world[:, 2, :3]
     _, directions = jnp.linalg.eigh(_einsum("vi,vj->ij", axes, axes))
-    damped = normals * (1.0 + damping * jnp.eye(12)) + 1e-3 * jnp.eye(12)
-    steps = jnp.linalg.solve(damped, rights[..., None])[..., 0]
+    steps = jnp.linalg.solve(_damped(normals, damping), rights[..., None])[..., 0]
     along = _einsum("vi,i->v", steps[:, 3:6], directions[:, 0])
     return jnp.max(along) - jnp.min(along)
 
@@ -322,8 +326,7 @@ def _step(parts, window, poses, level, config):
     tie = np.kron(np.array([[1.0, -1.0], [-1.0, 1.0]]), np.diag(size**-2.0))
     normal = normal + tie
     right = right - tie @ jnp.concatenate([jnp.zeros(6), relative])
-    damped = normal + config.damping * jnp.diag(jnp.diag(normal)) + 1e-3 * jnp.eye(12)
-    step = jnp.linalg.solve(damped, right)
+    step = jnp.linalg.solve(_damped(normal, config.damping), right)
     step = step / jnp.maximum(1.0, jnp.max(jnp.abs(step)) / STEP_MM)
     moved = rigid.matmul(rigid.motion_about(centre, step.reshape(2, 6) * rigid.TWIST_SCALE), poses)
     schur = normal[:6, :6] - normal[:6, 6:] @ jnp.linalg.solve(normal[6:, 6:] + 1e-6 * jnp.eye(6), normal[6:, :6])
