@@ -132,7 +132,10 @@ def table(figures):
         lines.append(text)
     last = figures[name]
     return "\n".join(
-        [*lines, f"start median {last['start_mm']:.1f} mm; the vertebra takes {100 * last['silhouette']:.0f} % of the crops"]
+        [
+            *lines,
+            f"start median {last['start_mm']:.1f} mm; the vertebra takes {100 * last['silhouette']:.0f} % of the crops",
+        ]
     )
 
 

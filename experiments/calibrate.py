@@ -27,7 +27,7 @@ from radgs_jax import refinement
 CASES = flags.DEFINE_list("cases", None, "Case files with true poses, of simulated patients.", required=True)
 VARIANTS = flags.DEFINE_list("variants", ["artic", "real"], "Arrays of their X-ray files.")
 STARTS_MM = flags.DEFINE_list(
-    "starts_mm", ["1", "3", "5", "8", "15"], "Sizes of the starts' errors, one case of each a scene."
+    "starts_mm", ["1", "3", "5", "8", "15", "30", "45"], "Sizes of the starts' errors, one case of each a scene."
 )
 SEED = flags.DEFINE_integer("seed", 11, "Seed of the starts.", lower_bound=0)
 OUT = flags.DEFINE_string("out", None, "JSON file of the calibration.", required=True)

@@ -12,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 from data_pipelines import files
 from data_pipelines import pairs
+from experiments import programs
 from radgs_jax.models import radgs_reg
 from radgs_jax.models.config import ModelConfig
 
@@ -137,12 +138,16 @@ def load_model(folder):
     if pairs.config_hash(config) != manifest["model_hash"]:
         files.fail(path, "model", "fields that do not match their hash", "an unchanged model configuration")
     shapes = files.read_npz(folder / "mean_shapes.npz", "labels", "shapes")
-    like = jax.eval_shape(lambda: radgs_reg.init(config, jax.random.key(0)))
+    like = programs.kept_shapes(_fresh_params, config)
     try:
         params = ocp.load_pytree(folder / "params", jax.tree.map(_abstract, like))
     except (ValueError, OSError, KeyError) as error:
         files.fail(folder / "params", "content", str(error).splitlines()[0][:120], "parameters of the manifest's model")
     return Model(params, config, {int(k): v for k, v in zip(shapes["labels"], shapes["shapes"])})
+
+
+def _fresh_params(config):
+    return radgs_reg.init(config, jax.random.key(0))
 
 
 def _config(path, value):

@@ -15,15 +15,15 @@ from data_pipelines import files
 from data_pipelines import pairs
 from data_pipelines import scan as scans
 from experiments import detectors
-from experiments import pictures
+from experiments import programs
 from radgs_jax import confidence
 from radgs_jax import detection
 from radgs_jax import gaussians
 from radgs_jax import grid
 from radgs_jax import refinement
 from radgs_jax import rigid
-from radgs_jax import training
 from radgs_jax.models import matching
+from radgs_jax.models import radgs_reg
 from radgs_jax.models import recm
 
 PROGRAM = "radgs_jax"
@@ -101,10 +101,10 @@ def register(prepared, views, images, start_world_from_ct, passes, valid=None, r
     box = jnp.asarray(result.trajectory[-2])
     if config.head == "anchored":
         matches = result.reconstruction.matches
-        effect = _as_bone(vertebra.cloud, prepared.fine_cloud, matches, refine)
+        effect = _as_bone(vertebra.cloud, prepared.fine_cloud, matches, registered=refine)
     else:
         effect = jax.tree.map(lambda a: a[0], result.reconstruction.effect)
-    reconstruction = jax.block_until_ready(gaussians.move(effect, box))
+    reconstruction = jax.block_until_ready(_move(effect, box))
     runtime, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return Outcome(
         poses[-1],
@@ -165,23 +165,26 @@ def at_resolution(views, images, valid, pixel_mm):
     )
 
 
-def _network(prepared, seen, extrinsics, world_from_box, cloud, passes):
-    return jax.device_get(
-        training.register(
-            prepared.model.params,
-            prepared.model.config,
-            seen.images,
-            seen.valid,
-            seen.intrinsics,
-            jnp.asarray(extrinsics, jnp.float32),
-            jnp.asarray(world_from_box, jnp.float32),
-            cloud,
-            passes,
-        )
+@functools.partial(programs.kept, static="config")
+def _pass(params, images, valid, intrinsics, camera_from_world, world_from_box, cloud, config):
+    return radgs_reg.register(
+        params, config, images, valid, intrinsics, camera_from_world, world_from_box, cloud, passes=1
     )
 
 
-_refine = jax.jit(refinement.refine, static_argnames="config")
+def _network(prepared, seen, extrinsics, world_from_box, cloud, passes):
+    """`radgs_reg.register` in numpy, of a pass that is one program, however many there are of it."""
+    params, config = prepared.model.params, prepared.model.config
+    views = seen.images, seen.valid, seen.intrinsics, jnp.asarray(extrinsics, jnp.float32)
+    trajectory = [np.asarray(world_from_box, np.float32)]
+    for _ in range(passes):
+        found = _pass(params, *views, trajectory[-1], cloud, config=config)
+        trajectory.append(np.asarray(found.world_from_box))
+    return jax.device_get(found).replace(trajectory=np.stack(trajectory))
+
+
+_refine = programs.kept(refinement.refine, static="config")
+_move = programs.kept(gaussians.move)
 
 
 def neighbours_mm(label):
@@ -208,7 +211,7 @@ def refine_pose(parts, views, images, valid, starts, config, places_mm, keep=1):
     def run(poses, levels):
         starts = jnp.asarray(np.stack(poses), jnp.float32)
         chosen = dataclasses.replace(config, levels=levels)
-        return jax.device_get(_refine(parts, pyramid[: len(levels)], cameras, starts, chosen))
+        return jax.device_get(_refine(parts, pyramid[: len(levels)], cameras, starts, config=chosen))
 
     def settled(refined):
         for _ in range(SETTLINGS):
@@ -287,7 +290,7 @@ def refine_until_trusted(prepared, views, images, valid, estimate, start):
     return refined, judged
 
 
-@functools.partial(jax.jit, static_argnames="registered")
+@functools.partial(programs.kept, static="registered")
 def _as_bone(anchors, fine, matches, registered):
     """The reconstruction in fine Gaussians (M,) of a bone that is its CT's but for `DEFORMATION_MM`.
 
@@ -343,6 +346,9 @@ def write(folder, name, outcome, prepared, views, images, start_world_from_ct, t
       outcome: `Outcome`; prepared, views, images, start_world_from_ct: as in `register`.
       true_world_from_ct: (4, 4), to be drawn; None without one.
     """
+    # Half a second of imports that registering does without.
+    from experiments import pictures
+
     folder = pathlib.Path(folder) / name
     vertebra = prepared.vertebra
     files.write_json(

@@ -22,7 +22,10 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder that `experiments.prepare
 OUT = flags.DEFINE_string("out", None, "Folder of the study.", required=True)
 SCENES = flags.DEFINE_integer("scenes", 20, "Acquisitions of each vertebra, one start each.", lower_bound=1)
 SWEEP_SCENES = flags.DEFINE_integer(
-    "sweep_scenes", 3, "Acquisitions of each vertebra at each point of a sweep, one start each; 0: no sweeps.", lower_bound=0
+    "sweep_scenes",
+    3,
+    "Acquisitions of each vertebra at each point of a sweep, one start each; 0: no sweeps.",
+    lower_bound=0,
 )
 PLAIN_MINUTES = flags.DEFINE_float(
     "plain_minutes", 0.0, "Training time of the plain 2D network, on the workdir's pairs; 0: none.", lower_bound=0.0

@@ -74,7 +74,9 @@ def sweeps():
     made += [Condition("cameras off, mm", f"{s:g}", "real", shift_mm=s) for s in (0.0, 0.5, 1.0, 2.0, 3.0)]
     made += [Condition("cameras off, degrees", f"{a:g}", "real", turn_deg=a) for a in (0.0, 0.2, 0.5, 1.0)]
     made += [Condition("mask", mask, "real", mask=mask) for mask in MASKS]
-    made += [Condition("views", text, "real", views=v) for text, v in (("AP", (0,)), ("lateral", (1,)), ("both", (0, 1)))]
+    made += [
+        Condition("views", text, "real", views=v) for text, v in (("AP", (0,)), ("lateral", (1,)), ("both", (0, 1)))
+    ]
     made += [Condition("spine bent", v, v, posture="bent") for v in ("artic", "real")]
     return made
 
@@ -281,7 +283,11 @@ def compare(patient, params, condition, count, seed, out, passes):
             box_from_ct = np.linalg.inv(prepared.vertebra.ct_from_box)
             start = case.world_from_ct @ prepared.vertebra.ct_from_box
             outcome = registering.register(prepared, scene.views, images, case.world_from_ct, passes)
-            poses = {"start pose": case.world_from_ct, "network": outcome.trajectory[passes], "ours": outcome.world_from_ct}
+            poses = {
+                "start pose": case.world_from_ct,
+                "network": outcome.trajectory[passes],
+                "ours": outcome.world_from_ct,
+            }
             valid = [np.ones(image.shape, bool) for image in images]
             arguments = prepared, scene.views, images, valid
             for name, pose in _otherwise_refined(*arguments, case.world_from_ct, passes).items():
@@ -328,7 +334,9 @@ def _otherwise_refined(prepared, views, images, valid, start_world_from_ct, pass
     poses["then that and raw gradients"] = raw
     # One for one, and blurred alike: overlap is to compare places, not detail.
     few = [
-        gaussians.blur(jax.tree.map(lambda a: a[:: patients.FINE_GAUSSIANS // OVERLAP_GAUSSIANS], cloud), OVERLAP_BLUR_MM)
+        gaussians.blur(
+            jax.tree.map(lambda a: a[:: patients.FINE_GAUSSIANS // OVERLAP_GAUSSIANS], cloud), OVERLAP_BLUR_MM
+        )
         for cloud in (prepared.fine_cloud, network.reconstruction)
     ]
     poses["then overlap in 3D"] = refiners.to_gaussians(*few, start)
@@ -419,7 +427,9 @@ def methods(found):
     lines = [f"{'':>36} {'n':>4} {'median mm':>10} {'p90 mm':>8} {'< 2 mm':>8}"]
     for name, error in found.items():
         right = np.mean(np.array(error) < metrics.SUCCESS_MM)
-        lines.append(f"{name:>36} {len(error):4d} {np.median(error):10.2f} {np.percentile(error, 90):8.2f} {100 * right:6.1f} %")
+        lines.append(
+            f"{name:>36} {len(error):4d} {np.median(error):10.2f} {np.percentile(error, 90):8.2f} {100 * right:6.1f} %"
+        )
     return lines
 
 

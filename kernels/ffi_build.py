@@ -32,9 +32,11 @@ def _cache_folder():
 
 
 @functools.cache
-def register(source, target, symbol):
-    """Compiles `source` (once per content, headers, flags and jax version); registers `symbol` as CPU target `target`.
+def register(source, targets):
+    """Compiles `source` (once per content, headers, flags and jax version); registers its functions as CPU targets.
 
+    Args:
+      targets: ((target, symbol of the library), ...).
     Raises:
       NotImplementedError: RADGS_NO_FFI=1, no C++ compiler, or a failed build, with the reason.
     """
@@ -62,7 +64,8 @@ def register(source, target, symbol):
         except OSError as error:
             raise NotImplementedError(f"{source.name} could not be built: {error}") from error
     handle = ctypes.CDLL(str(library))
-    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(handle, symbol)), platform="cpu")
+    for target, symbol in targets:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(handle, symbol)), platform="cpu")
 
 
 def _has_avx2():

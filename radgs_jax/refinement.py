@@ -318,7 +318,9 @@ def _step(parts, window, poses, level, config):
     eliminate = jnp.linalg.solve(gain_normal, jnp.concatenate([cross, gain_right[..., None]], -1))
     normals = _einsum("vyxpd,vyxqd,vyx->vpq", jacobian, jacobian, weights)
     normals = normals - _einsum("vap,vaq->vpq", cross, eliminate[..., :-1])
-    rights = _einsum("vyxpd,vyxd,vyx->vp", jacobian, residual, weights) - _einsum("vap,va->vp", cross, eliminate[..., -1])
+    rights = _einsum("vyxpd,vyxd,vyx->vp", jacobian, residual, weights) - _einsum(
+        "vap,va->vp", cross, eliminate[..., -1]
+    )
     normal, right = jnp.sum(normals, 0), jnp.sum(rights, 0)
     # What is known beforehand: the rest of the body has moved little against the vertebra.
     relative = rigid.twist_about(centre, rigid.matmul(poses[1], rigid.inverse(poses[0]))) / rigid.TWIST_SCALE

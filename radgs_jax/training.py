@@ -20,7 +20,6 @@ from radgs_jax import gaussians
 from radgs_jax import losses
 from radgs_jax import rigid
 from radgs_jax.models import matching
-from radgs_jax.models import radgs_reg
 from radgs_jax.models import recm
 from radgs_jax.models import regm
 from radgs_jax.models.config import ModelConfig
@@ -309,10 +308,3 @@ def make_update(mesh, module, config: ModelConfig, weights: LossConfig, strength
     """`update_of` one module stage's `loss`."""
     objective = functools.partial(loss, module=module, config=config, weights=weights, strength=strength)
     return update_of(mesh, objective, TRAINED[module])
-
-
-@functools.partial(jax.jit, static_argnames=("config", "passes"))
-def register(params, config, images, valid, intrinsics, camera_from_world, world_from_box, cloud, passes):
-    """`radgs_reg.register`, compiled once per configuration, number of passes and image sizes."""
-    cameras = intrinsics, camera_from_world
-    return radgs_reg.register(params, config, images, valid, *cameras, world_from_box, cloud, passes)

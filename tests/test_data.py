@@ -294,7 +294,9 @@ def _digests(pair_set):
 
 def test_a_bent_scene_shows_the_vertebra_at_its_true_pose(stored, tmp_path):
     """Edges of the vertebra, projected at T_gt, are where the X-rays have edges; 5 mm off they are not."""
-    path = build.simulated_cases(tmp_path / "bent.json", [stored], (21,), 1, ((0, 5),), 3, xray.Detector(), posture="bent")
+    path = build.simulated_cases(
+        tmp_path / "bent.json", [stored], (21,), 1, ((0, 5),), 3, xray.Detector(), posture="bent"
+    )
     case_file = cases.read(path)
     (scene,) = case_file.scenes.values()
     truth = cases.truth(case_file, scene)

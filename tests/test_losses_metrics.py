@@ -258,7 +258,9 @@ def test_a_perfect_reconstruction_scores_one():
 
 def test_worse_shifts_score_worse():
     density, mask = _vertebra()
-    scores = [metrics.reconstruction_scores(np.roll(density, shift, 1), density, metrics.near(mask)) for shift in (1, 2, 4)]
+    scores = [
+        metrics.reconstruction_scores(np.roll(density, shift, 1), density, metrics.near(mask)) for shift in (1, 2, 4)
+    ]
     for name in scores[0]:
         assert scores[0][name] > scores[1][name] > scores[2][name], name
     # Empty space lifts the paper's protocol: the same shift looks better there.

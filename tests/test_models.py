@@ -230,7 +230,9 @@ def test_registration_moves_the_start_and_keeps_it_rigid(params):
     images = [jnp.asarray(np.random.default_rng(3).uniform(0, 3, shape), jnp.float32) for shape in ((60, 64), (72, 50))]
     start = rigid.motion_about(jnp.zeros(3), jnp.asarray([0.1, -0.05, 0.2, 4.0, -3.0, 2.0]))
     valid = [jnp.ones(image.shape, bool) for image in images]
-    result = training.register(params, CONFIG, images, valid, intrinsics[0], camera_from_world[0], start, _cloud(60), 3)
+    cameras = intrinsics[0], camera_from_world[0]
+    register = jax.jit(radgs_reg.register, static_argnames=("config", "passes"))
+    result = register(params, CONFIG, images, valid, *cameras, start, _cloud(60), passes=3)
     assert result.trajectory.shape == (4, 4, 4)
     np.testing.assert_allclose(result.trajectory[0], start, atol=1e-6)
     R = np.asarray(result.world_from_box[:3, :3])

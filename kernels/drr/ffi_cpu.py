@@ -10,13 +10,26 @@ import numpy as np
 from kernels import dispatch
 from kernels import ffi_build
 
+TARGETS = {
+    "radgs_drr_forward": "RadgsDrr",
+    "radgs_drr_rays": "RadgsDrrRays",
+    "radgs_drr_volume": "RadgsDrrVolume",
+    "radgs_drr_per_ray": "RadgsDrrPerRay",
+}
+"""Functions of the library by their names in jax."""
 
-def _call(target, symbol, volume_shape, results, arrays, step_mm):
-    """Calls `symbol` of drr.cc; vmap goes no further than `batching.along_batch`."""
+
+def register():
+    """Makes TARGETS known to jax; errors as `ffi_build.register`."""
+    ffi_build.register(pathlib.Path(__file__).with_name("drr.cc"), tuple(TARGETS.items()))
+
+
+def _call(target, volume_shape, results, arrays, step_mm):
+    """Calls `target` of drr.cc; vmap goes no further than `batching.along_batch`."""
     dispatch.require("cpu", arrays)
     if math.prod(n + 2 for n in volume_shape) >= 2**31:
         raise NotImplementedError(f"fewer than 2^31 voxels only, with a border of one, not {volume_shape}")
-    ffi_build.register(pathlib.Path(__file__).with_name("drr.cc"), target, symbol)
+    register()
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
     return jax.ffi.ffi_call(target, results)(*arrays, step_mm=np.float32(step_mm))
 
@@ -28,21 +41,21 @@ def forward(volume, origin, direction, step_mm):
       NotImplementedError: the device is no CPU, an array is not float32, 2^31 voxels or more, or the library cannot be built.
     """
     results = [direction.shape[:-1]]
-    return _call("radgs_drr_forward", "RadgsDrr", volume.shape, results, (volume, origin, direction), step_mm)[0]
+    return _call("radgs_drr_forward", volume.shape, results, (volume, origin, direction), step_mm)[0]
 
 
 def to_rays(volume, origin, direction, cotangent, step_mm):
     """As `xla.to_rays`, float32 only; errors as in `forward`."""
     arrays, results = (volume, origin, direction, cotangent), [origin.shape, direction.shape]
-    return tuple(_call("radgs_drr_rays", "RadgsDrrRays", volume.shape, results, arrays, step_mm))
+    return tuple(_call("radgs_drr_rays", volume.shape, results, arrays, step_mm))
 
 
 def to_volume(shape, origin, direction, cotangent, step_mm):
     """As `xla.to_volume`, float32 only; errors as in `forward`."""
-    return _call("radgs_drr_volume", "RadgsDrrVolume", shape, [shape], (origin, direction, cotangent), step_mm)[0]
+    return _call("radgs_drr_volume", shape, [shape], (origin, direction, cotangent), step_mm)[0]
 
 
 def per_ray(volume, origin, direction, step_mm):
     """As `xla.per_ray`, float32 only; errors as in `forward`."""
     arrays, results = (volume, origin, direction), [direction.shape[:-1], direction.shape, direction.shape]
-    return tuple(_call("radgs_drr_per_ray", "RadgsDrrPerRay", volume.shape, results, arrays, step_mm))
+    return tuple(_call("radgs_drr_per_ray", volume.shape, results, arrays, step_mm))

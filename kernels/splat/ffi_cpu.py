@@ -8,11 +8,23 @@ import jax.numpy as jnp
 from kernels import dispatch
 from kernels import ffi_build
 
+TARGETS = {
+    "radgs_splat_forward": "RadgsSplatForward",
+    "radgs_splat_backward_of_cloud": "RadgsSplatBackwardOfCloud",
+    "radgs_splat_backward": "RadgsSplatBackward",
+}
+"""Functions of the library by their names in jax."""
 
-def _call(target, symbol, results, arrays):
-    """Calls `symbol` of splat.cc, whose leading axes are a batch; vmap goes no further than `batching.along_batch`."""
+
+def register():
+    """Makes TARGETS known to jax; errors as `ffi_build.register`."""
+    ffi_build.register(pathlib.Path(__file__).with_name("splat.cc"), tuple(TARGETS.items()))
+
+
+def _call(target, results, arrays):
+    """Calls `target` of splat.cc, whose leading axes are a batch; vmap goes no further than `batching.along_batch`."""
     dispatch.require("cpu", arrays)
-    ffi_build.register(pathlib.Path(__file__).with_name("splat.cc"), target, symbol)
+    register()
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
     return jax.ffi.ffi_call(target, results)(*arrays)
 
@@ -24,7 +36,7 @@ def forward(density, mean, precision, intrinsics, height, width):
       NotImplementedError: the device is no CPU, an array is not float32, or the library cannot be built.
     """
     arrays = (density, mean, precision, intrinsics)
-    return _call("radgs_splat_forward", "RadgsSplatForward", [(*density.shape[:-1], height, width)], arrays)[0]
+    return _call("radgs_splat_forward", [(*density.shape[:-1], height, width)], arrays)[0]
 
 
 def backward(density, mean, precision, intrinsics, cotangent, to_camera=True):
@@ -32,6 +44,6 @@ def backward(density, mean, precision, intrinsics, cotangent, to_camera=True):
     arrays = (density, mean, precision, intrinsics, cotangent)
     cloud = [density.shape, mean.shape, precision.shape]
     if not to_camera:
-        return tuple(_call("radgs_splat_backward_of_cloud", "RadgsSplatBackwardOfCloud", cloud, arrays))
-    *gradients, each = _call("radgs_splat_backward", "RadgsSplatBackward", [*cloud, (*density.shape, 4)], arrays)
+        return tuple(_call("radgs_splat_backward_of_cloud", cloud, arrays))
+    *gradients, each = _call("radgs_splat_backward", [*cloud, (*density.shape, 4)], arrays)
     return *gradients, jnp.sum(each, -2)

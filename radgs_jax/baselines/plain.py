@@ -131,9 +131,7 @@ def loss(params, key, batch, config, model_config, strength=1.0):
 @functools.cache
 def make_update(mesh, config, model_config: ModelConfig):
     """`training.update_of` this network's `loss`."""
-    return training.update_of(
-        mesh, functools.partial(loss, config=config, model_config=model_config), ("plain",)
-    )
+    return training.update_of(mesh, functools.partial(loss, config=config, model_config=model_config), ("plain",))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "model_config", "passes"))

@@ -44,7 +44,9 @@ def align(matches, steps=3):
     motion = jnp.broadcast_to(jnp.eye(4, dtype=matches.source.dtype), (matches.source.shape[0], 4, 4))
     for _ in range(steps):
         x = rigid.apply(motion, matches.source)
-        jacobian = jnp.concatenate([-rigid.skew(x), jnp.broadcast_to(jnp.eye(3), (*x.shape, 3))], -1) * rigid.TWIST_SCALE
+        jacobian = (
+            jnp.concatenate([-rigid.skew(x), jnp.broadcast_to(jnp.eye(3), (*x.shape, 3))], -1) * rigid.TWIST_SCALE
+        )
         weighted = jnp.sum(matches.information[..., None] * jacobian[..., None, :, :], -2)
         normal = jnp.sum(jnp.sum(jacobian[..., :, None] * weighted[..., None, :], -3), 1)
         normal = normal + FREE_MM**-2 * jnp.eye(6)

@@ -1,0 +1,124 @@
+"""Compiled functions whose traces outlive the process.
+
+Jax's persistent cache spares a new process what XLA does, but not tracing and lowering, which take longer. The StableHLO of a
+`kept` function lies beside that cache, named by all that it was made from: the sources, jax, the kernels' backends, the static
+arguments, the shapes. On a CPU only, where a program is often started for one case; elsewhere, and without a cache, `kept` is
+`jax.jit`.
+"""
+
+import functools
+import hashlib
+import json
+import pathlib
+
+import jax
+from jax import export
+
+from data_pipelines import files
+from kernels.drr import ffi_cpu as drr_library
+from kernels.splat import ffi_cpu as splat_library
+from kernels.voxelize import ffi_cpu as voxelize_library
+from radgs_jax import gaussians
+from radgs_jax import refinement
+from radgs_jax.models import matching
+from radgs_jax.models import radgs_reg
+from radgs_jax.models import recm
+
+PACKAGES = ("kernels", "radgs_jax", "data_pipelines", "experiments")
+RESULTS = (gaussians.Gaussians, matching.Matches, recm.Reconstruction, radgs_reg.Registration, refinement.Refined)
+"""Nodes of what kept functions return, beside tuples, lists and dicts."""
+
+
+def kept(function, static=()):
+    """`jax.jit` of a function whose static arguments, of these names, are given by keyword, and have a `repr` that tells all."""
+    jitted = jax.jit(function, static_argnames=static)
+    programs = {}
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        folder = _folder()
+        if folder is None:
+            return jitted(*args, **options)
+        leaves, tree = jax.tree.flatten(args)
+        leaves = [leaf if isinstance(leaf, jax.Array) else jax.numpy.asarray(leaf) for leaf in leaves]
+        key = tree, tuple(jax.typeof(leaf) for leaf in leaves), tuple(sorted(options.items()))
+        if key not in programs:
+            flat = jax.jit(lambda *leaves: jitted(*jax.tree.unflatten(tree, leaves), **options))
+            path = folder / f"{function.__module__}.{function.__qualname__}-{_digest(key)}.stablehlo"
+            programs[key] = jax.jit(_exported(path, flat, leaves).call)
+        return programs[key](*leaves)
+
+    return call
+
+
+def kept_shapes(function, *args):
+    """`jax.eval_shape` of a function that gives nested dicts of arrays; the arguments have a `repr` that tells all."""
+    folder = _folder()
+    if folder is None:
+        return jax.eval_shape(functools.partial(function, *args))
+    path = folder / f"{function.__module__}.{function.__qualname__}-{_digest(args)}.json"
+    if not path.exists():
+        found = jax.eval_shape(functools.partial(function, *args))
+        files.write_json(path, jax.tree.map(lambda leaf: {"shape": leaf.shape, "dtype": str(leaf.dtype)}, found))
+
+    def leaf(value):
+        return set(value) == {"shape", "dtype"}
+
+    shapes = json.loads(path.read_text())
+    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v["shape"], v["dtype"]), shapes, is_leaf=leaf)
+
+
+def _folder():
+    cache = jax.config.jax_compilation_cache_dir
+    return pathlib.Path(cache).with_name("traces") if cache and jax.default_backend() == "cpu" else None
+
+
+def _exported(path, function, leaves):
+    """The `export.Exported` of a jitted function of arrays, from `path` or written there."""
+    _register_results()
+    if path.exists():
+        return export.deserialize(bytearray(path.read_bytes()))
+    # That a later jax may not know them is of no account: another jax is another file.
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in _backends()]
+    exported = export.export(function, disabled_checks=checks)(*leaves)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(exported.serialize())
+    return exported
+
+
+@functools.cache
+def _register_results():
+    for node in RESULTS:
+        name = f"{node.__module__}.{node.__qualname__}"
+        export.register_pytree_node_serialization(
+            node, serialized_name=name, serialize_auxdata=lambda aux: b"", deserialize_auxdata=lambda data: ()
+        )
+
+
+@functools.cache
+def _backends():
+    """Names of the C++ functions that this machine has, which calls of theirs need to be registered for."""
+    names = []
+    for library in (drr_library, splat_library, voxelize_library):
+        try:
+            library.register()
+        except NotImplementedError:
+            continue
+        names += library.TARGETS
+    return tuple(names)
+
+
+def _digest(key):
+    made_by = jax.__version__, jax.config.jax_enable_x64, _backends(), _sources()
+    return hashlib.sha256(repr((made_by, key)).encode()).hexdigest()[:24]
+
+
+@functools.cache
+def _sources():
+    """Digest of all code that may be traced."""
+    digest, root = hashlib.sha256(), pathlib.Path(__file__).resolve().parent.parent
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()

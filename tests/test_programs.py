@@ -1,0 +1,105 @@
+"""Programs that outlive their process: what they compute, when they are traced, what they are named by."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import programs
+from kernels.drr import drr_and_motion
+from radgs_jax import gaussians
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def _cloud(count=30):
+    rng = np.random.default_rng(2)
+    q = rng.normal(size=(count, 4))
+    return gaussians.Gaussians(
+        density=jnp.asarray(rng.uniform(0.01, 0.05, count), jnp.float32),
+        mean=jnp.asarray(rng.normal(size=(count, 3)) * [5.0, 9.0, 14.0] + [3.0, -4.0, 7.0], jnp.float32),
+        scale=jnp.asarray(rng.uniform(0.5, 3.0, (count, 3)), jnp.float32),
+        quaternion=jnp.asarray(q / np.linalg.norm(q, axis=-1, keepdims=True), jnp.float32),
+    )
+
+
+def _traced(function):
+    """The function, and a list that grows with each trace."""
+    traces = []
+
+    def counted(*args, **options):
+        traces.append(1)
+        return function(*args, **options)
+
+    counted.__module__, counted.__qualname__ = function.__module__, function.__qualname__
+    return counted, traces
+
+
+def test_a_second_process_does_not_trace_and_gives_the_same(folder):
+    """The second `kept` stands for a new process: it has nothing but the files of the first."""
+    motion = jnp.eye(4).at[:3, 3].set(jnp.asarray([1.0, 2.0, -3.0]))
+    wanted = gaussians.move(_cloud(), motion)
+    for expected in (1, 0):
+        function, traces = _traced(gaussians.move)
+        call = programs.kept(function)
+        for _ in range(2):
+            found = call(_cloud(), motion)
+        assert len(traces) == expected
+        assert isinstance(found, gaussians.Gaussians)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    assert len(list(folder.iterdir())) == 1
+
+
+def _project(volume, matrix, intrinsics, size, step_mm):
+    return drr_and_motion(volume, matrix, intrinsics, size, size, step_mm=step_mm)
+
+
+def test_the_kernels_of_this_machine_are_there_after_loading(folder):
+    rng = np.random.default_rng(4)
+    volume = jnp.asarray(rng.uniform(0, 0.02, (9, 7, 11)), jnp.float32)
+    index_from_camera = jnp.eye(4).at[:3, 3].set(jnp.asarray([4.0, 3.0, -60.0]))[None, :3]
+    intrinsics = jnp.asarray([[30.0, 31.0, 3.5, 4.5]])
+    wanted = _project(volume, index_from_camera, intrinsics, 8, 0.7)
+    for _ in range(2):
+        call = programs.kept(_project, static=("size", "step_mm"))
+        found = call(volume, index_from_camera, intrinsics, size=8, step_mm=0.7)
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_shapes_static_arguments_and_sources_name_the_program(folder, monkeypatch):
+    def power(x, n):
+        return x**n
+
+    call = programs.kept(power, static="n")
+    x = np.arange(3, dtype=np.float32)
+    for count, (value, n) in enumerate(((x, 2), (x, 3), (x[:2], 3)), 1):
+        np.testing.assert_allclose(call(value, n=n), value**n, rtol=1e-6)
+        assert len(list(folder.iterdir())) == count
+    monkeypatch.setattr(programs, "_sources", lambda: "changed")
+    programs.kept(power, static="n")(x, n=2)
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_without_a_cache_it_is_jit(monkeypatch):
+    monkeypatch.setattr(programs, "_folder", lambda: None)
+    function, traces = _traced(lambda x: 2.0 * x)
+    call = programs.kept(function)
+    np.testing.assert_allclose([call(1.5), call(2.5)], [3.0, 5.0])
+    assert len(traces) == 1
+
+
+def test_kept_shapes_are_those_of_the_function(folder):
+    def init(width):
+        return {"a": {"kernel": jnp.zeros((2, width)), "bias": jnp.zeros(width, bool)}, "b": jnp.zeros((), jnp.int32)}
+
+    wanted = jax.eval_shape(lambda: init(5))
+    assert programs.kept_shapes(init, 5) == wanted
+    function, traces = _traced(init)
+    assert programs.kept_shapes(function, 5) == wanted and not traces
+    assert programs.kept_shapes(function, 6)["a"]["kernel"].shape == (2, 6) and len(traces) == 1
