@@ -31,10 +31,13 @@ POSE_BLUR_MM = 1.0
 """Blur of a reported reconstruction: two views do not say more about where its edges are."""
 BARE = 0.3
 """Median line integral below which an X-ray shows a bone in air: behind a body it is above 1."""
-WIDE_MM = tuple((0.0, 0.0, along) for along in (-24.0, -12.0, 0.0, 12.0, 24.0))
-"""Where an answer is not trusted, further starts lie so far along the spine: up to the neighbours' places and between."""
+TURN = np.radians(15.0)
+"""Where an answer is not trusted, further starts are turned by so much against it about each of the vertebra's axes: most
+answers that are wrong by less than 5 mm are caught in a wrong orientation."""
+WIDE_MM = tuple((0.0, 0.0, along) for along in (-24.0, -12.0, 12.0, 24.0))
+"""And others lie so far along the spine from where it started: up to the neighbours' places and between."""
 FAR_MM = tuple(itertools.product((-24.0, 0.0, 24.0), (-24.0, 0.0, 24.0), (-48.0, -24.0, 0.0, 24.0, 48.0)))
-"""Where it still is not, starts all round the given one, in the vertebra's axes."""
+"""Where it still is not trusted, starts all round the given one, in the vertebra's axes."""
 PITCH_MM = {3: 17.0, 8: 19.0, 12: 21.0, 16: 23.5, 18: 27.0, 20: 32.5, 22: 35.5, 24: 35.5}
 """Distance from a vertebra's centre to the next one's below, of adults on average, by VerSe number; between them, in proportion."""
 GLANCE = 5
@@ -252,11 +255,13 @@ def searches(parts, views, images, valid, estimate, start, config, label):
         label: VerSe number.
     """
     arguments, places_mm = (parts, views, images, valid), neighbours_mm(label)
+    turns = [carm.matrix(angle * axis, [0.0, 0.0, 0.0]) for axis in np.eye(3) for angle in (-TURN, TURN)]
     refined = refine_pose(*arguments, [estimate, start], config, places_mm)
     yield refined
     for poses, shifts_mm in (((estimate, start), WIDE_MM), ((start,), FAR_MM)):
         shifts = [carm.matrix([0.0, 0.0, 0.0], shift) for shift in shifts_mm]
-        starts = [pose @ shift for pose in poses for shift in shifts]
+        starts = [refined.world_from_box @ turn for turn in turns]
+        starts += [pose @ shift for pose in poses for shift in shifts]
         again = refine_pose(*arguments, starts, config, places_mm, SEARCH_KEEP)
         if again.fit[-1] > refined.fit[-1]:
             refined = again

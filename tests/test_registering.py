@@ -91,13 +91,24 @@ def test_neighbours_lie_further_off_down_the_spine():
 
 
 def test_searches_widen_until_an_answer_is_trusted(monkeypatch):
-    """From two starts to ten along the spine to all round; the best answer stays, and is trusted at less after each search."""
-    asked, fits = [], iter(())
+    """From two starts to fourteen, then all round, six of them turned against the best answer, which stays, and is trusted at less
+    after each search."""
+    asked, fits = [], []
+
+    def pose_of(number):
+        return carm.matrix([0.1 * number, 0.2, -0.3], (10.0 * number, 2.0, 3.0))
 
     def refine_pose(parts, views, images, valid, starts, config, places_mm, keep=1):
         assert places_mm == registering.neighbours_mm(20)
         asked.append((len(starts), keep))
-        return types.SimpleNamespace(number=len(asked), fit=[next(fits)])
+        if len(asked) > 1:
+            best = int(np.argmax(fits[: len(asked) - 1]))
+            turns = np.array([np.linalg.inv(pose_of(best)) @ start for start in starts[:6]])
+            np.testing.assert_allclose(turns[:, :3, 3], 0.0, atol=1e-12)
+            np.testing.assert_allclose(np.trace(turns[:, :3, :3], axis1=1, axis2=2), 1 + 2 * np.cos(np.radians(15.0)))
+            assert len(np.unique(turns.round(6), axis=0)) == 6
+        number = len(asked)
+        return types.SimpleNamespace(number=number, fit=[fits[number - 1]], world_from_box=pose_of(number - 1))
 
     def judge(refined, points, calibration, searches):
         assert calibration == "calibration"
@@ -122,9 +133,10 @@ def test_searches_widen_until_an_answer_is_trusted(monkeypatch):
         ((0.5, 0.6, 0.4), 3, 2, False),
     ):
         asked.clear()
-        fits = iter(given)
+        fits[:] = given
         refined, judged = registering.refine_until_trusted(prepared, None, *body, np.eye(4), np.eye(4))
-        assert asked == [(2, 1), (10, 3), (45, 3)][:stages]
+        assert asked == [(2, 1), (14, 3), (51, 3)][:stages]
         assert refined.number == best and judged.accepted == accepted
-    prepared.calibration, fits = None, iter((0.1,))
+    prepared.calibration, fits[:] = None, (0.1,)
+    asked.clear()
     assert registering.refine_until_trusted(prepared, None, *body, np.eye(4), np.eye(4))[1] is None
