@@ -164,6 +164,7 @@ def _scenes(patient, condition, count, seed, out):
         f"{getattr(condition.detector, f.name):g}" for f in dataclasses.fields(xray.Detector)
     )
     folder += f"_{count}_{seed}_" + "_".join(f"{low:g}-{high:g}" for low, high in condition.starts_mm)
+    folder += "_of_" + "-".join(map(str, patient.labels))
     with progress.bar(len(patient.labels) * count, f"scenes: {condition.group} {condition.name}") as bar:
         path = build.simulated_cases(
             out / "cases" / folder / "cases.json",

@@ -1,6 +1,7 @@
 """The study's own arithmetic: intervals, and masks and cameras that are wrong by a known amount."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -77,3 +78,14 @@ def test_bad_bins_are_refused():
         build.simulated_cases("x", [], (), 1, (), 0, xray.Detector(), posture="odd")
     with pytest.raises(ValueError, match="variants: found 'easy', wanted some of artic, real"):
         build.simulated_cases("x", [], (), 1, (), 0, xray.Detector(), ("easy",), posture="bent")
+
+
+def test_scenes_of_fewer_vertebrae_are_other_scenes(monkeypatch, tmp_path):
+    """As where the first vertebra alone has been prepared anew: a case of another one would find nothing prepared."""
+    made = []
+    monkeypatch.setattr(studying.build, "simulated_cases", lambda path, *rest, **options: made.append(path))
+    monkeypatch.setattr(studying.cases, "read", lambda path: None)
+    for labels in ([20, 19], [20], [20, 19]):
+        patient = types.SimpleNamespace(labels=labels, subject=None)
+        studying._scenes(patient, studying.Condition("", ""), 2, 5, tmp_path)
+    assert made[0] == made[2] != made[1]
