@@ -8,7 +8,6 @@ arguments, the shapes. On a CPU only, where a program is often started for one c
 
 import functools
 import hashlib
-import json
 import pathlib
 
 import jax
@@ -44,7 +43,7 @@ def kept(function, static=()):
         key = tree, tuple(jax.typeof(leaf) for leaf in leaves), tuple(sorted(options.items()))
         if key not in programs:
             flat = jax.jit(lambda *leaves: jitted(*jax.tree.unflatten(tree, leaves), **options))
-            path = folder / f"{function.__module__}.{function.__qualname__}-{_digest(key)}.stablehlo"
+            path = _path(folder, function, key, "stablehlo")
             programs[key] = jax.jit(_exported(path, flat, leaves).call)
         return programs[key](*leaves)
 
@@ -56,7 +55,7 @@ def kept_shapes(function, *args):
     folder = _folder()
     if folder is None:
         return jax.eval_shape(functools.partial(function, *args))
-    path = folder / f"{function.__module__}.{function.__qualname__}-{_digest(args)}.json"
+    path = _path(folder, function, args, "json")
     if not path.exists():
         found = jax.eval_shape(functools.partial(function, *args))
         files.write_json(path, jax.tree.map(lambda leaf: {"shape": leaf.shape, "dtype": str(leaf.dtype)}, found))
@@ -64,8 +63,7 @@ def kept_shapes(function, *args):
     def leaf(value):
         return set(value) == {"shape", "dtype"}
 
-    shapes = json.loads(path.read_text())
-    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v["shape"], v["dtype"]), shapes, is_leaf=leaf)
+    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v["shape"], v["dtype"]), files.read_json(path), is_leaf=leaf)
 
 
 def _folder():
@@ -81,7 +79,6 @@ def _exported(path, function, leaves):
     # That a later jax may not know them is of no account: another jax is another file.
     checks = [export.DisabledSafetyCheck.custom_call(name) for name in _backends()]
     exported = export.export(function, disabled_checks=checks)(*leaves)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as temporary:
         temporary.write_bytes(exported.serialize())
     return exported
@@ -109,9 +106,11 @@ def _backends():
     return tuple(names)
 
 
-def _digest(key):
+def _path(folder, function, key, suffix):
+    """The file of what a function gives for a `key`, whose `repr` tells all."""
     made_by = jax.__version__, jax.config.jax_enable_x64, _backends(), _sources()
-    return hashlib.sha256(repr((made_by, key)).encode()).hexdigest()[:24]
+    digest = hashlib.sha256(repr((made_by, key)).encode()).hexdigest()[:24]
+    return folder / f"{function.__module__}.{function.__qualname__}-{digest}.{suffix}"
 
 
 @functools.cache
