@@ -3,7 +3,7 @@
 import dataclasses
 
 import numpy as np
-from scipy.spatial.transform import Rotation
+import scipy
 
 from radgs_jax import augment
 from radgs_jax import rigid
@@ -62,7 +62,7 @@ def sample_views(rng, carm, spread_deg=15.0):
 def matrix(rotation_vector, translation):
     """(4, 4) rigid matrix of a rotation vector (3,) in radians and a translation (3,) in mm."""
     T = np.eye(4)
-    T[:3, :3] = Rotation.from_rotvec(rotation_vector).as_matrix()
+    T[:3, :3] = scipy.spatial.transform.Rotation.from_rotvec(rotation_vector).as_matrix()
     T[:3, 3] = translation
     return T
 

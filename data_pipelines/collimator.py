@@ -3,7 +3,7 @@
 import dataclasses
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from radgs_jax import camera
 
@@ -44,15 +44,15 @@ def find(image):
     height, width = image.shape
     nothing = Border("none", np.ones(image.shape, bool), np.zeros((0, 3)), None)
     factor = max(1, -(-max(height, width) // _SEARCH_PX))
-    small = ndimage.gaussian_filter(camera.bin_image(image, factor), 0.7)
+    small = scipy.ndimage.gaussian_filter(camera.bin_image(image, factor), 0.7)
     bright = np.quantile(small, 0.99)
     if min(small.shape) < 32 or not bright > 0:
         return nothing
     # Where the detector only counts noise, its logarithm has steps of any size.
     dark = small <= np.quantile(small, 0.2)
-    noise = 1.5 * np.median(np.abs(small - ndimage.median_filter(small, 5))[dark])
+    noise = 1.5 * np.median(np.abs(small - scipy.ndimage.median_filter(small, 5))[dark])
     log = np.log(np.clip(small, 0, bright) + max(_FLOOR * bright, 6.0 * noise))
-    smooth = ndimage.gaussian_filter(image, 0.5 * factor)
+    smooth = scipy.ndimage.gaussian_filter(image, 0.5 * factor)
     # A circle first: a part of one can pass for a line, four lines never for a circle.
     circle = _find_circle(log)
     circle = None if circle is None else _refine_circle(smooth, circle, factor)
@@ -75,7 +75,7 @@ def _inside_lines(shape, lines, margin=0.0):
 
 
 def _sample(image, u, v):
-    return ndimage.map_coordinates(image, [v, u], order=1, mode="nearest")
+    return scipy.ndimage.map_coordinates(image, [v, u], order=1, mode="nearest")
 
 
 def _steps(log, u, v, normal):
@@ -144,7 +144,7 @@ def _left_borders(log, count=8):
         score[k] = np.where(inside, np.take_along_axis(step, np.clip(column, 0, columns - 1), 1), 0).sum(0)
     # A field without the image's middle is none that anyone collimates.
     score[:, int(0.45 * columns) :] = 0
-    peaks = np.argwhere((score == ndimage.maximum_filter(score, (9, 9))) & (score > 0.05 * rows))
+    peaks = np.argwhere((score == scipy.ndimage.maximum_filter(score, (9, 9))) & (score > 0.05 * rows))
     best = sorted(peaks.tolist(), key=lambda peak: -score[tuple(peak)])[:count]
     return [
         np.array([1.0, -slopes[k], column - 0.5 - slopes[k] * middle]) / np.hypot(1.0, slopes[k]) for k, column in best
@@ -167,8 +167,8 @@ def _dark_beyond(log, near_inside, well_inside):
 
 def _smooth_within(image, mask, sigma):
     """Gaussian mean over the pixels of `mask` only."""
-    weight = ndimage.gaussian_filter(mask.astype(np.float32), sigma, truncate=3)
-    return ndimage.gaussian_filter(np.where(mask, image, 0), sigma, truncate=3) / np.maximum(weight, 1e-3)
+    weight = scipy.ndimage.gaussian_filter(mask.astype(np.float32), sigma, truncate=3)
+    return scipy.ndimage.gaussian_filter(np.where(mask, image, 0), sigma, truncate=3) / np.maximum(weight, 1e-3)
 
 
 def _segment(line, shape, others, step=1.0):
@@ -255,7 +255,7 @@ def _find_circle(log):
     steps = np.clip(_steps(log, u.ravel(), v.ravel(), normal) / _STEP, -1, 1).reshape(u.shape)
     steps[(u < 3) | (u > width - 4) | (v < 3) | (v > height - 4)] = 0
     # Anatomy makes steps too: every maximum along a ray is a candidate, and the circle that most rays agree on is tried first.
-    peaks = (steps > 0.3) & (steps == ndimage.maximum_filter1d(steps, 5, axis=1))
+    peaks = (steps > 0.3) & (steps == scipy.ndimage.maximum_filter1d(steps, 5, axis=1))
     ray = np.nonzero(peaks)[0]
     points = np.stack([u[peaks], v[peaks]], 1)
     if len(points) < 30:

@@ -54,15 +54,6 @@ class _Slice:
     intercept: float
 
 
-def is_dicom(path):
-    """Whether a file has the DICOM mark behind its preamble; False for what cannot be read."""
-    try:
-        with open(path, "rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except (OSError, ValueError):
-        return False
-
-
 def read_series(path):
     """One CT series: HU (columns, rows, slices) float32, and its affine in RAS+ mm (DICOM's own patient axes are LPS).
 
@@ -103,7 +94,7 @@ def _headers(path):
     """[(file, header without pixels)] of all CT images in a folder, or of one file."""
     found, other, odd = [], set(), []
     for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        if not is_dicom(file):
+        if not files.is_dicom(file):
             odd.append(file)
             continue
         with _readable(file, "a complete DICOM file"):

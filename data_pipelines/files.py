@@ -16,7 +16,6 @@ import xml.etree.ElementTree
 import zipfile
 import zlib
 
-import nibabel
 import numpy as np
 
 # What a file may claim to hold. Claims are checked before anything of their size is allocated or inflated.
@@ -103,6 +102,8 @@ def write_nifti(path, array, affine):
     Args:
       array: (X, Y, Z) numbers of a type that NIfTI has; affine: (4, 4) from voxel indices to RAS+ mm.
     """
+    import nibabel  # a third of a second, for one kind of file
+
     image = nibabel.Nifti1Image(np.asarray(array), np.asarray(affine, np.float64))
     image.header.set_xyzt_units("mm")
     with replacing(path) as temporary:
@@ -326,6 +327,15 @@ def _nifti(path, axes=3, most=MAX_VOXELS):
         fail(path, "content", f"{type(error).__name__}: {error}", "a complete NIfTI volume")
 
 
+def is_dicom(path):
+    """Whether a file has the DICOM mark behind its preamble; False for what cannot be read."""
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except (OSError, ValueError):
+        return False
+
+
 def _read(stream, count):
     """Up to `count` bytes: fewer only where the stream ends."""
     data = b""
@@ -339,6 +349,8 @@ def _read(stream, count):
 
 
 def _nifti_header(path, block, axes):
+    import nibabel
+
     for kind in (nibabel.Nifti2Header, nibabel.Nifti1Header):
         if kind.may_contain_header(block):
             header = kind(block[: kind.sizeof_hdr], check=False)
@@ -398,6 +410,8 @@ def _nifti_affine(path, header):
 
 def to_canonical(array, affine):
     """An array (X, Y, Z) and its affine with axes turned and flipped to be nearest to RAS+; oblique axes stay oblique."""
+    import nibabel
+
     orientation = nibabel.io_orientation(affine)
     shape = array.shape
     return (
@@ -424,6 +438,8 @@ def read_nifti_label_names(path):
     Raises:
       InputError: as `read_nifti`, of the header, or a table that cannot be read.
     """
+    import nibabel
+
     with _nifti(path) as (header, _, start, _):
         size = header.sizeof_hdr
         if start[size : size + 1] in (b"", b"\0"):

@@ -12,9 +12,8 @@ along the body axis. `disc` is the same at the centre of the disc. All shapes ar
 import dataclasses
 import pathlib
 
-import nibabel as nib
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from data_pipelines import files
 
@@ -476,7 +475,7 @@ def _curve(points, count, smooth):
     arc = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))])
     at = np.linspace(0, arc[-1], count)
     fine = np.stack([np.interp(at, arc, points[:, i]) for i in range(3)], 1)
-    return ndimage.gaussian_filter1d(fine, smooth, axis=0, mode="nearest")
+    return scipy.ndimage.gaussian_filter1d(fine, smooth, axis=0, mode="nearest")
 
 
 def _rib(grid, label, table, scan_from_vertebra, trunk):
@@ -582,7 +581,7 @@ class _Trunk:
         waist = np.exp(-np.square((heights - 90 * scale) / (70 * scale)))
         self.half_x = min(rng.uniform(150, 158) * scale, width / 2 - 6) * (1 - 0.05 * waist)
         smooth = 30.0 / (heights[1] - heights[0])
-        line = ndimage.gaussian_filter1d(np.interp(heights, spine[:, 2], spine[:, 1]), smooth, mode="nearest")
+        line = scipy.ndimage.gaussian_filter1d(np.interp(heights, spine[:, 2], spine[:, 1]), smooth, mode="nearest")
         # The lumbar hollow of the back is shallower than the lordosis beneath it, the belly almost straight.
         back = 0.65 * line + 0.35 * line.mean() - 61 * scale - 0.75 * self.fat
         cover = tips[:, 1] - np.interp(tips[:, 2], heights, back)
@@ -807,7 +806,7 @@ def make_phantom(seed, config=PhantomConfig()):
     bones = {label: _vertebra(rng, grid, label, table, scan_from_disc, scan_from_vertebra, config) for label in labels}
     bones[SACRUM] = _sacrum(grid, table, scale, scan_from_disc, scan_from_sacrum)
     # Texture of the marrow and, much weaker, of the surfaces.
-    coarse = ndimage.gaussian_filter(rng.standard_normal((72, 64, 48)).astype(np.float32), 0.8, mode="wrap")
+    coarse = scipy.ndimage.gaussian_filter(rng.standard_normal((72, 64, 48)).astype(np.float32), 0.8, mode="wrap")
     coarse /= coarse.std()
     texture = {}
     for label, solid in bones.items():
@@ -815,7 +814,7 @@ def make_phantom(seed, config=PhantomConfig()):
         steps = [s * d / 5.0 for s, d in zip(solid.f.shape, spacing)]
         cut = coarse[tuple(slice(c, c + int(np.ceil(n)) + 2) for c, n in zip(corner, steps))]
         zoom = [n / m for n, m in zip(solid.f.shape, cut.shape)]
-        texture[label] = ndimage.zoom(cut, zoom, order=1)
+        texture[label] = scipy.ndimage.zoom(cut, zoom, order=1)
         solid.f += 0.22 * texture[label]
     for upper, lower in zip(labels[1:] + [_L5], labels[:-1] + [SACRUM]):
         _part(bones[upper], bones[lower], _FACET_GAP_MM)
@@ -872,6 +871,8 @@ def write_verse(phantom, folder, subject, axcodes="RAS"):
 
     The folder is made if missing. Raises ValueError if axcodes does not name each anatomical axis once.
     """
+    import nibabel as nib
+
     axcodes = tuple(axcodes.upper())
     if len(axcodes) != 3 or sorted("RLAPSI".find(c) // 2 for c in axcodes) != [0, 1, 2]:
         raise ValueError(f"axcodes must name each anatomical axis once, as RAS or PIR do, got {axcodes}")

@@ -14,14 +14,13 @@ import warnings
 import zlib
 
 import numpy as np
+import scipy
 from PIL import Image
-from scipy import ndimage
 
 from data_pipelines import carm
 from data_pipelines import cases
 from data_pipelines import codestream
 from data_pipelines import collimator
-from data_pipelines import dicom_ct
 from data_pipelines import files
 from radgs_jax import camera
 
@@ -224,7 +223,7 @@ def read_views(paths, calibration=None, options=None, flats=None):
         files.fail(flats[0], "flat fields", len(flats), f"{len(paths)}, one per X-ray")
     views = []
     for index, path in enumerate(paths):
-        values = options.values or (None if dicom_ct.is_dicom(path) else "line_integrals")
+        values = options.values or (None if files.is_dicom(path) else "line_integrals")
         bordered = options.collimator and values != "line_integrals"
         flat = flats[index] if flats else None
         own = dataclasses.replace(options, values=values, flat=flat, collimator=bordered, view=index)
@@ -303,7 +302,7 @@ def _field(stored, signal, usable, options):
     border = collimator.find(np.where(usable | (signal > 0), signal, 0.0))
     if border.kind == "none":
         return border.mask, "none found"
-    shrunk = ndimage.binary_erosion(border.mask, iterations=PENUMBRA_PX, border_value=1)
+    shrunk = scipy.ndimage.binary_erosion(border.mask, iterations=PENUMBRA_PX, border_value=1)
     return shrunk, f"{border.kind} found"
 
 

@@ -4,11 +4,9 @@ import dataclasses
 import functools
 import pathlib
 
-import nibabel
 import numpy as np
-from scipy import ndimage
+import scipy
 
-from data_pipelines import dicom_ct
 from data_pipelines import files
 from data_pipelines import segmentation
 from radgs_jax import attenuation
@@ -73,7 +71,9 @@ def read_ct(path):
       InputError: unreadable or damaged files, voxels that are not finite; of DICOM also what `dicom_ct.read_series` names.
     """
     path = pathlib.Path(path)
-    if path.is_dir() or dicom_ct.is_dicom(path):
+    if path.is_dir() or files.is_dicom(path):
+        from data_pipelines import dicom_ct  # which brings pydicom, half a second, for one kind of file
+
         hu, ct_from_index = files.to_canonical(*dicom_ct.read_series(path))
     else:
         hu, ct_from_index = files.read_nifti(path)
@@ -195,7 +195,7 @@ def extract(scan, label, count, mask_path="mask", points=500):
     frame = ct_from_box(scan, label, mask_path)
     coarse, coarse_grid = block_average(density, ct_from_index, CLOUD_VOXEL_MM)
     cloud = gaussians.from_density(coarse, np.linalg.inv(frame) @ coarse_grid, count)
-    surface = np.argwhere(mask & ~ndimage.binary_erosion(mask))
+    surface = np.argwhere(mask & ~scipy.ndimage.binary_erosion(mask))
     chosen = surface[np.random.default_rng(0).permutation(len(surface))[:points]]
     surface_ct = chosen @ ct_from_index[:3, :3].T + ct_from_index[:3, 3]
     return Vertebra(int(label), density, mask, ct_from_index, frame, cloud, surface_ct)
@@ -271,8 +271,10 @@ def vertebra_cube(
     affine = part_from_index(scan.ct_from_index, low)
     hu = scan.hu[part]
     if coarser.any():
-        hu = ndimage.gaussian_filter(hu, coarser / native, mode="nearest")
-    mask = ndimage.gaussian_filter((scan.labels[part] == label).astype(np.float32), softer / native, mode="constant")
+        hu = scipy.ndimage.gaussian_filter(hu, coarser / native, mode="nearest")
+    mask = scipy.ndimage.gaussian_filter(
+        (scan.labels[part] == label).astype(np.float32), softer / native, mode="constant"
+    )
     hu = resample(hu, affine, ct_from_cube, shape, outside=AIR_HU)
     occupancy = np.clip(resample(mask, affine, ct_from_cube, shape), 0.0, 1.0)
     return Cube(int(label), hu, occupancy, attenuation.from_hounsfield(hu) * occupancy, ct_from_cube)
@@ -289,7 +291,7 @@ def resample(array, ct_from_index, ct_from_grid, shape, order=1, outside=0.0):
       ct_from_index, ct_from_grid: (4, 4) of the array and of the result; shape: the result's, float32.
     """
     index_from_grid = np.linalg.inv(ct_from_index) @ ct_from_grid
-    return ndimage.affine_transform(
+    return scipy.ndimage.affine_transform(
         np.asarray(array, np.float32),
         index_from_grid[:3, :3],
         index_from_grid[:3, 3],
@@ -419,10 +421,10 @@ def centroids(scan):
     found = {}
     for label, box in scan.boxes.items():
         # A border of one voxel: the mask ends where the scan does.
-        depth = ndimage.distance_transform_edt(np.pad(scan.labels[box] == label, 1), sampling=spacing)
-        parts, _ = ndimage.label(depth > BODY_DEPTH * depth.max())
+        depth = scipy.ndimage.distance_transform_edt(np.pad(scan.labels[box] == label, 1), sampling=spacing)
+        parts, _ = scipy.ndimage.label(depth > BODY_DEPTH * depth.max())
         largest = np.bincount(parts.ravel())[1:].argmax() + 1
-        index = np.array(ndimage.center_of_mass(np.where(parts == largest, depth, 0.0)))
+        index = np.array(scipy.ndimage.center_of_mass(np.where(parts == largest, depth, 0.0)))
         found[label] = _apply(scan.ct_from_index, index - 1 + [s.start for s in box])
     return found
 
@@ -509,6 +511,8 @@ def _outside_mm(points, scan):
 
 def _index_from_stored(direction, shape):
     """(4, 4) from voxel indices along the axis codes `direction` to those in RAS order, of an array of RAS shape `shape`."""
+    import nibabel
+
     orientation = nibabel.orientations.axcodes2ornt(direction)
     stored_shape = [shape[int(axis)] for axis in orientation[:, 0]]
     return np.linalg.inv(nibabel.orientations.inv_ornt_aff(orientation, stored_shape))

@@ -11,9 +11,8 @@ import subprocess
 import tempfile
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
-from data_pipelines import dicom_ct
 from data_pipelines import files
 
 _NAMES = (
@@ -90,7 +89,7 @@ def boxes(labels):
     """Bounding box (tuple of slices) of each label above 0 in an array of an integer type, found in one pass: {label: box}."""
     # Along the order in memory, which for axes turned on reading is not C's: six times faster.
     order = np.argsort(np.abs(labels.strides))[::-1]
-    found = enumerate(ndimage.find_objects(labels.transpose(order)), 1)
+    found = enumerate(scipy.ndimage.find_objects(labels.transpose(order)), 1)
     back = np.argsort(order)
     return {label: tuple(box[axis] for axis in back) for label, box in found if box is not None}
 
@@ -176,8 +175,10 @@ def segment(ct_path, output_path, mask_path=None, label_map=None, options=Option
 def _as_nifti(ct_path, folder, convert):
     """(path of a NIfTI, shape, affine) of a CT; a DICOM series is written to `folder` if `convert`."""
     ct_path = pathlib.Path(ct_path)
-    if not (ct_path.is_dir() or dicom_ct.is_dicom(ct_path)):
+    if not (ct_path.is_dir() or files.is_dicom(ct_path)):
         return ct_path, *files.read_nifti_grid(ct_path)
+    from data_pipelines import dicom_ct
+
     hu, ct_from_index = files.to_canonical(*dicom_ct.read_series(ct_path))
     path = folder / "ct.nii.gz"
     if convert:

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from data_pipelines import scan as scans
 from kernels.drr import drr
@@ -100,8 +100,8 @@ def degrade(line_integrals, rng, detector):
     for image in line_integrals:
         height, width = image.shape
         hardened = image / (1.0 + strength["hardening"] * image)
-        primary = ndimage.gaussian_filter(np.exp(-hardened), strength["blur_px"])
-        intensity = primary + strength["scatter"] * ndimage.gaussian_filter(primary, 0.12 * width)
+        primary = scipy.ndimage.gaussian_filter(np.exp(-hardened), strength["blur_px"])
+        intensity = primary + strength["scatter"] * scipy.ndimage.gaussian_filter(primary, 0.12 * width)
         ramp = rng.normal(size=2)
         ramp /= np.linalg.norm(ramp)
         v, u = np.mgrid[-0.5 : 0.5 : height * 1j, -0.5 : 0.5 : width * 1j]

@@ -11,7 +11,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from data_pipelines import cases
 from data_pipelines import files
@@ -194,8 +194,8 @@ def batch_of(pool, levels, rng, config, size):
         room = 0.5 * max(image.shape[0] - crop_px, 0)
         place = 0.5 * (np.array(image.shape) - 1) + rng.uniform(-room, room, 2)
         start = place - matrix @ np.full(2, 0.5 * (crop_px - 1))
-        inside = ndimage.affine_transform(valid.astype(np.float32), matrix, start, (crop_px,) * 2, order=1) > 0.9
-        image = ndimage.affine_transform(image, matrix, start, (crop_px,) * 2, order=1, mode="nearest")
+        inside = scipy.ndimage.affine_transform(valid.astype(np.float32), matrix, start, (crop_px,) * 2, order=1) > 0.9
+        image = scipy.ndimage.affine_transform(image, matrix, start, (crop_px,) * 2, order=1, mode="nearest")
         image = _spoil(image, rng)
         if rng.uniform() < 0.2:
             inside &= faults.collimator(image.shape, rng.uniform(0.2, 0.8), rng, 1.0) > 0.5
@@ -213,10 +213,12 @@ def batch_of(pool, levels, rng, config, size):
 def _spoil(image, rng):
     """What a detector may do beyond the simulated: another contrast curve, shading, blur and noise."""
     image = image / (1.0 + rng.uniform(0.0, 0.1) * np.maximum(image, 0.0))
-    shade = ndimage.zoom(rng.normal(size=(3, 3)), np.array(image.shape) / 3, order=1, grid_mode=True, mode="nearest")
+    shade = scipy.ndimage.zoom(
+        rng.normal(size=(3, 3)), np.array(image.shape) / 3, order=1, grid_mode=True, mode="nearest"
+    )
     image = image + rng.uniform(0.0, 0.2) * shade
     if rng.uniform() < 0.3:
-        image = ndimage.gaussian_filter(image, rng.uniform(0.3, 1.0))
+        image = scipy.ndimage.gaussian_filter(image, rng.uniform(0.3, 1.0))
     return image + rng.uniform(0.0, 0.05) * rng.normal(size=image.shape)
 
 

@@ -78,8 +78,8 @@ def _registered(case_file, case_list, variant, passes, prepare, refine=True):
         if volume.name not in prepared:
             prepared[volume.name] = prepare(volume)
         ready = prepared[volume.name]
-        if first:  # it compiles, which is not part of a case's time
-            registering.register(ready, scene.views, images, case.world_from_ct, passes, refine=refine)
+        if first:  # compiling is no part of a case's time
+            registering.warm_up(ready, scene.views, images, refine=refine)
         outcome = registering.register(ready, scene.views, images, case.world_from_ct, passes, refine=refine)
         yield Registered(case, scene, ready, images, cases.truth(case_file, scene), outcome)
 

@@ -11,7 +11,6 @@ import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines import build
@@ -20,6 +19,7 @@ from data_pipelines import pairs
 from data_pipelines import scan as scans
 from experiments import checkpoint
 from experiments import detectors
+from experiments import programs
 from experiments import progress
 from experiments import stages
 from radgs_jax import confidence
@@ -213,7 +213,7 @@ def bare_parts(parts, vertebra):
     """`refinement.Parts` of a `scan.Vertebra` in air, in the shapes of its `parts`."""
     alone, _ = scans.block_average(vertebra.density, vertebra.ct_from_index, scans.PART_MM)
     padded = np.pad(alone, [(0, n - m) for n, m in zip(parts.excess.shape, alone.shape)])
-    return parts.replace(excess=jnp.asarray(padded, jnp.float32), rest=jnp.zeros_like(parts.rest))
+    return parts.replace(excess=programs.on_device(padded), rest=programs.on_device(np.zeros(parts.rest.shape)))
 
 
 def read_refine(path):
@@ -341,7 +341,7 @@ def save_vertebra(path, vertebra, parts):
 def refinement_parts(parts):
     """`refinement.Parts` on the device, of a `scan.Parts` or of a mapping with its fields."""
     values = parts if isinstance(parts, dict) else dataclasses.asdict(parts)
-    return refinement.Parts(**{name: jnp.asarray(values[name], jnp.float32) for name in PARTS})
+    return refinement.Parts(**{name: programs.on_device(values[name]) for name in PARTS})
 
 
 def _manifest(workdir):

@@ -6,11 +6,15 @@ arguments, the shapes. On a CPU only, where a program is often started for one c
 `jax.jit`.
 """
 
+import contextlib
 import functools
 import hashlib
+import json
 import pathlib
 
 import jax
+import numpy as np
+from absl import logging
 from jax import export
 
 from data_pipelines import files
@@ -28,42 +32,68 @@ RESULTS = (gaussians.Gaussians, matching.Matches, recm.Reconstruction, radgs_reg
 """Nodes of what kept functions return, beside tuples, lists and dicts."""
 
 
+def on_device(values):
+    """Numbers as a float32 array on the device, converted by numpy: jax takes a program for every shape that it converts."""
+    return jax.device_put(np.asarray(values, np.float32))
+
+
 def kept(function, static=()):
-    """`jax.jit` of a function whose static arguments, of these names, are given by keyword, and have a `repr` that tells all."""
+    """`jax.jit` of a function whose static arguments, of these names, are given by keyword, and have a `repr` that tells all.
+
+    It is called as that, and has its `lower`: what that gives, compiled, is what calls with such arguments run. A file that is
+    damaged is made again; where none can be written, nothing is kept, with a warning.
+    """
     jitted = jax.jit(function, static_argnames=static)
     programs = {}
 
-    @functools.wraps(function)
-    def call(*args, **options):
-        folder = _folder()
-        if folder is None:
-            return jitted(*args, **options)
+    def program(args, options):
+        """A jitted function and its arguments."""
         leaves, tree = jax.tree.flatten(args)
-        leaves = [leaf if isinstance(leaf, jax.Array) else jax.numpy.asarray(leaf) for leaf in leaves]
+        leaves = [leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf) for leaf in leaves]
         key = tree, tuple(jax.typeof(leaf) for leaf in leaves), tuple(sorted(options.items()))
         if key not in programs:
             flat = jax.jit(lambda *leaves: jitted(*jax.tree.unflatten(tree, leaves), **options))
-            path = _path(folder, function, key, "stablehlo")
+            path = _path(_folder(), function, key, "stablehlo")
             programs[key] = jax.jit(_exported(path, flat, leaves).call)
-        return programs[key](*leaves)
+        return programs[key], leaves
 
+    @functools.wraps(function)
+    def call(*args, **options):
+        if _folder() is None:
+            return jitted(*args, **options)
+        chosen, leaves = program(args, options)
+        return chosen(*leaves)
+
+    def lower(*args, **options):
+        if _folder() is None:
+            return jitted.lower(*args, **options)
+        chosen, leaves = program(args, options)
+        return chosen.lower(*leaves)
+
+    call.lower = lower
     return call
 
 
 def kept_shapes(function, *args):
-    """`jax.eval_shape` of a function that gives nested dicts of arrays; the arguments have a `repr` that tells all."""
+    """`jax.eval_shape` of a function that gives nested dicts of arrays; the arguments have a `repr` that tells all.
+
+    Damaged files and folders that cannot be written are as for `kept`.
+    """
     folder = _folder()
     if folder is None:
         return jax.eval_shape(functools.partial(function, *args))
-    path = _path(folder, function, args, "json")
-    if not path.exists():
+
+    def make():
         found = jax.eval_shape(functools.partial(function, *args))
-        files.write_json(path, jax.tree.map(lambda leaf: {"shape": leaf.shape, "dtype": str(leaf.dtype)}, found))
+        return jax.tree.map(lambda leaf: {"shape": leaf.shape, "dtype": str(leaf.dtype)}, found)
 
-    def leaf(value):
-        return set(value) == {"shape", "dtype"}
+    def shape(value):
+        return jax.ShapeDtypeStruct(value["shape"], value["dtype"])
 
-    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v["shape"], v["dtype"]), files.read_json(path), is_leaf=leaf)
+    def read(data):
+        return jax.tree.map(shape, json.loads(data), is_leaf=lambda value: set(value) == {"shape", "dtype"})
+
+    return _from_file(_path(folder, function, args, "json"), read, lambda: json.dumps(make()).encode())
 
 
 def _folder():
@@ -74,14 +104,30 @@ def _folder():
 def _exported(path, function, leaves):
     """The `export.Exported` of a jitted function of arrays, from `path` or written there."""
     _register_results()
-    if path.exists():
-        return export.deserialize(bytearray(path.read_bytes()))
-    # That a later jax may not know them is of no account: another jax is another file.
-    checks = [export.DisabledSafetyCheck.custom_call(name) for name in _backends()]
-    exported = export.export(function, disabled_checks=checks)(*leaves)
-    with files.replacing(path) as temporary:
-        temporary.write_bytes(exported.serialize())
-    return exported
+
+    def make():
+        # That a later jax may not know them is of no account: another jax is another file.
+        checks = [export.DisabledSafetyCheck.custom_call(name) for name in _backends()]
+        return export.export(function, disabled_checks=checks)(*leaves).serialize()
+
+    return _from_file(path, lambda data: export.deserialize(bytearray(data)), make)
+
+
+def _from_file(path, read, make):
+    """`read` of a file's bytes; where they are not there, or it can make nothing of them, of those of `make()`, kept there."""
+    with contextlib.suppress(OSError):
+        data = path.read_bytes()
+        try:
+            return read(data)
+        except Exception as error:  # of which sort depends on where it is damaged
+            logging.warning("%s: made again: %s", path, error)
+    data = make()
+    try:
+        with files.replacing(path) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        logging.warning("%s: not kept, so the next start is as slow: %s", path, error)
+    return read(data)
 
 
 @functools.cache

@@ -163,8 +163,8 @@ def main():
         for name, target, views, images, valid, start, truth in rows:
             ready = prepared[identity.scan(target), target.label]
             sizes = tuple(image.shape for image in images)
-            if sizes not in warm:  # compiles once per image size, so that the times below are those of a warm program
-                registering.register(ready, views, images, start, PASSES.value, valid, REFINE.value)
+            if sizes not in warm:  # once per image size, so that the times below are those of a warm program
+                registering.warm_up(ready, views, images, valid, REFINE.value)
                 warm.add(sizes)
             outcome = registering.register(ready, views, images, start, PASSES.value, valid, REFINE.value)
             results.append({"id": name, **registering.answer(outcome)})

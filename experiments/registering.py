@@ -5,6 +5,7 @@ import functools
 import itertools
 import pathlib
 import time
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -101,13 +102,7 @@ def register(prepared, views, images, start_world_from_ct, passes, valid=None, r
     poses = [start_world_from_ct, *(carm.nearest_rigid(T) @ box_from_ct for T in np.asarray(boxes, np.float64))]
     if refine:
         result = _network(prepared, seen, extrinsics, boxes[-1], vertebra.cloud, 1)
-    box = jnp.asarray(result.trajectory[-2])
-    if config.head == "anchored":
-        matches = result.reconstruction.matches
-        effect = _as_bone(vertebra.cloud, prepared.fine_cloud, matches, registered=refine)
-    else:
-        effect = jax.tree.map(lambda a: a[0], result.reconstruction.effect)
-    reconstruction = jax.block_until_ready(_move(effect, box))
+    reconstruction = _in_world(prepared, result, refine)
     runtime, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return Outcome(
         poses[-1],
@@ -122,6 +117,39 @@ def register(prepared, views, images, start_world_from_ct, passes, valid=None, r
         runtime,
         cpu,
     )
+
+
+def _in_world(prepared, result, refined):
+    """The reconstruction of a `radgs_reg.Registration` as Gaussians in the world frame; refined: as in `_as_bone`."""
+    if prepared.model.config.head == "anchored":
+        clouds = prepared.vertebra.cloud, prepared.fine_cloud
+        effect = _as_bone(*clouds, result.reconstruction.matches, registered=refined)
+    else:
+        effect = jax.tree.map(lambda a: a[0], result.reconstruction.effect)
+    return jax.block_until_ready(_move(effect, result.trajectory[-2]))
+
+
+def warm_up(prepared, views, images, valid=None, refine=True):
+    """Loads or compiles what `register` runs of a case, as far as no wider search is needed; nothing is registered.
+
+    Arguments as in `register`.
+    """
+    vertebra, pixel_mm = prepared.vertebra, prepared.model.config.pixel_mm
+    valid = [np.ones(image.shape, bool) for image in images] if valid is None else valid
+    extrinsics = np.stack([view.camera_from_world for view in views])
+    with futures.ThreadPoolExecutor() as pool:
+        compiling = []
+        if refine:
+            seen, starts = pyramid(views, images, valid, prepared.refine), [vertebra.ct_from_box] * 2
+            for levels in (_keeping(prepared.refine, 1), _glance(prepared.refine)):
+                arguments, options = _refine_arguments(prepared.parts, seen, starts, prepared.refine, levels)
+                compiling.append(pool.submit(_refine.lower(*arguments, **options).compile))
+        # XLA compiles and loads what others compute beside.
+        seen = at_resolution(views, images, valid, pixel_mm)
+        network = _network(prepared, seen, extrinsics, vertebra.ct_from_box, vertebra.cloud, passes=1)
+        _in_world(prepared, network, refine)
+        for program in compiling:
+            program.result()
 
 
 def mean_cloud(prepared):
@@ -162,9 +190,9 @@ def at_resolution(views, images, valid, pixel_mm):
     """`refinement.Views` of a case's X-rays, binned to about `pixel_mm` at the isocentre; arguments as in `register`."""
     small, inside, intrinsics, _ = pairs.binned_views(views, images, valid, pixel_mm)
     return refinement.Views(
-        [jnp.asarray(i, jnp.float32) for i in small],
-        [jnp.asarray(i) for i in inside],
-        jnp.asarray(intrinsics, jnp.float32),
+        [programs.on_device(image) for image in small],
+        [jax.device_put(mask) for mask in inside],
+        programs.on_device(intrinsics),
     )
 
 
@@ -178,7 +206,7 @@ def _pass(params, images, valid, intrinsics, camera_from_world, world_from_box, 
 def _network(prepared, seen, extrinsics, world_from_box, cloud, passes):
     """`radgs_reg.register` in numpy, of a pass that is one program, however many there are of it."""
     params, config = prepared.model.params, prepared.model.config
-    views = seen.images, seen.valid, seen.intrinsics, jnp.asarray(extrinsics, jnp.float32)
+    views = seen.images, seen.valid, seen.intrinsics, programs.on_device(extrinsics)
     trajectory = [np.asarray(world_from_box, np.float32)]
     for _ in range(passes):
         found = _pass(params, *views, trajectory[-1], cloud, config=config)
@@ -196,25 +224,59 @@ def neighbours_mm(label):
     return -below, above
 
 
-def refine_pose(parts, views, images, valid, starts, config, places_mm, keep=1):
+@dataclasses.dataclass(frozen=True)
+class Pyramid:
+    """A case's X-rays as a refinement looks at them. levels: `refinement.Views` of each; camera_from_world: (V, 4, 4)."""
+
+    levels: list
+    camera_from_world: jax.Array
+
+
+def pyramid(views, images, valid, config):
+    """The `Pyramid` of a case's X-rays for a `refinement.RefineConfig`; the others as in `register`."""
+    levels = [at_resolution(views, images, valid, level.pixel_mm) for level in config.levels]
+    return Pyramid(levels, programs.on_device([view.camera_from_world for view in views]))
+
+
+def _refine_arguments(parts, seen, starts, config, levels):
+    """Arguments and options of `_refine` at the first so many levels, which these stand in for."""
+    starts = programs.on_device(starts)
+    chosen = dataclasses.replace(config, levels=tuple(levels))
+    return (parts, seen.levels[: len(levels)], seen.camera_from_world, starts), {"config": chosen}
+
+
+def _glance(config):
+    """The levels of a look into a neighbour's place."""
+    return (dataclasses.replace(config.levels[0], iterations=GLANCE),)
+
+
+def _keeping(config, keep):
+    """The levels of a refinement of which so many starts go on from the coarsest."""
+    first, *others = config.levels
+    return (dataclasses.replace(first, keep=keep), *others)
+
+
+def _shift(shift_mm):
+    """A translation (4, 4)."""
+    motion = np.eye(4)
+    motion[:3, 3] = shift_mm
+    return motion
+
+
+def refine_pose(parts, seen, starts, config, places_mm, keep=1):
     """`refinement.refine` from several starts, and again from its end until it has settled; numpy.
 
     Vertebrae look alike: the places of the answer's neighbours along the spine are tried too, and the best is its rival.
 
     Args:
-      parts: `refinement.Parts`; views, images, valid: as in `register`; starts: K >= 2 poses (4, 4) of the vertebra's box.
+      parts: `refinement.Parts`; seen: `Pyramid`; starts: K >= 2 poses (4, 4) of the vertebra's box.
       config: `refinement.RefineConfig`; places_mm: two, as of `neighbours_mm`; keep: of the starts, how many go on from the
         coarsest level.
     """
-    pyramid = [at_resolution(views, images, valid, level.pixel_mm) for level in config.levels]
-    cameras = jnp.asarray(np.stack([view.camera_from_world for view in views]), jnp.float32)
-    first, *others = config.levels
-    glance = dataclasses.replace(first, iterations=GLANCE)
 
     def run(poses, levels):
-        starts = jnp.asarray(np.stack(poses), jnp.float32)
-        chosen = dataclasses.replace(config, levels=levels)
-        return jax.device_get(_refine(parts, pyramid[: len(levels)], cameras, starts, config=chosen))
+        arguments, options = _refine_arguments(parts, seen, poses, config, levels)
+        return jax.device_get(_refine(*arguments, **options))
 
     def settled(refined):
         for _ in range(SETTLINGS):
@@ -225,10 +287,10 @@ def refine_pose(parts, views, images, valid, starts, config, places_mm, keep=1):
             refined = run([refined.world_from_box] * 2, config.levels).replace(**rival)
         return refined
 
-    refined = settled(run(starts, (dataclasses.replace(first, keep=keep), *others)))
+    refined = settled(run(starts, _keeping(config, keep)))
     for _ in range(WALK):
-        places = [refined.world_from_box @ carm.matrix([0.0, 0.0, 0.0], (0.0, 0.0, along)) for along in places_mm]
-        other = run(places, (glance,))
+        places = [refined.world_from_box @ _shift((0.0, 0.0, along)) for along in places_mm]
+        other = run(places, _glance(config))
         away_mm = np.linalg.norm(other.world_from_box[:3, 3] - refined.world_from_box[:3, 3])
         if away_mm < refinement.APART_MM:
             break
@@ -251,18 +313,17 @@ def searches(parts, views, images, valid, estimate, start, config, label):
     """`refinement.Refined` of a network's pose, then the best after each wider search, of `confidence.SEARCHES`: an iterator.
 
     Args:
-      parts, views, images, valid, config: as in `refine_pose`; estimate, start: (4, 4) world_from_box, the network's and its start;
-        label: VerSe number.
+      parts, config: as in `refine_pose`; views, images, valid: as in `register`; estimate, start: (4, 4) world_from_box, the
+        network's and its start; label: VerSe number.
     """
-    arguments, places_mm = (parts, views, images, valid), neighbours_mm(label)
-    turns = [carm.matrix(angle * axis, [0.0, 0.0, 0.0]) for axis in np.eye(3) for angle in (-TURN, TURN)]
-    refined = refine_pose(*arguments, [estimate, start], config, places_mm)
+    seen, places_mm = pyramid(views, images, valid, config), neighbours_mm(label)
+    refined = refine_pose(parts, seen, [estimate, start], config, places_mm)
     yield refined
+    turns = [carm.matrix(angle * axis, [0.0, 0.0, 0.0]) for axis in np.eye(3) for angle in (-TURN, TURN)]
     for poses, shifts_mm in (((estimate, start), WIDE_MM), ((start,), FAR_MM)):
-        shifts = [carm.matrix([0.0, 0.0, 0.0], shift) for shift in shifts_mm]
         starts = [refined.world_from_box @ turn for turn in turns]
-        starts += [pose @ shift for pose in poses for shift in shifts]
-        again = refine_pose(*arguments, starts, config, places_mm, SEARCH_KEEP)
+        starts += [pose @ _shift(shift) for pose in poses for shift in shifts_mm]
+        again = refine_pose(parts, seen, starts, config, places_mm, SEARCH_KEEP)
         if again.fit[-1] > refined.fit[-1]:
             refined = again
         yield refined

@@ -10,7 +10,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from data_pipelines import build
 from data_pipelines import carm
@@ -82,11 +82,11 @@ def sweeps():
 
 
 def _eroded(mask, size_mm, spacing_mm):
-    return ndimage.distance_transform_edt(mask, spacing_mm) > size_mm
+    return scipy.ndimage.distance_transform_edt(mask, spacing_mm) > size_mm
 
 
 def _dilated(mask, size_mm, spacing_mm):
-    return ndimage.distance_transform_edt(~mask, spacing_mm) <= size_mm
+    return scipy.ndimage.distance_transform_edt(~mask, spacing_mm) <= size_mm
 
 
 def _coarse(mask, size_mm, spacing_mm):

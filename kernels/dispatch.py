@@ -1,5 +1,7 @@
 """Choice of a backend: a name, an order of names, or None for the best that this machine can run."""
 
+import importlib
+
 import jax
 from absl import logging
 
@@ -36,6 +38,15 @@ def run(op, backends, implementation, *args, **kwargs):
                 logging.INFO, "%s: %s is not available (%s); trying the next backend", 3, op, name, reason
             )
     raise ExceptionGroup(f"{op}: no implementation can run here", reasons)
+
+
+def on_call(module, *names):
+    """Functions of a module, by name, that import it when they are called: a CPU's start has no sixth of a second for Pallas."""
+
+    def later(name):
+        return lambda *args, **kwargs: getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return tuple(later(name) for name in names)
 
 
 def require(device, arrays, interpret=False):

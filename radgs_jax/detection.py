@@ -9,8 +9,7 @@ import dataclasses
 import itertools
 
 import numpy as np
-from scipy import ndimage
-from scipy import special
+import scipy
 
 from radgs_jax import camera
 from radgs_jax.models.detector import MULTIPLE
@@ -83,7 +82,7 @@ class Lattice:
         if towards > 0:
             kernel = kernel[::-1, ::-1]
         with np.errstate(divide="ignore"):
-            return np.log(np.maximum(ndimage.convolve(np.exp(score - top), kernel, mode="constant"), 0.0)) + top
+            return np.log(np.maximum(scipy.ndimage.convolve(np.exp(score - top), kernel, mode="constant"), 0.0)) + top
 
     @staticmethod
     def _above(score, link):
@@ -101,7 +100,7 @@ class Lattice:
     def marginals(self):
         """Probabilities: cells (L, h, w), absent (L,); and the logarithm of the sum over all joint answers."""
         count = len(self.cells)
-        total = special.logsumexp
+        total = scipy.special.logsumexp
         # States of a level: out of sight before the first one, in a cell, out of sight after the last one.
         forward, before, after = [self.cells[0]], [self.absent[0]], [-np.inf]
         for level in range(1, count):
@@ -188,7 +187,7 @@ def decode(log_cells, log_absent, chain, step_mm):
         rows = slice(max(row - 2, 0), min(row + 3, h))
         columns = slice(max(column - 2, 0), min(column + 3, w))
         # The chain tells which level, the detector alone where: the chain's spacing would draw a moved vertebra back.
-        share = special.softmax(lattice.cells[level, rows, columns] / chain.weight)
+        share = scipy.special.softmax(lattice.cells[level, rows, columns] / chain.weight)
         v, u = np.mgrid[rows, columns]
         mean = np.array([(share * u).sum(), (share * v).sum()])
         variance = 0.5 * (share * ((u - mean[0]) ** 2 + (v - mean[1]) ** 2)).sum()
@@ -196,7 +195,7 @@ def decode(log_cells, log_absent, chain, step_mm):
         places.append(mean * STRIDE + 0.5 * (STRIDE - 1))
         confidence.append(min(marginal[level, rows, columns].sum(), 1.0))
         spreads.append(max(STRIDE * np.sqrt(variance), 1.0))
-        evidence.append(special.logsumexp(lattice.cells[:, rows, columns], axis=(1, 2)))
+        evidence.append(scipy.special.logsumexp(lattice.cells[:, rows, columns], axis=(1, 2)))
     return Found(
         np.array(levels, int),
         np.array(places).reshape(-1, 2),
@@ -256,8 +255,8 @@ def upright(image, valid, intrinsics, camera_from_world, pixel_mm):
     # scipy counts rows first.
     swap, start = matrix[::-1, ::-1] / block, to_small[::-1]
     shape = tuple(-(-size[::-1] // MULTIPLE) * MULTIPLE)
-    sampled = ndimage.affine_transform(small, swap, start, shape, order=1, mode="nearest")
-    clear = ndimage.affine_transform(clear, swap, start, shape, order=1, mode="constant") > 0.9
+    sampled = scipy.ndimage.affine_transform(small, swap, start, shape, order=1, mode="nearest")
+    clear = scipy.ndimage.affine_transform(clear, swap, start, shape, order=1, mode="constant") > 0.9
     rotation = np.eye(4)
     rotation[:2, :2] = turn
     scale = camera_from_world[2, 3] / pixel_mm
@@ -351,7 +350,7 @@ def agree(found, intrinsics, camera_from_world, reach=2):
             score += 0.5 * np.maximum(APART_MM**2 - distances[same] ** 2, 0.0).sum() / SPREAD_MM**2
         options.append(shifts)
         scores.append(score)
-    share = special.softmax(np.array(scores))
+    share = scipy.special.softmax(np.array(scores))
     best = int(share.argmax())
     shifts = options[best]
     centres, covariances, apart_mm = {}, {}, {}

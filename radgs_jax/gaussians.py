@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.spatial.transform import Rotation
+import scipy
 
 from kernels import symmetric
 from kernels.splat import splat
@@ -187,7 +187,7 @@ def from_density(density, frame_from_index, count):
         np.tile(np.float32([1, 0, 0, 0]), (count, 1)),
     )
     result.density[:n], result.mean[:n], result.scale[:n] = peak, mean, scale
-    result.quaternion[:n] = Rotation.from_matrix(axes).as_quat(scalar_first=True)
+    result.quaternion[:n] = scipy.spatial.transform.Rotation.from_matrix(axes).as_quat(scalar_first=True)
     return result
 
 
@@ -228,4 +228,4 @@ def from_arrays(arrays):
     """
     if str(arrays["format"]) != FORMAT:
         raise ValueError(f"Gaussians format {str(arrays['format'])!r}, wanted {FORMAT!r}")
-    return Gaussians(*(jnp.asarray(arrays[name]) for name in ("density", "mean", "scale", "quaternion")))
+    return Gaussians(*(jax.device_put(arrays[name]) for name in ("density", "mean", "scale", "quaternion")))

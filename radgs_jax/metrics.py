@@ -5,7 +5,7 @@ Plain numpy on arrays of one case or of many cases; SSIM shares `losses.ssim_map
 
 import jax
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from radgs_jax import losses
 
@@ -44,7 +44,7 @@ _ssim_map = jax.jit(losses.ssim_map, static_argnums=(2, 3))
 
 def near(mask):
     """Voxels of 1 mm (X, Y, Z) within 5 mm of a mask (X, Y, Z): where the honest protocol looks."""
-    return ndimage.distance_transform_edt(~np.asarray(mask, bool)) <= 5.0
+    return scipy.ndimage.distance_transform_edt(~np.asarray(mask, bool)) <= 5.0
 
 
 def reconstruction_scores(estimate, truth, near):

@@ -10,7 +10,6 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
@@ -243,6 +242,8 @@ def loss(params, key, batch, module, config, weights, strength):
 
 def optimizer(weight_decay=1e-4):
     """AdamW without its learning rate, which `update` takes as an argument so that schedules never recompile."""
+    import optax  # a tenth of a second, for training alone
+
     return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.add_decayed_weights(weight_decay))
 
 
@@ -271,6 +272,8 @@ def update_of(mesh, objective, trained):
     Args:
       objective: (params, key, batch) -> scalar and a dict of scalars; trained: names in `params` that it is minimised over.
     """
+    import optax
+
     tx = optimizer()
 
     def shard_step(state, key, learning_rate, batch):

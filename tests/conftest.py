@@ -28,3 +28,17 @@ def x64():
     """Runs the test with float64 enabled."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows with every program that XLA compiles or loads."""
+    found = []
+
+    def listen(event, duration_secs, **more):
+        if event.endswith("backend_compile_duration"):
+            found.append(more)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)

@@ -22,3 +22,15 @@ def test_importing_neither_parses_flags_nor_starts_a_device():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_registering_starts_without_what_other_input_and_output_need():
+    """Each takes a tenth of a second or more of a start; whoever meets the first DICOM, NIfTI or picture pays for it."""
+    code = (
+        "import sys, experiments.register\n"
+        "heavy = {'nibabel', 'pydicom', 'matplotlib', 'optax', 'jax.experimental.pallas'}\n"
+        "heavy |= {'scipy.ndimage', 'scipy.spatial', 'scipy.interpolate'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

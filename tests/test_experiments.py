@@ -190,6 +190,20 @@ def test_every_case_gets_the_same_answer_alone_shuffled_and_with_rubbish_beside_
     assert reported == poses[0]
 
 
+def test_a_case_after_warming_up_compiles_nothing(trained, compilations):
+    _, case, scene, target = _case(trained)
+    images = cases.read_xrays(scene, "artic")
+    ready = patients.load(trained[0] / "p3", target, patients.Identity())
+    # As it is by default: a refinement that goes on where one has ended is the same program.
+    levels = tuple(dataclasses.replace(level, keep=1) for level in ready.refine.levels)
+    ready = dataclasses.replace(ready, refine=dataclasses.replace(ready.refine, levels=levels))
+    for refine in (True, False):
+        registering.warm_up(ready, scene.views, images, refine=refine)
+        before = len(compilations)
+        outcome = registering.register(ready, scene.views, images, case.world_from_ct, 2, refine=refine)
+        assert before and len(compilations) == before and (outcome.refined is not None) == refine
+
+
 def test_one_pair_of_xrays_by_flags_raw_xrays_and_points(trained, tmp_path):
     """The same case by --ct ..., beside another vertebra, from raw intensities and from clicked points."""
     case_file, case, scene, target = _case(trained)

@@ -103,3 +103,45 @@ def test_kept_shapes_are_those_of_the_function(folder):
     function, traces = _traced(init)
     assert programs.kept_shapes(function, 5) == wanted and not traces
     assert programs.kept_shapes(function, 6)["a"]["kernel"].shape == (2, 6) and len(traces) == 1
+
+
+def test_a_lowered_program_compiled_is_what_calls_run(folder, compilations):
+    for _ in range(2):
+        call = programs.kept(gaussians.move)
+        motion = jnp.eye(4).at[0, 3].set(2.0)
+        call.lower(_cloud(), motion).compile()
+        before = len(compilations)
+        assert before
+        call(_cloud(), motion)
+        assert len(compilations) == before
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(programs, "_folder", lambda: tmp_path / "file" / "traces")
+    for expected in (1, 1):
+        function, traces = _traced(lambda x: 2.0 * x)
+        np.testing.assert_allclose(programs.kept(function)(np.float32(1.5)), 3.0)
+        assert len(traces) == expected
+    assert programs.kept_shapes(lambda n: {"a": jnp.zeros(n)}, 3)["a"].shape == (3,)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_damaged_files_are_made_again(folder):
+    def init(width):
+        return {"a": jnp.zeros((2, width))}
+
+    def results():
+        return programs.kept(gaussians.move)(_cloud(), jnp.eye(4)), programs.kept_shapes(init, 5)
+
+    wanted = results()
+    paths = list(folder.iterdir())
+    assert len(paths) == 2
+    for path in paths:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    found = results()
+    np.testing.assert_array_equal(found[0].mean, wanted[0].mean)
+    assert found[1] == wanted[1]
+    mended = {path: path.read_bytes() for path in folder.iterdir()}
+    results()
+    assert {path: path.read_bytes() for path in folder.iterdir()} == mended and set(mended) == set(paths)

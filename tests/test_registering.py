@@ -75,9 +75,9 @@ def xrays(spine):
 def test_an_answer_in_a_neighbours_place_is_given_up(spine, xrays, levels_off):
     """From the vertebra's own place, the one above, and two below; each time a neighbour is the rival, which fits worse."""
     views, images = xrays
-    valid = [np.ones(image.shape, bool) for image in images]
+    seen = registering.pyramid(views, images, [np.ones(image.shape, bool) for image in images], CONFIG)
     start = TRUTH @ carm.matrix([0.02, -0.03, 0.02], (1.0, -1.0, levels_off * PITCH_MM + 1.5))
-    found = registering.refine_pose(spine, views, images, valid, [start, start], CONFIG, (-34.0, 33.0))
+    found = registering.refine_pose(spine, seen, [start, start], CONFIG, (-34.0, 33.0))
     assert np.linalg.norm(found.world_from_box[:3, 3] - TRUTH[:3, 3]) < 0.5
     assert 0.6 * PITCH_MM < found.rival_mm < 1.4 * PITCH_MM and 0.05 < found.margin < 2.0
 
@@ -98,7 +98,7 @@ def test_searches_widen_until_an_answer_is_trusted(monkeypatch):
     def pose_of(number):
         return carm.matrix([0.1 * number, 0.2, -0.3], (10.0 * number, 2.0, 3.0))
 
-    def refine_pose(parts, views, images, valid, starts, config, places_mm, keep=1):
+    def refine_pose(parts, seen, starts, config, places_mm, keep=1):
         assert places_mm == registering.neighbours_mm(20)
         asked.append((len(starts), keep))
         if len(asked) > 1:
@@ -114,6 +114,7 @@ def test_searches_widen_until_an_answer_is_trusted(monkeypatch):
         assert calibration == "calibration"
         return types.SimpleNamespace(accepted=refined.fit[0] > (0.9, 0.8, 0.7)[searches])
 
+    monkeypatch.setattr(registering, "pyramid", lambda *given: None)
     monkeypatch.setattr(registering, "refine_pose", refine_pose)
     monkeypatch.setattr(registering, "centred_points", lambda refined, vertebra: None)
     monkeypatch.setattr(registering.confidence, "judge", judge)

@@ -5,7 +5,7 @@ the detector's plane; `rng` is an np.random.Generator.
 """
 
 import numpy as np
-from scipy import fft
+import scipy
 
 FWHM = 2.0 * np.sqrt(2.0 * np.log(2.0))
 """Full width at half maximum of a Gaussian, in standard deviations."""
@@ -20,12 +20,12 @@ def blur(signal, fwhm_mm, pixel_mm):
 
 def _gaussian(image, sigma_px):
     # By cosine transform: exact for every width, at one price.
-    spectrum = fft.dctn(image, norm="ortho")
+    spectrum = scipy.fft.dctn(image, norm="ortho")
     for axis, n in enumerate(image.shape):
         frequency = np.pi * np.arange(n) / n
         factor = np.exp(-0.5 * (sigma_px * frequency) ** 2).astype(image.dtype)
         spectrum *= factor[:, None] if axis == 0 else factor
-    return fft.idctn(spectrum, norm="ortho")
+    return scipy.fft.idctn(spectrum, norm="ortho")
 
 
 def scatter(signal, line_integral, strength, rng, pixel_mm):

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import interpolate
+import scipy
 
 from data_pipelines import carm
 
@@ -93,7 +93,7 @@ def pull_back(spine, smooth, ct_from_index, first, count):
     if len(place) > 1:
         if not (np.diff(place) < 0).all():
             raise ValueError("the posed vertebrae do not follow each other along the scan's third axis, head to feet")
-        blend = interpolate.PchipInterpolator(place[::-1], back[::-1])
+        blend = scipy.interpolate.PchipInterpolator(place[::-1], back[::-1])
         back = blend(np.clip(slices, place[-1], place[0]))
     else:
         back = np.repeat(back, count, 0)

@@ -9,13 +9,11 @@ from kernels import batching
 from kernels import dispatch
 from kernels.splat import ffi_cpu
 from kernels.splat import oracle
-from kernels.splat import pallas_tpu
-from kernels.splat import pallas_triton
 from kernels.splat import xla
 
 BACKENDS = {
-    "pallas_triton": (pallas_triton.forward, pallas_triton.backward),
-    "pallas_tpu": (pallas_tpu.forward, pallas_tpu.backward),
+    "pallas_triton": dispatch.on_call("kernels.splat.pallas_triton", "forward", "backward"),
+    "pallas_tpu": dispatch.on_call("kernels.splat.pallas_tpu", "forward", "backward"),
     "ffi_cpu": (ffi_cpu.forward, ffi_cpu.backward),
     "xla": (xla.forward, xla.backward),
 }

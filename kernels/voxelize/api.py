@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from kernels import batching
 from kernels import dispatch
 from kernels.voxelize import ffi_cpu
-from kernels.voxelize import pallas_triton
 from kernels.voxelize import xla
 
 BACKENDS = {
-    "pallas_triton": (pallas_triton.forward, pallas_triton.backward),
+    "pallas_triton": dispatch.on_call("kernels.voxelize.pallas_triton", "forward", "backward"),
     "ffi_cpu": (ffi_cpu.forward, ffi_cpu.backward),
     "xla": (xla.forward, xla.backward),
 }
