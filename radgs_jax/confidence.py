@@ -128,7 +128,7 @@ def threshold(chance, right):
     return max(0.5, float(np.max(chance[~right], initial=0.0))) + 1e-6
 
 
-def calibrate(refined, points, error_mm, coverage=0.97):
+def calibrate(refined, points, error_mm, coverage=0.965):
     """The `Calibration` of simulated cases, with the threshold of poses that have come through no search for each of them.
 
     Args:
