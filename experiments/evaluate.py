@@ -74,12 +74,11 @@ def _registered(case_file, case_list, variant, passes, prepare, refine=True):
     for case in case_list:
         scene = case_file.scenes[case.scene]
         volume, images = case_file.volumes[scene.volume], cases.read_xrays(scene, variant)
-        first = not prepared
         if volume.name not in prepared:
             prepared[volume.name] = prepare(volume)
+            # Loading programs is no part of a case's time.
+            registering.warm_up(prepared[volume.name], scene.views, images, refine=refine)
         ready = prepared[volume.name]
-        if first:  # compiling is no part of a case's time
-            registering.warm_up(ready, scene.views, images, refine=refine)
         outcome = registering.register(ready, scene.views, images, case.world_from_ct, passes, refine=refine)
         yield Registered(case, scene, ready, images, cases.truth(case_file, scene), outcome)
 

@@ -161,11 +161,11 @@ def main():
     results, warm = [], set()
     with progress.bar(len(rows), "register") as bar:
         for name, target, views, images, valid, start, truth in rows:
-            ready = prepared[identity.scan(target), target.label]
-            sizes = tuple(image.shape for image in images)
-            if sizes not in warm:  # once per image size, so that the times below are those of a warm program
+            key = (identity.scan(target), target.label)
+            ready, shapes = prepared[key], (*key, *(image.shape for image in images))
+            if shapes not in warm:  # loading programs is no part of a case's time
                 registering.warm_up(ready, views, images, valid, REFINE.value)
-                warm.add(sizes)
+                warm.add(shapes)
             outcome = registering.register(ready, views, images, start, PASSES.value, valid, REFINE.value)
             results.append({"id": name, **registering.answer(outcome)})
             if PICTURES.value:
