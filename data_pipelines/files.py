@@ -110,6 +110,15 @@ def write_nifti(path, array, affine):
         temporary.write_bytes(gzip.compress(image.to_bytes(), 1, mtime=0))
 
 
+def is_dicom(path):
+    """Whether a file has the DICOM mark behind its preamble; False for what cannot be read."""
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except (OSError, ValueError):
+        return False
+
+
 def file_size(path, wanted):
     """Size in bytes of a regular file; `wanted` says in a word what it should be.
 
@@ -325,15 +334,6 @@ def _nifti(path, axes=3, most=MAX_VOXELS):
     # nibabel, zlib and numpy each raise their own kinds on damaged files; HeaderDataError is an Exception only.
     except Exception as error:
         fail(path, "content", f"{type(error).__name__}: {error}", "a complete NIfTI volume")
-
-
-def is_dicom(path):
-    """Whether a file has the DICOM mark behind its preamble; False for what cannot be read."""
-    try:
-        with open(path, "rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except (OSError, ValueError):
-        return False
 
 
 def _read(stream, count):

@@ -53,20 +53,17 @@ def kept(function, static=()):
         key = tree, tuple(jax.typeof(leaf) for leaf in leaves), tuple(sorted(options.items()))
         if key not in programs:
             flat = jax.jit(lambda *leaves: jitted(*jax.tree.unflatten(tree, leaves), **options))
-            path = _path(_folder(), function, key, "stablehlo")
-            programs[key] = jax.jit(_exported(path, flat, leaves).call)
+            if folder := _folder():
+                flat = jax.jit(_exported(_path(folder, function, key, "stablehlo"), flat, leaves).call)
+            programs[key] = flat
         return programs[key], leaves
 
     @functools.wraps(function)
     def call(*args, **options):
-        if _folder() is None:
-            return jitted(*args, **options)
         chosen, leaves = program(args, options)
         return chosen(*leaves)
 
     def lower(*args, **options):
-        if _folder() is None:
-            return jitted.lower(*args, **options)
         chosen, leaves = program(args, options)
         return chosen.lower(*leaves)
 

@@ -6,6 +6,7 @@ detector. With --init it starts from that pose; --points gives a vertebra's cent
 is taken.
 """
 
+import functools
 import pathlib
 import shutil
 
@@ -54,8 +55,11 @@ REFINE = flags.DEFINE_bool("refine", True, "Refine the network's pose against th
 PICTURES = flags.DEFINE_bool("pictures", True, "Write pictures, volumes and transforms per case, besides results.json.")
 
 
-def _given(identity):
-    """A case for each label of the flags, (id, target, views, images, valid, start, None), and what a detector found by id."""
+def _given(identity, load):
+    """A case for each label of the flags, (id, target, views, images, valid, start, None), and what a detector found by id.
+
+    load: gives the `patients.Prepared` of a target.
+    """
     for flag in (MASK, LABEL, XRAYS):
         if not flag.value:
             files.fail("flags", f"--{flag.name}", "nothing", "a value, with --ct")
@@ -80,7 +84,7 @@ def _given(identity):
         if INIT.value:
             start = cases.check_rigid(INIT.value, "T_init", files.read_json(INIT.value))
         else:
-            vertebra = patients.load(WORKDIR.value, target, identity).vertebra
+            vertebra = load(target).vertebra
             if POINTS.value:
                 start, miss = registering.start_from_points(views, _pixels(len(views)), vertebra)
                 print(f"start from --points: the rays miss each other by {miss:.2f} mm")
@@ -149,20 +153,18 @@ def main():
     out = pathlib.Path(OUT.value)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         files.fail(out, "folder", "one that is not empty", "a new folder")
-    identity, prepared = patients.Identity(), {}
-    rows, reports = (_listed(), {}) if CASES.value else _given(identity)
-    for _, target, *_ in rows:
-        key = (identity.scan(target), target.label)
-        if key not in prepared:
-            prepared[key] = patients.load(WORKDIR.value, target, identity)
+    identity = patients.Identity()
+    load = functools.cache(lambda target: patients.load(WORKDIR.value, target, identity))
+    rows, reports = (_listed(), {}) if CASES.value else _given(identity, load)
+    for _, target, *_ in rows:  # whatever is wrong with one is found before the first is registered
+        load(target)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     results, warm = [], set()
     with progress.bar(len(rows), "register") as bar:
         for name, target, views, images, valid, start, truth in rows:
-            key = (identity.scan(target), target.label)
-            ready, shapes = prepared[key], (*key, *(image.shape for image in images))
+            ready, shapes = load(target), (target, *(image.shape for image in images))
             if shapes not in warm:  # loading programs is no part of a case's time
                 registering.warm_up(ready, views, images, valid, REFINE.value)
                 warm.add(shapes)

@@ -89,10 +89,9 @@ def register(prepared, views, images, start_world_from_ct, passes, valid=None, r
     wall, cpu = time.perf_counter(), time.process_time()
     vertebra, config = prepared.vertebra, prepared.model.config
     valid = [np.ones(image.shape, bool) for image in images] if valid is None else valid
-    extrinsics = np.stack([view.camera_from_world for view in views])
-    seen = at_resolution(views, images, valid, config.pixel_mm)
+    seen = pyramid(views, images, valid, [config.pixel_mm])
     start = start_world_from_ct @ vertebra.ct_from_box
-    result = _network(prepared, seen, extrinsics, start, vertebra.cloud, passes)
+    result = _network(prepared, seen, start, vertebra.cloud, passes)
     boxes, refined = list(result.trajectory[1:]), None
     judged = None
     if refine:
@@ -101,7 +100,7 @@ def register(prepared, views, images, start_world_from_ct, passes, valid=None, r
     box_from_ct = np.linalg.inv(vertebra.ct_from_box)
     poses = [start_world_from_ct, *(carm.nearest_rigid(T) @ box_from_ct for T in np.asarray(boxes, np.float64))]
     if refine:
-        result = _network(prepared, seen, extrinsics, boxes[-1], vertebra.cloud, 1)
+        result = _network(prepared, seen, boxes[-1], vertebra.cloud, 1)
     reconstruction = _in_world(prepared, result, refine)
     runtime, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return Outcome(
@@ -110,7 +109,7 @@ def register(prepared, views, images, start_world_from_ct, passes, valid=None, r
         reconstruction,
         result.xrays,
         result.intrinsics,
-        extrinsics,
+        np.stack([view.camera_from_world for view in views]),
         result.reconstruction.attention[0].mean(-1),
         refined,
         judged,
@@ -134,19 +133,18 @@ def warm_up(prepared, views, images, valid=None, refine=True):
 
     Arguments as in `register`.
     """
-    vertebra, pixel_mm = prepared.vertebra, prepared.model.config.pixel_mm
-    valid = [np.ones(image.shape, bool) for image in images] if valid is None else valid
-    extrinsics = np.stack([view.camera_from_world for view in views])
+    vertebra, config = prepared.vertebra, prepared.refine
     with futures.ThreadPoolExecutor() as pool:
         compiling = []
         if refine:
-            seen, starts = pyramid(views, images, valid, prepared.refine), [vertebra.ct_from_box] * 2
-            for levels in (_keeping(prepared.refine, 1), _glance(prepared.refine)):
-                arguments, options = _refine_arguments(prepared.parts, seen, starts, prepared.refine, levels)
+            seen = pyramid(views, images, valid, [level.pixel_mm for level in config.levels])
+            starts = [vertebra.ct_from_box] * 2
+            for levels in (_keeping(config, 1), _glance(config)):
+                arguments, options = _refine_arguments(prepared.parts, seen, starts, config, levels)
                 compiling.append(pool.submit(_refine.lower(*arguments, **options).compile))
         # XLA compiles and loads what others compute beside.
-        seen = at_resolution(views, images, valid, pixel_mm)
-        network = _network(prepared, seen, extrinsics, vertebra.ct_from_box, vertebra.cloud, passes=1)
+        seen = pyramid(views, images, valid, [prepared.model.config.pixel_mm])
+        network = _network(prepared, seen, vertebra.ct_from_box, vertebra.cloud, passes=1)
         _in_world(prepared, network, refine)
         for program in compiling:
             program.result()
@@ -167,11 +165,9 @@ def reconstruct_without_ct(prepared, cloud, views, images, start_world_from_ct, 
     Returns:
       Gaussians (N,) in the world frame.
     """
-    config = prepared.model.config
-    seen = at_resolution(views, images, [np.ones(image.shape, bool) for image in images], config.pixel_mm)
-    extrinsics = np.stack([view.camera_from_world for view in views])
+    seen = pyramid(views, images, None, [prepared.model.config.pixel_mm])
     start = start_world_from_ct @ prepared.vertebra.ct_from_box
-    result = _network(prepared, seen, extrinsics, start, cloud, passes)
+    result = _network(prepared, seen, start, cloud, passes)
     effect = jax.tree.map(lambda a: a[0], result.reconstruction.effect)
     return gaussians.move(effect, jnp.asarray(result.trajectory[-2]))
 
@@ -203,10 +199,10 @@ def _pass(params, images, valid, intrinsics, camera_from_world, world_from_box, 
     )
 
 
-def _network(prepared, seen, extrinsics, world_from_box, cloud, passes):
-    """`radgs_reg.register` in numpy, of a pass that is one program, however many there are of it."""
-    params, config = prepared.model.params, prepared.model.config
-    views = seen.images, seen.valid, seen.intrinsics, programs.on_device(extrinsics)
+def _network(prepared, seen, world_from_box, cloud, passes):
+    """`radgs_reg.register` in numpy, of a pass that is one program, however many there are of it; seen: `Pyramid` of one level."""
+    params, config, (level,) = prepared.model.params, prepared.model.config, seen.levels
+    views = level.images, level.valid, level.intrinsics, seen.camera_from_world
     trajectory = [np.asarray(world_from_box, np.float32)]
     for _ in range(passes):
         found = _pass(params, *views, trajectory[-1], cloud, config=config)
@@ -226,15 +222,16 @@ def neighbours_mm(label):
 
 @dataclasses.dataclass(frozen=True)
 class Pyramid:
-    """A case's X-rays as a refinement looks at them. levels: `refinement.Views` of each; camera_from_world: (V, 4, 4)."""
+    """A case's X-rays on the device. levels: `refinement.Views` at each resolution; camera_from_world: (V, 4, 4)."""
 
     levels: list
     camera_from_world: jax.Array
 
 
-def pyramid(views, images, valid, config):
-    """The `Pyramid` of a case's X-rays for a `refinement.RefineConfig`; the others as in `register`."""
-    levels = [at_resolution(views, images, valid, level.pixel_mm) for level in config.levels]
+def pyramid(views, images, valid, pixels_mm):
+    """The `Pyramid` of a case's X-rays, binned to about each of `pixels_mm` at the isocentre; the others as in `register`."""
+    valid = [np.ones(image.shape, bool) for image in images] if valid is None else valid
+    levels = [at_resolution(views, images, valid, pixel_mm) for pixel_mm in pixels_mm]
     return Pyramid(levels, programs.on_device([view.camera_from_world for view in views]))
 
 
@@ -316,7 +313,7 @@ def searches(parts, views, images, valid, estimate, start, config, label):
       parts, config: as in `refine_pose`; views, images, valid: as in `register`; estimate, start: (4, 4) world_from_box, the
         network's and its start; label: VerSe number.
     """
-    seen, places_mm = pyramid(views, images, valid, config), neighbours_mm(label)
+    seen, places_mm = pyramid(views, images, valid, [level.pixel_mm for level in config.levels]), neighbours_mm(label)
     refined = refine_pose(parts, seen, [estimate, start], config, places_mm)
     yield refined
     turns = [carm.matrix(angle * axis, [0.0, 0.0, 0.0]) for axis in np.eye(3) for angle in (-TURN, TURN)]

@@ -41,7 +41,11 @@ def run(op, backends, implementation, *args, **kwargs):
 
 
 def on_call(module, *names):
-    """Functions of a module, by name, that import it when they are called: a CPU's start has no sixth of a second for Pallas."""
+    """Functions of a module, by name, that import it when they are called: a CPU's start has no sixth of a second for Pallas.
+
+    Raises, when called:
+      ImportError, AttributeError: no such module, or no such function in it; and what the function raises.
+    """
 
     def later(name):
         return lambda *args, **kwargs: getattr(importlib.import_module(module), name)(*args, **kwargs)

@@ -50,7 +50,7 @@ class Confidence:
 
 
 def features(refined):
-    """FEATURES (6,) of a `refinement.Refined` in numpy: correlations, the last step, how much worse a rival fits, how far apart the
+    """FEATURES (7,) of a `refinement.Refined` in numpy: correlations, the last step, how much worse a rival fits, how far apart the
     views are."""
     return np.array(
         [

@@ -75,7 +75,7 @@ def xrays(spine):
 def test_an_answer_in_a_neighbours_place_is_given_up(spine, xrays, levels_off):
     """From the vertebra's own place, the one above, and two below; each time a neighbour is the rival, which fits worse."""
     views, images = xrays
-    seen = registering.pyramid(views, images, [np.ones(image.shape, bool) for image in images], CONFIG)
+    seen = registering.pyramid(views, images, None, [level.pixel_mm for level in CONFIG.levels])
     start = TRUTH @ carm.matrix([0.02, -0.03, 0.02], (1.0, -1.0, levels_off * PITCH_MM + 1.5))
     found = registering.refine_pose(spine, seen, [start, start], CONFIG, (-34.0, 33.0))
     assert np.linalg.norm(found.world_from_box[:3, 3] - TRUTH[:3, 3]) < 0.5
