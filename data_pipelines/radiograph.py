@@ -29,6 +29,8 @@ MAX_PIXELS = 2**25
 """Larger than any detector (5792 x 5792); a bound on what a lying header can make us allocate."""
 MAX_FILE_BYTES = 2**31
 MAX_MATRIX_BYTES = 2**20
+BITS_RANGE = (6, 32)
+"""Of a stored number; DICOM's detectors have 6 bits or more, and no file here has more than 32."""
 LINE_INTEGRAL_RANGE = (-1.0, 12.0)
 """Where line integrals are clamped: 16 bits hold 11.1, and a wrong air value rarely makes less than -1."""
 AIR_QUANTILE = 0.995
@@ -44,12 +46,18 @@ class Options:
 
     values: what the stored numbers are. 'line_integrals': -ln(I / I0). 'intensity': proportional to the X-rays that arrived, on
       top of `dark`. 'log': log_scale * ln(I) + constant. None takes it from DICOM tags.
-    sign: +1 where larger numbers are more X-rays, -1 where fewer; None takes the DICOM tag, else +1.
-    log_scale: stored units per unit of the natural logarithm, with values='log'.
-    air: stored number of the unattenuated beam; with `flat`, the ratio of this exposure to the flat field's. None: 1 with
-      `flat`, else AIR_QUANTILE of the pixels inside the collimator.
+    sign: +1 where larger stored numbers are more X-rays, -1 where fewer; None takes the DICOM tag, else +1.
+    bits: bits of a stored number, which runs from 0 to 2**bits - 1; None takes DICOM's BitsStored. Inverted intensities
+      (sign -1) are counted from 2**bits - 1, so other files need it with them: neither the largest number of an image nor the
+      type that it is kept in says how many bits its detector has.
+    log_scale: units per unit of the natural logarithm, with values='log', on the scale of `air`.
+    air: number of the unattenuated beam, after the file's own rescaling, and turned round where an intensity is inverted: the
+      scale on which no X-rays are 0. With `flat`, the ratio of this exposure to the flat field's. None: 1 with `flat`, else
+      AIR_QUANTILE of the pixels inside the collimator.
     flat, dark: files of the same pixels as the X-ray: the beam without a patient, the detector without a beam.
-    saturation: stored number at and above which a pixel is saturated; None takes the largest that the file's integers hold.
+    saturation: stored number from which on a pixel is saturated, that number included: upwards, or with sign -1 downwards.
+      None: the end of the range of `bits` where the most X-rays are. Of integers without `bits`, 0 with sign -1; else a largest
+      number of 2**n - 1, n 10 or more, and none if the image does not reach one.
     frame: which frame of several, from 0.
     collimator: look for a border where the file names none.
     mirrored: the file shows the mirror image of what the source sees; image and calibration are mirrored together.
@@ -58,6 +66,7 @@ class Options:
 
     values: str | None = None
     sign: int | None = None
+    bits: int | None = None
     log_scale: float | None = None
     air: float | None = None
     flat: str | os.PathLike | None = None
@@ -90,17 +99,29 @@ class Radiograph:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Rescale:
+    """DICOM's modality transform. rises: 1 or -1, whether its numbers grow with the stored ones, 0 if neither; factor: it does
+    no more than multiply by a positive number; shown: its name and value, for an error line.
+    """
+
+    apply: object
+    rises: int
+    factor: bool
+    shown: tuple
+
+
+@dataclasses.dataclass(frozen=True)
 class _Stored:
     """Pixels as stored and what the file says about them; a field is None where it says nothing."""
 
     pixels: np.ndarray
-    top: float | None = None
-    bottom: float = 0.0
+    bits: int | None = None
+    signed: bool = False
     values: str | None = None
     sign: int | None = None
     padding: np.ndarray | None = None
     field: np.ndarray | None = None
-    rescale: object = None
+    rescale: "_Rescale | None" = None
     pixel_mm: tuple | None = None
     aspect: float | None = None
     source_detector_mm: float | None = None
@@ -114,7 +135,7 @@ def read(path, calibration=None, options=None):
     """Reads one X-ray.
 
     Without a flat field a line integral is -ln((I - dark) / (air - dark)); with one, -ln((I - dark) / (flat - dark) / air).
-    Pixels without signal are clamped (LINE_INTEGRAL_RANGE) and not valid.
+    Pixels without signal are clamped (LINE_INTEGRAL_RANGE) and not valid. An inverted intensity is I = 2**bits - 1 - stored.
 
     Args:
       path: the file; its content decides its kind, not its name (NIfTI: .nii, .nii.gz).
@@ -125,7 +146,8 @@ def read(path, calibration=None, options=None):
       `Radiograph`.
     Raises:
       InputError: a damaged or unsuitable file, numbers of unknown meaning, several frames and none chosen, colours, 8 bits
-        (DICOM aside), fields of the wrong size, or a calibration that does not fit.
+        (DICOM aside), fields of the wrong size, a calibration that does not fit, or inverted intensities of unknown bits, with
+        signs, or rescaled so that nothing says where no X-rays are.
     """
     options = options or Options()
     _check_options(path, options)
@@ -140,23 +162,29 @@ def read(path, calibration=None, options=None):
         files.fail(path, "dark", f"a dark image with values='{values}'", "one with values='intensity' only")
     if values == "line_integrals" and (options.flat is not None or options.air is not None):
         files.fail(path, "air, flat", "a reference for line integrals", "none: they have it in them")
-    if sign < 0 and values == "intensity" and stored.top is None:
-        files.fail(path, "sign", "-1 with pixels that have no largest number", "integers, to invert them")
+    if values == "line_integrals" and options.bits is not None:
+        files.fail(
+            path, "option bits", f"{options.bits} with values='line_integrals'", "none: these are no stored numbers"
+        )
+    if options.bits is not None:
+        stored = dataclasses.replace(stored, bits=options.bits, signed=False)
+        _check_range(path, "option bits", stored)
 
     usable = np.isfinite(stored.pixels)
     if stored.padding is not None:
         usable &= ~stored.padding
-    top = stored.top if options.saturation is None else options.saturation
-    if values != "line_integrals" and top is not None:
-        # The end of the range where the X-rays are: beyond it the detector no longer tells how many there were.
-        usable &= stored.pixels < top if sign > 0 or options.saturation is not None else stored.pixels > stored.bottom
-    numbers = _numbers(stored, values, sign)
+    saturation = None if values == "line_integrals" else _saturation(stored, sign, options)
+    if saturation is not None:
+        # Where the most X-rays are: beyond it the detector no longer tells how many there were.
+        usable &= stored.pixels < saturation if sign > 0 else stored.pixels > saturation
+    numbers = _numbers(path, stored, values, sign)
     references = {name: _reference(name, options, stored, values, sign) for name in ("flat", "dark")}
 
-    signal = _signal(numbers, values, sign, options, references["dark"])
+    grows = _grows(path, stored, values, sign)
+    signal = _signal(numbers, values, grows, options, references["dark"])
     usable &= signal > 0
     field, found = _field(stored, signal, usable, options)
-    line, air = _line_integrals(path, numbers, signal, values, sign, options, references, usable, field)
+    line, air = _line_integrals(path, numbers, signal, values, grows, options, references, usable, field)
     low, high = LINE_INTEGRAL_RANGE
     usable &= np.isfinite(line)
     line = np.clip(np.nan_to_num(line, nan=high, posinf=high, neginf=low), low, high).astype(np.float32)
@@ -175,8 +203,9 @@ def read(path, calibration=None, options=None):
         "values": values,
         "values_from": "option" if options.values else "DICOM tags",
         "sign": sign,
+        "bits": stored.bits,
         **air,
-        "saturation": None if values == "line_integrals" or top is None else float(top),
+        "saturation": None if saturation is None else float(saturation),
         "collimator": found,
         "camera": said,
         "frame": options.frame,
@@ -243,6 +272,9 @@ def _check_options(path, options):
         files.fail(path, "option values", repr(options.values), f"one of {VALUES}")
     if options.sign not in (None, 1, -1):
         files.fail(path, "option sign", options.sign, "1 or -1")
+    bits, (low, high) = options.bits, BITS_RANGE
+    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high):
+        files.fail(path, "option bits", repr(bits), f"a whole number from {low} to {high}")
     for name in ("log_scale", "air", "saturation"):
         number = getattr(options, name)
         if number is not None and not (np.isfinite(number) and (name == "saturation" or number > 0)):
@@ -262,12 +294,65 @@ def _check_pixels(path, pixels):
 # ---- what the numbers mean
 
 
-def _numbers(stored, values, sign):
-    """Stored pixels as float32 on their physical scale: rescaled as the file says, turned round where intensity is inverted."""
-    pixels = stored.pixels
-    if values == "intensity" and sign < 0:
-        pixels = (stored.top + stored.bottom) - pixels.astype(np.float32)
-    return (stored.rescale(pixels) if stored.rescale else pixels).astype(np.float32)
+def _range(bits, signed):
+    """Smallest and largest stored number."""
+    half = 2 ** (bits - 1)
+    return (-half, half - 1) if signed else (0, 2 * half - 1)
+
+
+def _check_range(path, field, stored):
+    low, high = _range(stored.bits, stored.signed)
+    real = np.isfinite(stored.pixels) if stored.padding is None else ~stored.padding
+    real = stored.pixels[real]
+    if real.size and (real.min() < low or real.max() > high):
+        files.fail(path, field, f"{stored.bits} with pixels from {real.min()} to {real.max()}", f"{low} to {high}")
+
+
+def _saturation(stored, sign, options):
+    """Stored number at which the detector is saturated, None where nothing tells."""
+    if options.saturation is not None:
+        return options.saturation
+    if stored.bits is not None:
+        return _range(stored.bits, stored.signed)[sign > 0]
+    if stored.pixels.dtype.kind == "f":
+        return None
+    if sign < 0:
+        return 0 if stored.pixels.min() >= 0 else None
+    # A picture that ends short of a full scale may be of any depth, but then nothing in it is cut off.
+    largest = int(stored.pixels.max())
+    return largest if largest >= 1023 and largest & (largest + 1) == 0 else None
+
+
+def _grows(path, stored, values, sign):
+    """1 if numbers after the file's rescaling grow with the X-rays, else -1. `sign` is of stored ones (PS3.3 C.8.11.3.1.2)."""
+    if stored.rescale is None or values == "line_integrals":
+        return sign
+    if stored.rescale.rises == 0:
+        files.fail(path, *stored.rescale.shown, "a table that rises or falls from its first entry to its last")
+    return sign * stored.rescale.rises
+
+
+def _numbers(path, stored, values, sign):
+    """Stored pixels as float32 on their physical scale: rescaled as the file says, turned round where intensity is inverted.
+
+    The tags' sign is about stored numbers, so these are turned round, before the file's rescaling, within the bits that they
+    have. A rescaling that falls has turned them round itself, and its 0 is no X-rays, as without inversion.
+    """
+    pixels, rescale = stored.pixels, stored.rescale
+    if values == "intensity" and _grows(path, stored, values, sign) < 0:
+        if stored.bits is None:
+            wanted = "option bits=, how many a stored number has: 2**bits - 1 is no X-rays"
+            files.fail(path, "bits", "nothing, with inverted intensities (sign -1)", wanted)
+        if rescale is not None and not rescale.factor:
+            wanted = "a rescaling that rises, or sign -1" if sign > 0 else "one that falls, or a positive factor alone"
+            name, found = rescale.shown
+            files.fail(path, name, f"{found} with sign {sign:+d}", f"{wanted}: it says not which number is no X-rays")
+        if stored.signed:
+            wanted = "0: of signed numbers nothing says which is no X-rays"
+            files.fail(path, "PixelRepresentation", "1 with inverted intensities (sign -1)", wanted)
+        _check_range(path, "bits", stored)
+        pixels = np.subtract(_range(stored.bits, False)[1], pixels, dtype=np.float64)
+    return (rescale.apply(pixels) if rescale else pixels).astype(np.float32)
 
 
 def _reference(name, options, stored, values, sign):
@@ -277,18 +362,21 @@ def _reference(name, options, stored, values, sign):
     other = _load(source, options.frame if options.frame else 0)
     if other.pixels.shape != stored.pixels.shape:
         files.fail(source, f"{name}: shape", other.pixels.shape, f"the X-ray's {stored.pixels.shape}")
-    numbers = _numbers(dataclasses.replace(other, top=stored.top, bottom=stored.bottom), values, sign)
+    if values == "intensity" and sign < 0 and options.bits is None and other.bits not in (None, stored.bits):
+        files.fail(source, f"{name}: BitsStored", other.bits, f"the X-ray's {stored.bits}, with sign -1")
+    other = dataclasses.replace(other, bits=stored.bits, signed=stored.signed)
+    numbers = _numbers(source, other, values, sign)
     if not np.isfinite(numbers).all():
         files.fail(source, name, "pixels that are not finite", "finite numbers")
     return numbers
 
 
-def _signal(numbers, values, sign, options, dark):
+def _signal(numbers, values, grows, options, dark):
     """Something that grows with the X-rays and is positive where there are any: for finding borders and dead pixels."""
     if values == "intensity":
         return numbers if dark is None else numbers - dark
     # Only differences of a logarithm mean anything; the brightest pixels become about 1.
-    log = -numbers if values == "line_integrals" else sign * numbers / options.log_scale
+    log = -numbers if values == "line_integrals" else grows * numbers / options.log_scale
     finite = log[np.isfinite(log)]
     reference = np.quantile(finite[:: max(1, finite.size // 100_000)], AIR_QUANTILE)
     return np.exp(np.clip(np.nan_to_num(log - reference, nan=-60.0), -60.0, 60.0))
@@ -306,7 +394,7 @@ def _field(stored, signal, usable, options):
     return shrunk, f"{border.kind} found"
 
 
-def _line_integrals(path, numbers, signal, values, sign, options, references, usable, field):
+def _line_integrals(path, numbers, signal, values, grows, options, references, usable, field):
     """Line integrals before clamping, and the air value that they refer to with its source."""
     if values == "line_integrals":
         typical = np.median(numbers[usable]) if usable.any() else np.nan
@@ -318,14 +406,14 @@ def _line_integrals(path, numbers, signal, values, sign, options, references, us
         files.fail(path, "pixels", "none with signal", "an X-ray")
     flat, dark = references["flat"], references["dark"]
     if values == "log":
-        scale = sign * options.log_scale
+        scale = grows * options.log_scale
         air, source = options.air, "option"
         if flat is not None:
             air, source = (0.0, "flat") if air is None else (scale * np.log(air), "flat and option")
             return (flat + air - numbers) / scale, {"air": float(np.exp(air / scale)), "air_from": source}
         if air is None:
             # The bright end is the low end where larger numbers are fewer X-rays.
-            air = np.quantile(numbers[seen], AIR_QUANTILE if sign > 0 else 1 - AIR_QUANTILE)
+            air = np.quantile(numbers[seen], AIR_QUANTILE if grows > 0 else 1 - AIR_QUANTILE)
             source = f"{AIR_QUANTILE:g} quantile inside the collimator"
         return (air - numbers) / scale, {"air": float(air), "air_from": source}
     if flat is not None:
@@ -375,16 +463,7 @@ def _load(path, frame):
     _check_pixels(path, kept)
     if kept.dtype.itemsize == 1:
         files.fail(path, "pixel type", kept.dtype, "16 bits or more: 8 are a picture made for display")
-    if kept.dtype.kind in "iu":
-        return _Stored(kept, *_integer_range(kept))
     return _Stored(kept)
-
-
-def _integer_range(pixels):
-    """Largest and smallest number of the detector: its bits are the fewest, 10 or more, that hold the image."""
-    largest = int(pixels.max())
-    bits = max(10, largest.bit_length())
-    return float(2**bits - 1), 0.0 if pixels.min() >= 0 else float(-(2**bits))
 
 
 def _frame_of(path, array, frame):
@@ -534,18 +613,16 @@ def _dicom_image(path, header, syntax, frame):
     bits = _whole(path, header, "BitsStored", 6, allocated)
     if _whole(path, header, "HighBit", 0, 15, bits - 1) != bits - 1:
         files.fail(path, "HighBit", header.HighBit, f"{bits - 1}, one less than BitsStored")
-    signed = _whole(path, header, "PixelRepresentation", 0, 1)
+    signed = bool(_whole(path, header, "PixelRepresentation", 0, 1))
     count = _whole(path, header, "NumberOfFrames", 1, 100_000, 1)
     number = _frame_number(path, frame, count)
     kind = np.dtype(f"{'i' if signed else 'u'}{allocated // 8}")
     pixels = _dicom_pixels(path, header, syntax, (rows, columns), kind, count, number)
-    bottom, top = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     _check_pixels(path, pixels)
     padding = _padding(path, header, pixels)
-    real = pixels if padding is None else pixels[~padding]
-    if real.size and (real.min() < bottom or real.max() > top):
-        files.fail(path, "BitsStored", f"{bits} with pixels from {real.min()} to {real.max()}", f"{bottom} to {top}")
-    values, sign = _meaning(path, header, modality)
+    _check_range(path, "BitsStored", _Stored(pixels, bits, signed, padding=padding))
+    rescale = _rescale(path, header, _range(bits, signed))
+    values, sign = _meaning(path, header, modality, rescale)
     angles = [_tag(path, header, f"Positioner{name}Angle", 1) for name in ("Primary", "Secondary")]
     moving = (_tag(path, header, "PositionerMotion", kind=str) or ("STATIC",))[0] == "DYNAMIC"
     spacing = _tag(path, header, "ImagerPixelSpacing", 2)
@@ -564,13 +641,13 @@ def _dicom_image(path, header, syntax, frame):
     turned |= (_tag(path, header, "FieldOfViewHorizontalFlip", kind=str) or ("NO",))[0] != "NO"
     return _Stored(
         pixels,
-        float(top),
-        float(bottom),
+        bits,
+        signed,
         values,
         sign,
         padding,
         _shutters(path, header, (rows, columns)),
-        _rescale(path, header),
+        rescale,
         spacing and (spacing[1], spacing[0]),
         aspect,
         _distance(path, header, "DistanceSourceToDetector"),
@@ -640,11 +717,12 @@ def _padding(path, header, pixels):
     return (pixels >= low) & (pixels <= high)
 
 
-def _meaning(path, header, modality):
+def _meaning(path, header, modality, rescale):
     """values and sign that the tags state, None where they do not.
 
     LIN and LOG say how pixels follow the beam (C.8.7.1.1.2, C.8.11.3.1.2). A LOG image of XA or RF carries a modality LUT that
-    makes it linear again. Images FOR PRESENTATION were processed for the eye, so their word is not taken.
+    makes it linear again, so it runs the way its stored numbers do. Images FOR PRESENTATION were processed for the eye, so their
+    word is not taken.
     """
     relationship = (_tag(path, header, "PixelIntensityRelationship", kind=str) or (None,))[0]
     sign = _tag(path, header, "PixelIntensityRelationshipSign", 1)
@@ -654,15 +732,15 @@ def _meaning(path, header, modality):
     if (_tag(path, header, "PresentationIntentType", kind=str) or ("",))[0] == "FOR PRESENTATION":
         return None, sign
     if relationship == "LOG" and modality in ("XA", "RF") and "ModalityLUTSequence" in header:
-        return "intensity", 1
+        return "intensity", sign or rescale.rises or None
     needs_sign = modality not in ("XA", "RF")
     if relationship not in ("LIN", "LOG") or needs_sign and sign is None:
         return None, sign
     return {"LIN": "intensity", "LOG": "log"}[relationship], sign
 
 
-def _rescale(path, header):
-    """The modality transform of the file: its LUT, or slope and intercept; None where it has neither."""
+def _rescale(path, header, ends):
+    """`_Rescale` of the file: its modality LUT, or slope and intercept; None where it has neither. ends: of stored numbers."""
     import pydicom
 
     if "ModalityLUTSequence" in header:
@@ -678,13 +756,21 @@ def _rescale(path, header):
         length = len(data) if not isinstance(data, bytes) else len(data) // 2
         if length < entries:
             files.fail(path, "LUTData", f"{length} entries", f"{entries} as LUTDescriptor says")
-        return lambda pixels: pydicom.pixels.apply_modality_lut(np.rint(pixels).astype(np.int32), header)
+
+        def look_up(pixels):
+            return pydicom.pixels.apply_modality_lut(pixels.astype(np.int32), header)
+
+        first, last = look_up(np.array(ends)).astype(np.float64)
+        return _Rescale(look_up, int(np.sign(last - first)), False, ("LUTData", f"entries from {first:g} to {last:g}"))
     slope, intercept = (_tag(path, header, f"Rescale{name}", 1) for name in ("Slope", "Intercept"))
     if slope is None and intercept is None:
         return None
     if slope is None or intercept is None or slope[0] == 0:
         files.fail(path, "RescaleSlope, RescaleIntercept", (slope, intercept), "both, the slope not 0")
-    return lambda pixels: pixels * slope[0] + intercept[0]
+    slope, intercept = slope[0], intercept[0]
+    shown = "RescaleSlope, RescaleIntercept", (slope, intercept)
+    factor = slope > 0 and intercept == 0
+    return _Rescale(lambda pixels: pixels * slope + intercept, int(np.sign(slope)), factor, shown)
 
 
 def _shutters(path, header, shape):

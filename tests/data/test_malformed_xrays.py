@@ -171,6 +171,14 @@ def dicom_mutants():
         "for_eyes": {"Modality": "DX", "PresentationIntentType": "FOR PRESENTATION"},
         "sign": {"PixelIntensityRelationshipSign": 3},
         "no_sign": {"Modality": "DX"},
+        "sign_of_signed": {
+            "PixelIntensityRelationshipSign": -1,
+            "PixelRepresentation": 1,
+            "BitsStored": 13,
+            "HighBit": 12,
+        },
+        "sign_and_offset": {"PixelIntensityRelationshipSign": -1, "RescaleSlope": 2.0, "RescaleIntercept": 150.0},
+        "slope_falls": {"RescaleSlope": -1.0, "RescaleIntercept": 4095.0},
         "spacing_one": {"ImagerPixelSpacing": 0.2},
         "spacing_zero": {"ImagerPixelSpacing": [0.0, 0.3]},
         "spacing_negative": {"ImagerPixelSpacing": [0.2, -0.3]},
@@ -510,6 +518,10 @@ def answers(tmp_path_factory):
         add("array", f"{name}.npy", data)
     for name, data in nifti_mutants():
         add("nifti", name, data)
+    for name, bits in {"unsaid": None, "few": 11, "none": 0, "huge": 10**9, "text": "12", "half": 12.5}.items():
+        options = {**INTENSITY, "sign": -1, "bits": bits}
+        add("inverted", f"{name}.png", png(pixels() + 400), options=options)
+        add("inverted", f"{name}.npy", npy(pixels() + 400.0), options=options)
     xray = next(str(path) for path, valid, _ in jobs if valid and path.suffix == ".dcm")
     for name, data in calibration_mutants():
         add("calibration", name, data, calibration=xray, options={"air": 4000.0, "collimator": False})

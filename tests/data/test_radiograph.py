@@ -144,6 +144,212 @@ def test_saturated_and_dead_pixels_do_not_count_and_stay_finite(tmp_path):
     assert np.argwhere(~got.valid).tolist() == [[2, 2], [5, 5]] and np.isfinite(got.line_integrals).all()
 
 
+# ---- bits, and numbers that run the other way
+
+
+def exposure(bits, sign):
+    """Line integrals, the air value and stored numbers that need no more than half of the range that `bits` give."""
+    full = 2**bits - 1
+    v, u = np.mgrid[: SHAPE[0], : SHAPE[1]]
+    line = 0.02 + 0.006 * v + 0.005 * u + 0.01 * ((u * v) % 5)
+    # Numbers stay low where an upright picture is dim, and an inverted one bright.
+    air = 0.47 * full if sign > 0 else 0.97 * full
+    counts = np.rint(air * np.exp(-line)).astype(np.uint16)
+    stored = counts if sign > 0 else full - counts
+    assert stored.max() < 0.53 * full and stored.min() > 0
+    return line, air, stored.astype(np.uint16)
+
+
+def said(bits, **options):
+    return radiograph.Options(values="intensity", bits=bits, collimator=False, **options)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+@pytest.mark.parametrize("kind", ["DX", "XA", "png", "tiff", "npy", "float tiff", "nifti"])
+def test_line_integrals_are_right_at_every_depth_in_both_senses(kind, bits, sign, tmp_path):
+    """The largest number of each picture would need a bit less than its detector has."""
+    line, air, stored = exposure(bits, sign)
+    if kind in ("DX", "XA"):
+        tags = {"Modality": kind, "BitsStored": bits, "HighBit": bits - 1, "PixelIntensityRelationshipSign": sign}
+        options = radiograph.Options(air=air, collimator=False)
+        got = read_dicom(tmp_path, options, PixelData=stored.tobytes(), **tags)
+        found, valid = got.line_integrals[:, ::-1], got.valid
+    else:
+        path = tmp_path / ("xray.nii.gz" if kind == "nifti" else "xray")
+        stored_as(kind, path, stored)
+        got = radiograph.read(path, None, said(bits, air=air, sign=sign))
+        found, valid = got.line_integrals, got.valid
+        if sign > 0:  # an upright picture needs no depth
+            same = radiograph.read(path, None, said(None, air=air))
+            np.testing.assert_array_equal(same.line_integrals, found)
+            assert same.valid.all()
+    np.testing.assert_allclose(found, line, atol=0.6 / (0.4 * 2**bits * np.exp(-line.max())))
+    assert valid.all() and got.origin["bits"] == bits and got.origin["sign"] == sign
+
+
+def test_photometric_interpretation_turns_nothing_round(tmp_path):
+    """It is about the screen; the sign of the intensity relationship alone is about the X-rays."""
+    line, air, stored = exposure(12, -1)
+    for shown in ("MONOCHROME1", "MONOCHROME2"):
+        tags = {"PhotometricInterpretation": shown, "PixelIntensityRelationshipSign": -1}
+        got = read_dicom(tmp_path, radiograph.Options(air=air, collimator=False), PixelData=stored.tobytes(), **tags)
+        np.testing.assert_allclose(got.line_integrals[:, ::-1], line, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "npy", "float tiff", "nifti"])
+def test_the_depth_of_an_inverted_picture_is_never_guessed(kind, tmp_path):
+    """Not from its largest number, and not from the 16 bits that it happens to be kept in."""
+    path = tmp_path / ("xray.nii.gz" if kind == "nifti" else "xray")
+    stored_as(kind, path, exposure(12, -1)[2])
+    with pytest.raises(
+        files.InputError, match=r"xray\S*: bits: found nothing, with inverted .* wanted option bits="
+    ) as told:
+        radiograph.read(path, None, said(None, sign=-1))
+    assert "\n" not in str(told.value)
+    with pytest.raises(
+        files.InputError, match=r"option bits: found 10 with pixels from .* to 1\d\d\d.*, wanted 0 to 1023"
+    ):
+        radiograph.read(path, None, said(10, sign=-1))
+
+
+def test_bits_must_be_what_the_numbers_can_have(tmp_path):
+    path = tmp_path / "xray.npy"
+    np.save(path, exposure(12, -1)[2])
+    for bits in (0, 5, 33, 12.0, "12", True):
+        with pytest.raises(files.InputError, match="option bits: found .* wanted a whole number from 6 to 32"):
+            radiograph.read(path, None, said(bits))
+    with pytest.raises(files.InputError, match="option bits: found 12 with values='line_integrals'"):
+        radiograph.read(path, None, radiograph.Options(values="line_integrals", bits=12))
+    np.save(path, exposure(12, -1)[2].astype(np.int16) - 300)
+    with pytest.raises(files.InputError, match="option bits: found 12 with pixels from -"):
+        radiograph.read(path, None, said(12, sign=-1))
+
+
+def test_said_bits_go_before_the_tags(tmp_path):
+    """Many machines write the 16 bits that they allocate where their detectors have 12."""
+    line, air, stored = exposure(12, -1)
+    tags = {"BitsStored": 16, "HighBit": 15, "PixelIntensityRelationshipSign": -1, "PixelData": stored.tobytes()}
+    got = read_dicom(tmp_path, radiograph.Options(air=air, bits=12, collimator=False), **tags)
+    np.testing.assert_allclose(got.line_integrals[:, ::-1], line, atol=1e-3)
+
+
+def test_inverted_references_are_turned_round_like_their_x_ray(tmp_path):
+    line, air, _ = exposure(14, -1)
+    v, u = np.mgrid[: SHAPE[0], : SHAPE[1]]
+    dark, gain = 200.0 + u, 0.9 * air + 10.0 * v
+    for name, counts in {"flat": dark + gain, "dark": dark, "xray": dark + gain * np.exp(-line)}.items():
+        np.save(tmp_path / f"{name}.npy", (2**14 - 1 - np.rint(counts)).astype(np.uint16))
+    references = {name: tmp_path / f"{name}.npy" for name in ("flat", "dark")}
+    got = radiograph.read(tmp_path / "xray.npy", None, said(14, sign=-1, **references))
+    np.testing.assert_allclose(got.line_integrals, line, atol=3e-4)
+    np.save(tmp_path / "flat.npy", np.full(SHAPE, 2**14, np.uint16) - np.eye(*SHAPE, dtype=np.uint16))
+    with pytest.raises(files.InputError, match=r"flat.npy: bits: found 14 with pixels from 16383 to 16384"):
+        radiograph.read(tmp_path / "xray.npy", None, said(14, sign=-1, **references))
+    tags = {"Modality": "DX", "PixelIntensityRelationshipSign": -1}
+    flat = written(tmp_path, "flat.dcm", malformed.dicom(BitsStored=14, HighBit=13, **tags))
+    with pytest.raises(files.InputError, match="flat.dcm: flat: BitsStored: found 14, wanted the X-ray's 12"):
+        read_dicom(tmp_path, radiograph.Options(flat=flat, collimator=False), **tags)
+
+
+def test_inversion_comes_before_the_rescaling_unless_that_inverts(tmp_path):
+    """The tags' sign is about stored numbers (PS3.3 C.8.11.3.1.2); a slope below 0 has turned them round already."""
+    line, air, stored = exposure(12, -1)
+
+    def lines(scale, slope, intercept, **tags):
+        options = radiograph.Options(air=scale * air, collimator=False)
+        tags = {"RescaleSlope": slope, "RescaleIntercept": intercept, "PixelIntensityRelationshipSign": -1, **tags}
+        return read_dicom(tmp_path, options, PixelData=stored.tobytes(), **tags).line_integrals[:, ::-1]
+
+    np.testing.assert_allclose(lines(1, 1.0, 0.0), line, atol=1e-3)
+    np.testing.assert_allclose(lines(2, 2.0, 0.0), line, atol=1e-3)
+    np.testing.assert_allclose(lines(2, -2.0, 8190.0), line, atol=1e-3)
+    # Where the rescaling says where no X-rays are, the bits do not matter.
+    np.testing.assert_allclose(lines(2, -2.0, 8190.0, BitsStored=14, HighBit=13), line, atol=1e-3)
+    wanted = r"RescaleSlope, RescaleIntercept: found \({}\) with sign {}, wanted {}"
+    with pytest.raises(files.InputError, match=wanted.format("2.0, 150.0", "-1", "one that falls")):
+        lines(1, 2.0, 150.0)
+    with pytest.raises(
+        files.InputError, match=wanted.format("-1.0, 4095.0", r"\+1", "a rescaling that rises, or sign -1")
+    ):
+        lines(1, -1.0, 4095.0, PixelIntensityRelationshipSign=1)
+    with pytest.raises(files.InputError, match="PixelRepresentation: found 1 with inverted intensities"):
+        lines(1, 1.0, 0.0, PixelRepresentation=1)
+
+
+@pytest.mark.parametrize("slope", [2.0, -2.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_rescaled_logarithm_runs_the_way_that_its_slope_says(sign, slope, tmp_path):
+    line = exposure(12, -1)[0]
+    stored = np.rint(2000.0 - sign * 700.0 * line).astype(np.uint16)
+    options = radiograph.Options(log_scale=1400.0, air=2000.0 * slope + 9000.0, collimator=False)
+    tags = {"Modality": "DX", "PixelIntensityRelationship": "LOG", "PixelIntensityRelationshipSign": sign}
+    got = read_dicom(tmp_path, options, RescaleSlope=slope, RescaleIntercept=9000.0, PixelData=stored.tobytes(), **tags)
+    np.testing.assert_allclose(got.line_integrals[:, ::-1], line, atol=1e-3)
+
+
+@pytest.mark.parametrize("tag", [None, -1])
+def test_a_table_may_fall_and_then_the_low_end_is_saturated(tag, tmp_path):
+    """The modality LUT of an XA image makes X-rays of its logarithm, whichever way that was stored."""
+    line, air, _ = exposure(12, 1)
+    entries = np.rint(8.0 * air * np.exp(-np.arange(4096) / 1000.0)).astype(np.uint16)
+    stored = np.rint(1000.0 * line).astype(np.uint16)
+    stored[3, 4], stored[6, 7] = 0, 4095
+    table = pydicom.Dataset()
+    table.LUTDescriptor, table.LUTData, table.ModalityLUTType = [4096, 0, 16], entries.tobytes(), "US"
+    table["LUTDescriptor"].VR, table["LUTData"].VR = "US", "OW"
+    options = radiograph.Options(air=8.0 * air, collimator=False)
+    tags = {"PixelIntensityRelationship": "LOG", "ModalityLUTSequence": [table], "PixelData": stored.tobytes()}
+    got = read_dicom(tmp_path, options, PixelIntensityRelationshipSign=tag, **tags)
+    assert np.argwhere(~got.valid[:, ::-1]).tolist() == [[3, 4]]
+    valid = got.valid[:, ::-1]
+    np.testing.assert_allclose(got.line_integrals[:, ::-1][valid], stored[valid] / 1000.0, atol=5e-3)
+    with pytest.raises(files.InputError, match=r"LUTData: found entries from \d+ to \d+ with sign \+1"):
+        read_dicom(tmp_path, options, PixelIntensityRelationshipSign=1, **tags)
+
+
+@pytest.mark.parametrize("values", ["intensity", "log"])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+@pytest.mark.parametrize("kind", ["dicom", "npy", "float npy"])
+def test_the_most_exposed_end_is_saturated_whichever_way_numbers_run(kind, bits, sign, values, tmp_path):
+    """`saturation` is a stored number: from it upwards, or downwards where fewer is brighter; else the end of the range."""
+    air, stored = exposure(bits, sign)[1:]
+    full = 2**bits - 1
+    bright, dim = (full, 1) if sign > 0 else (0, full - 1)
+    most = int(stored.max() if sign > 0 else stored.min())
+    limit = most + sign * (abs(bright - most) // 2)
+    stored[2, 3], stored[4, 5], stored[6, 7], stored[8, 9] = bright, limit, limit - sign, dim
+
+    def invalid(saturation):
+        options = {"air": air, "saturation": saturation, "log_scale": full / 5.0 if values == "log" else None}
+        if kind == "dicom":
+            tags = {"Modality": "DX", "PixelIntensityRelationship": {"intensity": "LIN", "log": "LOG"}[values]}
+            tags |= {"PixelIntensityRelationshipSign": sign, "BitsStored": bits, "HighBit": bits - 1}
+            options = radiograph.Options(collimator=False, **options)
+            got = read_dicom(tmp_path, options, PixelData=stored.tobytes(), **tags)
+            return np.argwhere(~got.valid[:, ::-1]).tolist(), got.origin["saturation"]
+        np.save(tmp_path / "xray.npy", stored if kind == "npy" else stored.astype(np.float32))
+        options = radiograph.Options(values=values, bits=bits, sign=sign, collimator=False, **options)
+        got = radiograph.read(tmp_path / "xray.npy", None, options)
+        return np.argwhere(~got.valid).tolist(), got.origin["saturation"]
+
+    assert invalid(None) == ([[2, 3]], bright)
+    assert invalid(float(limit)) == ([[2, 3], [4, 5]], limit)
+
+
+def test_without_bits_only_a_full_scale_that_is_reached_is_saturated(tmp_path):
+    path = tmp_path / "xray.npy"
+    stored = exposure(12, 1)[2]
+    np.save(path, stored)
+    assert radiograph.read(path, None, said(None)).origin["saturation"] is None
+    stored[3, 4], stored[5, 6] = 4095, 4094
+    np.save(path, stored)
+    got = radiograph.read(path, None, said(None))
+    assert got.origin["saturation"] == 4095 and np.argwhere(~got.valid).tolist() == [[3, 4]]
+    assert radiograph.read(path, None, said(14)).valid.all()
+
+
 # ---- DICOM pixels
 
 
