@@ -117,6 +117,21 @@ class Codec:
         }
 
 
+def named(name, *aliases):
+    """A decorator that gives a maker of examples the name that manifests know it by, which stays when code moves.
+
+    Args:
+      name: such as 'pairs.simulated/1'; a new number says that other examples are made.
+      aliases: what manifests written before called it.
+    """
+
+    def mark(make_example):
+        make_example.store_name, make_example.store_aliases = name, aliases
+        return make_example
+
+    return mark
+
+
 def write(
     folder,
     make_example,
@@ -134,8 +149,8 @@ def write(
 
     Args:
       folder: the store's; made if need be.
-      make_example: make_example(config, seed, index) -> dict of numeric arrays, a function of its arguments alone, and of
-        a module, since other processes import it. Within a shard indices come in order: what neighbours share may be kept.
+      make_example: make_example(config, seed, index) -> dict of numeric arrays, a function of its arguments alone, `named`, and
+        of a module, since other processes import it. Within a shard indices come in order: what neighbours share may be kept.
       count: how many examples; config: a frozen dataclass or a dict of plain values; seed: an integer or a list of them.
       processes: how many work here, all cores if None; shard_size: examples a file.
       process_index, process_count: for several hosts with one file system: this one makes every process_count-th shard.
@@ -151,7 +166,7 @@ def write(
     folder = pathlib.Path(folder)
     plan = {
         "format": FORMAT,
-        "example": f"{make_example.__module__}.{make_example.__qualname__}",
+        "example": make_example.store_name,
         "config": _plain(config),
         "config_hash": config_hash(config),
         "seed": _plain(seed),
@@ -163,6 +178,8 @@ def write(
     stray = next(folder.glob("*.array_record"), None)  # looked for first: another host writes the manifest, then shards
     if manifest.exists():
         found = _read_manifest(manifest)
+        if found["example"] in make_example.store_aliases:
+            found = {**found, "example": plan["example"]}
         _same_plan(manifest, found, plan)
         if found["shards"] is not None:
             on_done(count)

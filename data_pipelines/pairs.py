@@ -152,6 +152,7 @@ def _stance(archive, which, seed, owner, number):
     return simulator.stand(body, label, _rng(which, seed, owner, number), config.preset, config.geometry)
 
 
+@pair_store.named("pairs.simulated/1", "data_pipelines.pairs.simulated")
 def simulated(which, seed, index, archive):
     """Pair `index` of an `OfEach`, a function of (which, seed, index) and of what the scans hold: ARRAYS and owner.
 
@@ -165,6 +166,7 @@ def simulated(which, seed, index, archive):
     return _pair(owner, **{name: getattr(sample, name) for name in ARRAYS[:-1]}, simulated=True)
 
 
+@pair_store.named("pairs.moved/1", "data_pipelines.pairs.moved")
 def moved(which, seed, index, archive):
     """CT pair `index` of an `OfEach`: owner and motion (4, 4), which carries the CT to the pose that is to be found, box frame.
 
@@ -192,6 +194,7 @@ def _window(intrinsics, camera_from_world, centre, size):
     return moved
 
 
+@pair_store.named("pairs.measured/1", "data_pipelines.pairs.measured")
 def measured(which, seed, index, archive):
     """Pair `index` of a `Measured`: ARRAYS and owner.
 
@@ -256,6 +259,7 @@ def mean_shape_grid():
     return affine
 
 
+@pair_store.named("pairs.vertebra/1", "data_pipelines.pairs.vertebra")
 def vertebra(which, seed, index, archive):
     """Vertebra `index` of a `Vertebrae`: its label, its Gaussians (N,) in the box frame, its density on the mean-shape grid.
 

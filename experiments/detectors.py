@@ -110,6 +110,7 @@ def _patient(archive, digest):
     return simulator.Body(pairs.scan(archive, digest))
 
 
+@pair_store.named("localizers.acquisition/1", "experiments.detectors.acquisition")
 def acquisition(which, seed, index, archive):
     """Acquisition `index` of `Views`, a function of (which, seed, index) and of what the scan holds.
 

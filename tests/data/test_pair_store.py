@@ -25,6 +25,7 @@ class Config:
     scale: float = 1.5
 
 
+@pair_store.named("test.example/1", "old.place.example")
 def example(config, seed, index):
     """Arrays of several types, none square."""
     rng = np.random.default_rng([seed, index])
@@ -38,6 +39,7 @@ def example(config, seed, index):
     }
 
 
+@pair_store.named("test.dies_once/1", "old.place.dies_once")
 def dies_once(config, seed, index):
     """As `example`, but the process is killed at example 11 unless a file says that it was before."""
     mark = pathlib.Path(os.environ["PAIR_STORE_TEST_MARK"])
@@ -47,22 +49,26 @@ def dies_once(config, seed, index):
     return example(config, seed, index)
 
 
+@pair_store.named("test.from_file/1", "old.place.from_file")
 def from_file(config, seed, index, path):
     """As `example`, of a file that is no part of the store's identity."""
     return {"value": np.frombuffer(path.read_bytes(), np.uint8)[index : index + 1] * config["factor"]}
 
 
+@pair_store.named("test.fails_at_7/1", "old.place.fails_at_7")
 def fails_at_7(config, seed, index):
     if index == 7:
         raise ZeroDivisionError("at 7")
     return example(config, seed, index)
 
 
+@pair_store.named("test.uneven/1", "old.place.uneven")
 def uneven(config, seed, index):
     made = example(config, seed, index)
     return {**made, "pose": made["pose"][: 3 if index == 6 else 4]}
 
 
+@pair_store.named("test.training_pair/1", "old.place.training_pair")
 def training_pair(config, seed, index):
     """What `pairs` stores: three float16 images of two views and the cameras."""
     rng = np.random.default_rng([seed, index])
@@ -107,7 +113,7 @@ def test_the_manifest_says_what_and_with_what(source):
     assert manifest["config"] == {"shape": [2, 5, 7], "scale": 1.5} and manifest["seed"] == 5
     assert manifest["config_hash"] == pair_store.config_hash(Config()) != pair_store.config_hash(Config(scale=1.0))
     assert {"python", "numpy", "array_record"} <= set(manifest["versions"])
-    assert manifest["example"].endswith(".example") and manifest["arrays"]["xrays"] == {
+    assert manifest["example"] == "test.example/1" and manifest["arrays"]["xrays"] == {
         "dtype": "<f2",
         "shape": [2, 5, 7],
     }
@@ -383,3 +389,16 @@ def test_the_loader_outruns_a_training_step(tmp_path):
 
     busy = pair_store.measure(loader, 10, step)
     assert busy["waiting_share"] < 0.2, busy
+
+
+def test_a_store_that_names_its_maker_by_an_alias_goes_on(tmp_path):
+    """A manifest written before the maker had a name of its own, finished or not."""
+    begin = functools.partial(pair_store.write, tmp_path, example, 8, Config(), 5, processes=1, shard_size=4)
+    for finished in (False, True):
+        begin(process_count=1 if finished else 2)
+        path = tmp_path / "manifest.json"
+        path.write_text(path.read_text().replace("test.example/1", "old.place.example"))
+        assert begin() is not None
+    path.write_text(path.read_text().replace("old.place.example", "another.maker"))
+    with pytest.raises(files.InputError, match="example"):
+        begin()
