@@ -213,13 +213,46 @@ def project_part(volume, box_from_index, world_from_box, centre, intrinsics, cam
     return image, jnp.concatenate([_einsum("vyxi,vij->vyxj", part, R) for part in (turn, shift)], -1)
 
 
-def _solve_gains(columns, target, weights, ridge):
-    """Gains (V, K) of columns (V, S, S, K, 2) by weighted least squares, and the normal matrices (V, K, K) with their ridge."""
+def _gain_ridge(normal, ridge):
+    """Diagonals (V, K) of the quadratic penalty on gains: `ridge` times the first gain's own normal, a hundredth on that gain."""
+    free = jnp.asarray([0.01] + [1.0] * (normal.shape[-1] - 1))
+    return ridge * free * normal[:, :1, 0] + 1e-9
+
+
+def _gain_normal(columns, weights, ridge):
+    """The gains' normal matrices (V, K, K) with the penalty, and the penalty's diagonals (V, K)."""
     normal = _einsum("vyxad,vyxbd,vyx->vab", columns, columns, weights)
+    penalty = _gain_ridge(normal, ridge)
+    return normal + penalty[..., None] * jnp.eye(normal.shape[-1]), penalty
+
+
+def _solve_gains(columns, target, weights, ridge):
+    """Gains (V, K) of columns (V, S, S, K, 2) by weighted, penalised least squares."""
+    normal, _ = _gain_normal(columns, weights, ridge)
     right = _einsum("vyxad,vyxd,vyx->va", columns, target, weights)
-    free = jnp.asarray([0.01] + [1.0] * (columns.shape[-2] - 1))
-    normal = normal + ridge * jnp.diag(free) * normal[:, :1, :1] + 1e-9 * jnp.eye(len(free))
-    return jnp.linalg.solve(normal, right[..., None])[..., 0], normal
+    return jnp.linalg.solve(normal, right[..., None])[..., 0]
+
+
+def eliminate_gains(columns, gains, jacobian, residual, weights, ridge):
+    """Normal equations of a Gauss-Newton step over P parameters and the gains, the gains eliminated (a Schur complement).
+
+    The objective is sum_pixels weights |residual|^2 + sum_k penalty_k gains_k^2, with the weights and the penalty held at
+    their current values; at a step s the residual is residual - jacobian s - columns d, for gains + d.
+
+    Args:
+      columns: (V, S, S, K, 2) derivatives of the model by gain; gains: (V, K) where it is linearised.
+      jacobian: (V, S, S, P, 2); residual: (V, S, S, 2); weights: (V, S, S); ridge: as in `_gain_ridge`.
+    Returns:
+      normals (V, P, P), rights (V, P).
+    """
+    normal, penalty = _gain_normal(columns, weights, ridge)
+    cross = _einsum("vyxad,vyxpd,vyx->vap", columns, jacobian, weights)
+    right = _einsum("vyxad,vyxd,vyx->va", columns, residual, weights) - penalty * gains
+    solved = jnp.linalg.solve(normal, jnp.concatenate([cross, right[..., None]], -1))
+    normals = _einsum("vyxpd,vyxqd,vyx->vpq", jacobian, jacobian, weights)
+    normals = normals - _einsum("vap,vaq->vpq", cross, solved[..., :-1])
+    rights = _einsum("vyxpd,vyxd,vyx->vp", jacobian, residual, weights) - _einsum("vap,va->vp", cross, solved[..., -1])
+    return normals, rights
 
 
 def _window(images, valid, intrinsics, camera_from_world, config):
@@ -243,8 +276,8 @@ def _fit_gains(window, rest, excess, thickness, ridge):
     Args:
       window: `_Window`; rest, excess: (V, S, S, 2) derivatives; thickness: (V, S, S) line integrals of both parts.
     Returns:
-      gain of the rest and of the excess (V, S, S), columns (V, S, S, K, 2), their normal matrices (V, K, K), weights
-      (V, S, S) in 1 / residual variance.
+      gain of the rest and of the excess (V, S, S), columns (V, S, S, K, 2), their gains (V, K), weights (V, S, S) in
+      1 / residual variance.
     """
     target, inside, weights = window.target, window.inside, window.weights
     total = rest + excess
@@ -254,14 +287,14 @@ def _fit_gains(window, rest, excess, thickness, ridge):
     basis = jnp.stack([jnp.ones_like(level), level, u, jnp.swapaxes(u, 1, 2)], -1)
     columns = jnp.concatenate([basis[..., None] * total[..., None, :], excess[..., None, :]], -2)
     for _ in range(3):
-        gains, normal = _solve_gains(columns, target, weights, ridge)
+        gains = _solve_gains(columns, target, weights, ridge)
         of_rest = jnp.maximum(_einsum("vyxk,vk->vyx", basis, gains[:, :-1]), 0.02)
         of_excess = jnp.maximum(of_rest + gains[:, -1, None, None], 0.02)
         residual = target - of_rest[..., None] * rest - of_excess[..., None] * excess
         square = jnp.sum(residual**2, -1)
         variance = jnp.sum(weights * square, (1, 2), keepdims=True) / (2.0 * window.told) + 1e-12
         weights = inside * (T_FREEDOM + 2.0) / (T_FREEDOM + square / variance)
-    return of_rest, of_excess, columns, normal / variance, weights / variance
+    return of_rest, of_excess, columns, gains, weights / variance
 
 
 def _correlation(a, b, weights, noise):
@@ -304,7 +337,7 @@ def _step(parts, window, poses, level, config):
     rest, d_rest = project_part(parts.rest, parts.box_from_rest, poses[1], centre, *cameras, level.rest_step_mm)
     filtered = derivatives(jnp.concatenate([rest[..., None], excess[..., None], d_excess, d_rest], -1), config.blur_px)
     of_rest, of_excess = filtered[..., 0, :], filtered[..., 1, :]
-    gain_rest, gain_excess, columns, gain_normal, weights = _fit_gains(
+    gain_rest, gain_excess, columns, gains, weights = _fit_gains(
         window, of_rest, of_excess, rest + excess, config.gain_ridge
     )
     scaled = filtered[..., 2:, :] * jnp.asarray(np.tile(rigid.TWIST_SCALE, 2), jnp.float32)[:, None]
@@ -313,14 +346,7 @@ def _step(parts, window, poses, level, config):
     )
     model_rest, model_excess = gain_rest[..., None] * of_rest, gain_excess[..., None] * of_excess
     residual = target - model_rest - model_excess
-    cross = _einsum("vyxad,vyxpd,vyx->vap", columns, jacobian, weights)
-    gain_right = _einsum("vyxad,vyxd,vyx->va", columns, residual, weights)
-    eliminate = jnp.linalg.solve(gain_normal, jnp.concatenate([cross, gain_right[..., None]], -1))
-    normals = _einsum("vyxpd,vyxqd,vyx->vpq", jacobian, jacobian, weights)
-    normals = normals - _einsum("vap,vaq->vpq", cross, eliminate[..., :-1])
-    rights = _einsum("vyxpd,vyxd,vyx->vp", jacobian, residual, weights) - _einsum(
-        "vap,va->vp", cross, eliminate[..., -1]
-    )
+    normals, rights = eliminate_gains(columns, gains, jacobian, residual, weights, config.gain_ridge)
     normal, right = jnp.sum(normals, 0), jnp.sum(rights, 0)
     # What is known beforehand: the rest of the body has moved little against the vertebra.
     relative = rigid.twist_about(centre, rigid.matmul(poses[1], rigid.inverse(poses[0]))) / rigid.TWIST_SCALE
