@@ -104,8 +104,12 @@ def judge(refined, points, calibration, searches=0):
     chance = 1.0 / (1.0 + np.exp(-np.clip(odds, -50.0, 50.0)))
     predicted = spread_mm(information, points)
     size = float(np.exp(np.clip(np.dot(calibration.size, _size_terms(refined, predicted)), -5.0, 5.0)))
+    apart_mm = APART_FACTOR * float(refined.apart_mm)
     covariance = np.linalg.inv(information) * (size / predicted) ** 2
-    radius = max(FLOOR_MM, float(np.hypot(calibration.radius * size, APART_FACTOR * refined.apart_mm)))
+    # What views disagree by, their cameras may be off by in any direction. As a variance, so that the radius is the same
+    # multiple of the covariance's root mean square, `calibration.radius`, however far apart they are.
+    covariance[3:, 3:] += np.eye(3) * (apart_mm / calibration.radius) ** 2 / 3.0
+    radius = max(FLOOR_MM, float(np.hypot(calibration.radius * size, apart_mm)))
     sure = chance >= calibration.thresholds[searches] and radius <= metrics.SUCCESS_MM
     accepted = sure and len(refined.support) >= VIEWS
     return Confidence(chance, bool(accepted), covariance, radius)

@@ -263,6 +263,17 @@ def test_spread_is_the_motion_of_points():
     assert abs(confidence.spread_mm(np.linalg.inv(covariance), points) / wanted - 1) < 0.02
 
 
+@pytest.mark.parametrize("apart_mm", [0.0, 0.05, 0.4, 1.0])
+def test_the_covariance_knows_what_the_radius_knows(apart_mm):
+    """However far apart the views are, the radius is one multiple of the covariance's root mean square."""
+    rule = confidence.Calibration((0.0,) * 8, (0.6, 0.4, 0.4), (0.0, 1.0, 0.0, 0.0, 0.0), 2.0)
+    points = np.random.default_rng(0).normal(size=(50, 3)) * [10, 8, 12] + [2, 0, -1]
+    refined = dataclasses.replace(_refined(0.9, 0.01, 0.3, 0), apart_mm=np.float32(apart_mm))
+    judged = confidence.judge(refined, points, rule)
+    rms = confidence.spread_mm(np.linalg.inv(judged.covariance), points)
+    assert judged.uncertainty_mm == pytest.approx(2.0 * rms, rel=1e-6)
+
+
 def test_gains_are_eliminated_as_the_objective_says(x64):
     """Against the joint Gauss-Newton step over pose and gains, written out in float64 as one least-squares problem."""
     rng = np.random.default_rng(4)
