@@ -19,14 +19,15 @@ from radgs_jax.models.config import ModelConfig
 MODEL_FORMAT = "radgs-model/1"
 
 
-def save_state(folder, step, state, place=None):
+def save_state(folder, step, state, place=None, skipped=0):
     """Saves a training state and its place in the data as `folder`/step_N, whole or not at all. Older steps are removed.
 
-    place: plain JSON values, of `pairs.Batches.get_state`; None where the step alone says it. Every one of jax's processes
-    calls this.
+    place: plain JSON values, of `pairs.Batches.get_state`; None where the step alone says it; skipped: how many of the steps
+    left the state as it was. Every one of jax's processes calls this.
     """
     folder = pathlib.Path(folder).resolve()
-    ocp.save_pytree(folder / f"step_{step}", state, overwrite=True, custom_metadata={"place": place})
+    beside = {"place": place, "skipped": skipped}
+    ocp.save_pytree(folder / f"step_{step}", state, overwrite=True, custom_metadata=beside)
     if jax.process_index() == 0:
         for old in _steps(folder):
             if old < step:
@@ -44,14 +45,14 @@ def latest(folder):
 
 
 def load_state(folder, like):
-    """The latest (step, state, place) in `folder`, the state in the shapes, types and shardings of the tree `like`, or None."""
+    """The latest (step, state, place, skipped) in `folder`, or None; the state is like `like` in shapes, types and shardings."""
     folder = pathlib.Path(folder).resolve()
     step = latest(folder)
     if step is None:
         return None
     path = folder / f"step_{step}"
-    place = (ocp.metadata(path).custom_metadata or {}).get("place")
-    return step, ocp.load_pytree(path, jax.tree.map(_abstract, like)), place
+    beside = ocp.metadata(path).custom_metadata or {}
+    return step, ocp.load_pytree(path, jax.tree.map(_abstract, like)), beside.get("place"), beside.get("skipped", 0)
 
 
 def _abstract(x):
@@ -76,20 +77,49 @@ class Model:
 def save_model(folder, model, note):
     """Writes a `Model` to `folder`, whole or not at all, in place of what is there; `note` says what it is.
 
-    Every one of jax's processes calls this, with one file system; the model is there when it returns.
+    Wherever this is stopped, `load_model` finds the old model or the new one, if need be under the name of `_aside`, and the
+    next call clears up. Every one of jax's processes calls this, with one file system; the model is there when it returns.
     """
     folder = pathlib.Path(folder).resolve()
     temporary = folder.with_name(f".{folder.name}.partial")
     if jax.process_index() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _clear(folder, temporary)
         temporary.mkdir(parents=True)
     _wait_for_all(f"{folder} begun")
     ocp.save_pytree(temporary / "params", model.params)
     if jax.process_index() == 0:
         _finish_model(temporary, model, note)
-        shutil.rmtree(folder, ignore_errors=True)
+        # No system swaps two folders in one step by a call that all systems have.
+        if folder.exists():
+            folder.rename(_aside(folder))
         temporary.rename(folder)
+        _clear(folder, temporary)
     _wait_for_all(f"{folder} written")
+
+
+def _aside(folder):
+    """Where a model waits, whole, while another takes its place."""
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def _clear(folder, temporary):
+    """Deletes half a model in `temporary`, and the model set aside where `folder` has taken its place."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    if folder.exists() and _aside(folder).exists():
+        # Under this name, so that half a model never bears a name that is read.
+        _aside(folder).rename(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _found(folder):
+    """The folder that a model is to be read from: its own, or where it was set aside when its replacement was stopped."""
+    folder = pathlib.Path(folder).resolve()
+    return _aside(folder) if not folder.exists() and _aside(folder).exists() else folder
+
+
+def model_exists(folder):
+    """True where `load_model` finds a model."""
+    return (_found(folder) / "manifest.json").exists()
 
 
 def _wait_for_all(place):
@@ -125,7 +155,7 @@ def load_model(folder):
     Raises:
       InputError: a folder that is not a model, one of another format, or parameters that are not those of its configuration.
     """
-    folder = pathlib.Path(folder).resolve()
+    folder = _found(folder)
     path = folder / "manifest.json"
     manifest = files.read_json(path)
     found = manifest.get("format") if isinstance(manifest, dict) else None

@@ -66,7 +66,7 @@ def p1(config, workdir, modules):
     Returns:
       the `checkpoint.Model` after the last module stage.
     """
-    if modules[-1] == "joint" and (workdir / "p1" / "model").exists():
+    if modules[-1] == "joint" and checkpoint.model_exists(workdir / "p1" / "model"):
         return checkpoint.load_model(workdir / "p1" / "model")
     subjects = _phantom_scans(config, workdir, P1_SEED, config.p1_patients, "p1 phantoms")
     vertebrae = [(*subject, label) for subject in subjects for label in config.labels]
@@ -98,7 +98,7 @@ def p2(config, workdir, modules, case_path=None, variant="real"):
     Raises:
       InputError: no model of P1, unreadable cases, a variant or a fold that is none, or no patient outside it.
     """
-    if (workdir / "p2" / "model").exists():
+    if checkpoint.model_exists(workdir / "p2" / "model"):
         return
     model = checkpoint.load_model(workdir / "p1" / "model")
     if case_path is None:

@@ -127,7 +127,7 @@ def prepare(
                 wanted = f"one from {scans.level_name(known[0])} to {scans.level_name(known[-1])}, or no detector"
                 files.fail(detector, f"label {target.label}", scans.level_name(target.label), wanted)
         document["detector"] = detectors.patient_recipe(detector, adapting)
-    missing = {d: group for d, group in groups.items() if not (workdir / d / "model" / "manifest.json").exists()}
+    missing = {d: group for d, group in groups.items() if not checkpoint.model_exists(workdir / d / "model")}
     # Everything that can be wrong with the input is found before the first file is written.
     vertebrae = {digest: _extract(group.values(), model.config.gaussians) for digest, group in missing.items()}
     _claim(workdir, document)
@@ -399,7 +399,7 @@ def load(workdir, target, identity):
             "not prepared",
             "a vertebra that `experiments.prepare` was run for, with the same --labels",
         )
-    if not (folder / "model" / "manifest.json").exists():
+    if not checkpoint.model_exists(folder / "model"):
         files.fail(
             workdir, "model", "an unfinished preparation", "a finished one: run `experiments.prepare` again to go on"
         )

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import pathlib
 import time
 import zlib
@@ -16,6 +17,16 @@ from experiments import progress
 from radgs_jax import sharding
 from radgs_jax import training
 
+LOG_STEPS = 10
+"""Scalars are written, and skipped steps looked for, after so many: to ask the device more often would be to wait for it."""
+SKIPPED_IN_A_ROW = 10
+"""Skipped steps that end a run. Batches that are bad one by one make no such row: were it every fourth, one in a million steps
+would begin one. A state that is bad itself never leaves it, since a skipped step changes nothing."""
+
+
+class DivergedError(RuntimeError):
+    """Training that does not go on by itself. Its text is one line, with what repeats the steps."""
+
 
 def run(config, workdir, name, pair_set, params, steps, learning_rate, modules=training.MODULES, budget_s=None):
     """Trains the module stages of one data stage, going on from the last checkpoint where there is one.
@@ -29,6 +40,8 @@ def run(config, workdir, name, pair_set, params, steps, learning_rate, modules=t
         a restart follows the same schedule.
     Returns:
       the trained parameters.
+    Raises:
+      DivergedError: as `loop`.
     """
     mesh = sharding.make_mesh()
     batch = -(-config.batch // mesh.size) * mesh.size
@@ -101,7 +114,7 @@ def scheduled(
     with contextlib.closing(batches):
         if budget_s is not None:
             start = batches.get_state()
-            steps = _steps_for(folder, budget_s, lambda: _time_step(update, state, key, _split(next(batches), mesh)))
+            steps = _steps_for(folder, budget_s, lambda: _time_step(update, state, key, next(batches), mesh))
             batches.set_state(start)
         return loop(
             folder,
@@ -128,29 +141,91 @@ def loop(folder, log_folder, mesh, state, update, batches, *, key, rate, steps, 
       rate: step -> learning rate; finish: called with (log, state, last batch) after the last step, if not None.
     Returns:
       the state after the last step.
+    Raises:
+      DivergedError: SKIPPED_IN_A_ROW steps in a row whose gradient is not finite. The last checkpoint is from before them,
+        so that the same call meets them again.
     """
-    first, state, place = checkpoint.load_state(folder, state) or (0, state, batches.get_state())
+    first, state, place, skipped = checkpoint.load_state(folder, state) or (0, state, batches.get_state(), 0)
     if first >= steps:
         return state
     batches.set_state(place)
-    log, saved = progress.Log(log_folder, folder.name), time.monotonic()
-    with progress.bar(steps, folder.name, first) as bar:
-        for step in range(first, steps):
-            batch, learning_rate = next(batches), np.float32(rate(step))
-            state, metrics = update(state, jax.random.fold_in(key, step), learning_rate, _split(batch, mesh))
-            if step % 10 == 9 or step == steps - 1:
-                values = {k: float(v) for k, v in metrics.items()}
-                log.scalars(step + 1, {**values, "learning_rate": learning_rate})
-                shown = {k: f"{v:.3g}" for k, v in values.items() if k in ("loss", "points_mm", "pose_mm")}
-                bar.set_postfix(shown, refresh=False)
-            bar.update()
-            if step == steps - 1 or time.monotonic() - saved > checkpoint_seconds:
-                checkpoint.save_state(folder, step + 1, state, batches.get_state())
-                saved = time.monotonic()
-    if finish is not None:
-        finish(log, state, batch)
-    log.close()
+    key, skips = _key_on(mesh, key), _Skips(skipped)
+    saved = time.monotonic()
+    with contextlib.closing(progress.Log(log_folder, folder.name)) as log:
+        with progress.bar(steps, folder.name, first) as bar:
+            for step in range(first, steps):
+                place, batch, learning_rate = batches.get_state(), next(batches), np.float32(rate(step))
+                step_key = jax.random.fold_in(key, _whole(np.uint32(step), mesh))
+                state, metrics = update(state, step_key, _whole(learning_rate, mesh), _split(batch, mesh))
+                skips.add(step, place, metrics.pop("skipped"))
+                last, logged = step == steps - 1, step % LOG_STEPS == LOG_STEPS - 1
+                saving = last or time.monotonic() - saved > checkpoint_seconds
+                if saving or logged:
+                    skips.read()
+                if last or logged or skips.full:
+                    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                    log.scalars(step + 1, {**values, "learning_rate": learning_rate, "skipped": skips.count})
+                    shown = {k: f"{v:.3g}" for k, v in values.items() if k in ("loss", "points_mm", "pose_mm")}
+                    bar.set_postfix({**shown, **({"skipped": skips.count} if skips.count else {})}, refresh=False)
+                bar.update()
+                skips.check(folder, key)
+                # Not in the midst of a row of skipped steps: there is nothing new, and whoever goes on is to meet the whole row.
+                if last or saving and not skips.row:
+                    checkpoint.save_state(folder, step + 1, state, batches.get_state(), skips.count)
+                    saved = time.monotonic()
+        if finish is not None:
+            finish(log, state, batch)
     return state
+
+
+class _Skips:
+    """Counts steps whose update was skipped, without waiting for any of them before it is told to.
+
+    count: how many so far; row: those at the end of what has been read, one after the other, as (step, place of its batch);
+    full: the first row of SKIPPED_IN_A_ROW, or None.
+    """
+
+    def __init__(self, count):
+        self.count, self.row, self.full, self._unread = count, [], None, []
+
+    def add(self, step, place, skipped):
+        """Takes note of a step, whose batch was at `place`; skipped: 0 or 1, on the device."""
+        self._unread.append((step, place, skipped))
+
+    def read(self):
+        """Brings the counts up to date: waits for the device."""
+        found = jax.device_get([skipped for _, _, skipped in self._unread])
+        for (step, place, _), skipped in zip(self._unread, found):
+            self.count += int(skipped)
+            self.row = [*self.row, (step, place)] if skipped else []
+            if len(self.row) == SKIPPED_IN_A_ROW:
+                self.full = self.full or self.row
+        self._unread = []
+
+    def check(self, folder, key):
+        """Raises DivergedError where there was a full row; folder: of the stage; key: of all steps."""
+        if not self.full:
+            return
+        (first, place), (last, _) = self.full[0], self.full[-1]
+        before = checkpoint.latest(folder)
+        numbers = jax.device_get(jax.random.key_data(key)).tolist()
+        raise DivergedError(
+            f"{folder}: steps {first} to {last}, counted from 0: found {SKIPPED_IN_A_ROW} gradients in a row that are not"
+            f" finite, wanted finite ones; to meet them again run the same command, which goes on from"
+            f" {'the start' if before is None else f'step_{before}'}: step {first} takes its batch at"
+            f" {json.dumps(place)} and its key from jax.random.fold_in(jax.random.wrap_key_data({numbers}), {first})"
+        )
+
+
+def _whole(value, mesh):
+    """A number or an array of the host's, whole on every device of the mesh: what jit would move by itself holds up the step."""
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.make_array_from_process_local_data(whole, np.asarray(value), np.shape(value))
+
+
+def _key_on(mesh, key):
+    data = jax.device_get(jax.random.key_data(key))
+    return jax.random.wrap_key_data(_whole(data, mesh), impl=jax.random.key_impl(key))
 
 
 def _split(batch, mesh):
@@ -181,13 +256,15 @@ def _log_pictures(config, log, step, state, batch):
     )
 
 
-def _time_step(update, state, key, batch):
-    # The state is donated, so the probe works on copies; the first call compiles.
+def _time_step(update, state, key, batch, mesh):
+    # The state is donated, so the probe works on copies; the first call compiles. Placed as in `loop`, which would else compile
+    # once more.
+    key, rate, batch = _key_on(mesh, key), _whole(np.float32(0.0), mesh), _split(batch, mesh)
     times = []
     for _ in range(4):
         probe = jax.tree.map(jnp.copy, state)
         start = time.monotonic()
-        jax.block_until_ready(update(probe, key, np.float32(0.0), batch))
+        jax.block_until_ready(update(probe, key, rate, batch))
         times.append(time.monotonic() - start)
     return float(np.median(times[1:])), times[0]
 

@@ -6,6 +6,7 @@ flowing from the registration through the voxeliser into RecM.
 
 import dataclasses
 import functools
+import math
 
 import flax.struct
 import jax
@@ -248,9 +249,9 @@ def optimizer(weight_decay=1e-4):
 
 
 def cosine(step, steps, peak, warmup=50):
-    """Learning rate: linear warm-up, then half a cosine to zero."""
+    """Learning rate: linear warm-up, then half a cosine to zero. Plain floats: a device would answer after all its steps."""
     progress = min(1.0, step / max(1, steps))
-    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + float(jnp.cos(jnp.pi * progress)))
+    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def state_of(params, trained):
@@ -267,7 +268,8 @@ def update_of(mesh, objective, trained):
     """The jitted update (state, key, learning_rate, batch) -> (state, metrics) on a mesh with an axis 'data'.
 
     The batch is split over 'data'; parameters are replicated; gradients are averaged across the mesh. Each shard draws its
-    own random numbers from (key, shard). The state is donated.
+    own random numbers from (key, shard). The state is donated. A batch whose gradient is not finite leaves it as it was;
+    beside the loss, the norm of the gradient and the objective's scalars, the metrics say so: `skipped` is 1, else 0.
 
     Args:
       objective: (params, key, batch) -> scalar and a dict of scalars; trained: names in `params` that it is minimised over.
@@ -287,12 +289,12 @@ def update_of(mesh, objective, trained):
         gradient, value, parts = jax.lax.pmean((gradient, value, parts), "data")
         norm = optax.global_norm(gradient)
         direction, opt_state = tx.update(gradient, state["opt_state"], free)
-        # A batch whose gradient is not finite is skipped, not allowed to poison the parameters.
+        # One such batch must not poison the parameters.
         good = jnp.isfinite(norm)
         stepped = jax.tree.map(lambda p, d: jnp.where(good, p - learning_rate * d, p), free, direction)
         opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state["opt_state"])
         new_state = {"params": {**state["params"], **stepped}, "opt_state": opt_state}
-        return new_state, {"loss": value, "gradient_norm": norm, **parts}
+        return new_state, {"loss": value, "gradient_norm": norm, **parts, "skipped": (~good).astype(jnp.int32)}
 
     replicated, split = PartitionSpec(), PartitionSpec("data")
     step = jax.shard_map(
