@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import functools
 import multiprocessing
-import os
 import pathlib
 
 import jax
@@ -168,7 +167,7 @@ def _workers(count):
     """
     if jax.default_backend() != "cpu":
         return 1
-    return max(1, min(len(os.sched_getaffinity(0)) // 2, count // 256))
+    return max(1, min(pair_store.usable_cores() // 2, count // 256))
 
 
 def simulated_cases(

@@ -207,6 +207,11 @@ def write(
     return None
 
 
+def usable_cores():
+    """Cores that this process may use; of all the machine's where the system cannot say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def config_hash(config, format=FORMAT):
     """Short digest of a configuration, a dataclass or plain values, the same on every machine; another one in another `format`.
 
@@ -412,7 +417,7 @@ def _jobs(folder, count, shard_size):
 
 def _run(task, jobs, processes):
     """Yields (job, result) in the order of the jobs, from this process or from spawned ones."""
-    processes = min(len(jobs), processes or len(os.sched_getaffinity(0)))
+    processes = min(len(jobs), processes or usable_cores())
     if processes <= 1:
         for job in jobs:
             yield job, task(job)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
 
 import flax.traverse_util
@@ -154,7 +153,7 @@ def simulated_views(folder, which, seed, archive, on_done=lambda acquisitions: N
       InputError: as `acquisition`; a damaged store.
     """
     # One process for two cores, since rendering is parallel in itself; an accelerator that renders is not shared.
-    processes = len(os.sched_getaffinity(0)) // 2 if jax.default_backend() == "cpu" else 1
+    processes = pair_store.usable_cores() // 2 if jax.default_backend() == "cpu" else 1
     return pair_store.write(
         pathlib.Path(folder) / pairs.config_hash(which, seed),
         acquisition,

@@ -1,9 +1,9 @@
 """Compiled functions whose traces outlive the process.
 
 Jax's persistent cache spares a new process what XLA does, but not tracing and lowering, which take longer. The StableHLO of a
-`kept` function lies beside that cache, named by all that it was made from: the sources, jax, the kernels' backends, the static
-arguments, the shapes. On a CPU only, where a program is often started for one case; elsewhere, and without a cache, `kept` is
-`jax.jit`.
+`kept` function lies beside that cache, named by all that it was made from: the sources, the versions of this package, jax,
+jaxlib and flax, the kernels' backends, the static arguments, the shapes. On a CPU only, where a program is often started for
+one case; elsewhere, and without a cache, `kept` is `jax.jit`.
 """
 
 import contextlib
@@ -12,12 +12,16 @@ import hashlib
 import json
 import pathlib
 
+import flax
 import jax
+import jaxlib
 import numpy as np
 from absl import logging
 from jax import export
 
+import radgs_jax
 from data_pipelines import files
+from kernels import dispatch
 from kernels.drr import ffi_cpu as drr_library
 from kernels.splat import ffi_cpu as splat_library
 from kernels.voxelize import ffi_cpu as voxelize_library
@@ -143,7 +147,9 @@ def _backends():
     for library in (drr_library, splat_library, voxelize_library):
         try:
             library.register()
-        except NotImplementedError:
+        except NotImplementedError as reason:
+            # Here too, because a program that is loaded is not traced.
+            dispatch.warn_not_built(reason)
             continue
         names += library.TARGETS
     return tuple(names)
@@ -151,7 +157,8 @@ def _backends():
 
 def _path(folder, function, key, suffix):
     """The file of what a function gives for a `key`, whose `repr` tells all."""
-    made_by = jax.__version__, jax.config.jax_enable_x64, _backends(), _sources()
+    versions = tuple(package.__version__ for package in (radgs_jax, jax, jaxlib, flax))
+    made_by = versions, jax.config.jax_enable_x64, _backends(), _sources()
     digest = hashlib.sha256(repr((made_by, key)).encode()).hexdigest()[:24]
     return folder / f"{function.__module__}.{function.__qualname__}-{digest}.{suffix}"
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend import backend
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
@@ -52,7 +53,8 @@ def along_batch(function, events, *arrays, shared=0, summed=False):
 
 def _partitioned(function, events, arrays, shared, summed):
     batch = arrays[shared].ndim - events[shared]
-    if batch == 0 or jax.device_count() == 1:
+    # Not only the default devices: the arrays may be split over a host's processors beside one GPU.
+    if batch == 0 or all(client.device_count() == 1 for client in backend.backends().values()):
         return function(*arrays)
     results = jax.eval_shape(function, *arrays)
     leading = [0] * shared + [batch] * (len(arrays) - shared), [0 if summed else batch] * len(results)

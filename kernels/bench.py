@@ -183,7 +183,7 @@ def resolve(op, spec, implementation):
     reason = None
     for name in OPERATORS[op].backends if implementation is None else (implementation,):
         try:
-            jax.eval_shape(_function(op, spec, name), *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in spec.arrays()))
+            jax.jit(_function(op, spec, name)).lower(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in spec.arrays()))
             return name
         except NotImplementedError as error:
             reason = error
@@ -423,7 +423,7 @@ class Peer:
 
 
 def _race_here(python, crop, ours, thread_count, seconds):
-    if thread_count < threads():
+    if thread_count < threads() and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:thread_count])
     peer = Peer(python, crop, thread_count)
     try:

@@ -176,6 +176,7 @@ def test_drr_agrees_with_the_oracle_and_repeats_bitwise():
         assert all(np.array_equal(a, b) for a, b in zip(more, gradients, strict=True))
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to a processor")
 def test_drr_bits_do_not_depend_on_threads(tmp_path):
     """One processor cuts the volume into other slabs than two or more do."""
     script = (

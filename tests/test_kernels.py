@@ -672,11 +672,16 @@ def test_dispatch_falls_back_in_order():
     def unable(x):
         raise NotImplementedError("no such device")
 
+    def run(backends, implementation):
+        (found,) = dispatch.run("op", backends, implementation, lambda backend, x: backend(x), jnp.float32(1.0))
+        return found
+
     backends = {"best": unable, "plain": lambda x: x + 1, "other": lambda x: x + 2}
-    assert dispatch.run("op", backends, None, 1) == 2
-    assert dispatch.run("op", backends, ("best", "other"), 1) == 3
-    with pytest.raises(NotImplementedError, match="no such device"):
-        dispatch.run("op", backends, "best", 1)
-    with pytest.raises(ExceptionGroup) as failure:
-        dispatch.run("op", {"best": unable, "next": unable}, None, 1)
-    assert len(failure.value.exceptions) == 2
+    for call in (run, lambda *choice: jax.jit(lambda: run(*choice))()):
+        assert call(backends, None) == 2
+        assert call(backends, ("best", "other")) == 3
+        with pytest.raises(NotImplementedError, match="no such device"):
+            call(backends, "best")
+        with pytest.raises(ExceptionGroup) as failure:
+            call({"best": unable, "next": unable}, None)
+        assert len(failure.value.exceptions) == 2

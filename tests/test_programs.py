@@ -1,5 +1,10 @@
 """Programs that outlive their process: what they compute, when they are traced, what they are named by."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +69,8 @@ def test_the_kernels_of_this_machine_are_there_after_loading(folder):
     volume = jnp.asarray(rng.uniform(0, 0.02, (9, 7, 11)), jnp.float32)
     index_from_camera = jnp.eye(4).at[:3, 3].set(jnp.asarray([4.0, 3.0, -60.0]))[None, :3]
     intrinsics = jnp.asarray([[30.0, 31.0, 3.5, 4.5]])
-    wanted = _project(volume, index_from_camera, intrinsics, 8, 0.7)
+    # Compiled as well: drr's rays round otherwise where each operation is run by itself.
+    wanted = jax.jit(_project, static_argnums=(3, 4))(volume, index_from_camera, intrinsics, 8, 0.7)
     for _ in range(2):
         call = programs.kept(_project, static=("size", "step_mm"))
         found = call(volume, index_from_camera, intrinsics, size=8, step_mm=0.7)
@@ -84,6 +90,34 @@ def test_shapes_static_arguments_and_sources_name_the_program(folder, monkeypatc
     monkeypatch.setattr(programs, "_sources", lambda: "changed")
     programs.kept(power, static="n")(x, n=2)
     assert len(list(folder.iterdir())) == 4
+
+
+@pytest.mark.parametrize("package", ["radgs_jax", "jax", "jaxlib", "flax"])
+def test_the_version_of_each_package_names_the_program(folder, package, monkeypatch):
+    call = programs.kept(lambda x: 2.0 * x)
+    call(np.float32(1.5))
+    monkeypatch.setattr(f"{package}.__version__", "0.0.1")
+    programs.kept(lambda x: 2.0 * x)(np.float32(1.5))
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_slow_kernels_are_mentioned_where_programs_are_only_loaded(tmp_path):
+    """Without a compiler; a first process keeps the program, and the second traces nothing."""
+    script = (
+        "import sys, jax, test_programs as t; from experiments import programs\n"
+        "jax.config.update('jax_compilation_cache_dir', sys.argv[1] + '/xla')\n"
+        "call = programs.kept(t._project, static=('size', 'step_mm'))\n"
+        "shapes = [jax.numpy.zeros(shape, 'float32') for shape in ((9, 7, 11), (1, 3, 4), (1, 4))]\n"
+        "call.lower(*shapes, size=8, step_mm=0.7)"
+    )
+    root = pathlib.Path(__file__).parents[1]
+    search = os.pathsep.join([str(root), str(root / "tests")])
+    environment = {"PYTHONPATH": search, "PATH": str(tmp_path), "CXX": "g++", "XDG_CACHE_HOME": str(tmp_path)}
+    for _ in range(2):
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr.count("C++ kernels are not available") == 1, done.stderr
+    assert len(list((tmp_path / "traces").iterdir())) == 1
 
 
 def test_without_a_cache_it_is_jit(monkeypatch):

@@ -26,7 +26,7 @@ def _command(flags, sources, program):
     if compiler is None:
         pytest.skip("no C++ compiler found")
     kept = [flag for flag in ffi_build.FLAGS if flag not in ("-O3", "-shared", "-fPIC")]
-    march = ["-march=x86-64-v3"] if ffi_build._has_avx2() else []
+    march = ["-march=x86-64-v3"] if ffi_build._has_x86_64_v3() else []
     include = [f"-I{ffi_build.HEADERS}", f"-I{jax.ffi.include_dir()}"]
     return [compiler, *kept, *march, "-O1", "-g1", *flags, *include, *map(str, sources), "-o", str(program)]
 

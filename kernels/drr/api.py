@@ -67,7 +67,7 @@ def drr_and_motion(volume, voxel_from_camera, intrinsics, height, width, *, step
     origin, direction = geometry.voxel_rays(affine, intrinsics, height, width)
 
     def run(volume, *views):
-        return _one_batch(lambda *views: _run(PER_RAY, implementation, volume, *views, float(step_mm)), (1, 3), *views)
+        return _one_batch(lambda *views: _run(PER_RAY, implementation, float(step_mm), volume, *views), (1, 3), *views)
 
     arrays = jax.lax.stop_gradient((jnp.asarray(volume, dtype), origin, direction))
     image, by_origin, by_direction = batching.along_batch(run, (3, 1, 3), *arrays, shared=1)
@@ -96,7 +96,7 @@ def _checked(volume, voxel_from_camera, intrinsics, step_mm, implementation):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _drr(step_mm, implementation, volume, origin, direction):
     def run(volume, *views):
-        return _one_batch(lambda *views: (_run(FORWARD, implementation, volume, *views, step_mm),), (1, 3), *views)
+        return _one_batch(lambda *views: _run(FORWARD, implementation, step_mm, volume, *views), (1, 3), *views)
 
     return batching.along_batch(run, (3, 1, 3), volume, origin, direction, shared=1)[0]
 
@@ -108,13 +108,13 @@ def _drr_fwd(step_mm, implementation, *arrays):
 def _drr_bwd(step_mm, implementation, arrays, cotangent):
     # Apart, so that XLA drops the one whose gradient nobody uses.
     volume, *views = *arrays, cotangent
-    events = (1, 3, 2)
+    events, shape = (1, 3, 2), volume.shape
 
     def to_rays(volume, *views):
-        return _one_batch(lambda *views: _run(TO_RAYS, implementation, volume, *views, step_mm), events, *views)
+        return _one_batch(lambda *views: _run(TO_RAYS, implementation, step_mm, volume, *views), events, *views)
 
     def to_volume(*views):
-        return (_run(TO_VOLUME, implementation, volume.shape, *_one_axis(events, views), step_mm),)
+        return _run(TO_VOLUME, implementation, step_mm, *_one_axis(events, views), first=(shape,))
 
     (d_volume,) = batching.along_batch(to_volume, events, *views, summed=True)
     return d_volume, *batching.along_batch(to_rays, (3, *events), volume, *views, shared=1)
@@ -123,8 +123,10 @@ def _drr_bwd(step_mm, implementation, arrays, cotangent):
 _drr.defvjp(_drr_fwd, _drr_bwd)
 
 
-def _run(backends, implementation, *arguments):
-    return dispatch.run("drr", backends, implementation, *arguments)
+def _run(backends, implementation, step_mm, *arrays, first=()):
+    """The chosen backend's results; `first` are its arguments before the arrays."""
+    call = lambda backend, *arrays: backend(*first, *arrays, step_mm)
+    return dispatch.run("drr", backends, implementation, call, *arrays)
 
 
 def _one_axis(events, views):

@@ -12,8 +12,8 @@ from kernels.splat import oracle
 from kernels.splat import xla
 
 BACKENDS = {
-    "pallas_triton": dispatch.on_call("kernels.splat.pallas_triton", "forward", "backward"),
-    "pallas_tpu": dispatch.on_call("kernels.splat.pallas_tpu", "forward", "backward"),
+    "pallas_triton": dispatch.on_call("gpu", "kernels.splat.pallas_triton", "forward", "backward"),
+    "pallas_tpu": dispatch.on_call("tpu", "kernels.splat.pallas_tpu", "forward", "backward"),
     "ffi_cpu": (ffi_cpu.forward, ffi_cpu.backward),
     "xla": (xla.forward, xla.backward),
 }
@@ -60,9 +60,10 @@ def splat(density, mean, precision, intrinsics, height, width, *, implementation
 def _splat(height, width, implementation, density, mean, precision, intrinsics):
     forwards = {name: pair[0] for name, pair in BACKENDS.items()}
 
-    def run(*arrays):
-        return (dispatch.run("splat", forwards, implementation, *arrays, height, width),)
+    def call(forward, *arrays):
+        return forward(*arrays, height, width)
 
+    run = functools.partial(dispatch.run, "splat", forwards, implementation, call)
     return batching.along_batch(run, (1, 2, 2, 1), density, mean, precision, intrinsics)[0]
 
 
@@ -77,9 +78,10 @@ def _splat_bwd(height, width, implementation, residuals, cotangent):
     arrays, to_camera = residuals
     backwards = {name: pair[1] for name, pair in BACKENDS.items()}
 
-    def run(*arrays):
-        return dispatch.run("splat", backwards, implementation, *arrays, to_camera=bool(to_camera))
+    def call(backward, *arrays):
+        return backward(*arrays, to_camera=bool(to_camera))
 
+    run = functools.partial(dispatch.run, "splat", backwards, implementation, call)
     gradients = batching.along_batch(run, (1, 2, 2, 1, 2), *arrays, cotangent)
     return gradients if to_camera else (*gradients, jnp.zeros_like(arrays[3]))
 

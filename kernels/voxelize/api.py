@@ -11,7 +11,7 @@ from kernels.voxelize import ffi_cpu
 from kernels.voxelize import xla
 
 BACKENDS = {
-    "pallas_triton": dispatch.on_call("kernels.voxelize.pallas_triton", "forward", "backward"),
+    "pallas_triton": dispatch.on_call("gpu", "kernels.voxelize.pallas_triton", "forward", "backward"),
     "ffi_cpu": (ffi_cpu.forward, ffi_cpu.backward),
     "xla": (xla.forward, xla.backward),
 }
@@ -53,9 +53,10 @@ def voxelize(density, mean, precision, shape, *, implementation=None):
 def _voxelize(shape, implementation, density, mean, precision):
     forwards = {name: pair[0] for name, pair in BACKENDS.items()}
 
-    def run(*arrays):
-        return (dispatch.run("voxelize", forwards, implementation, *arrays, shape),)
+    def call(forward, *arrays):
+        return forward(*arrays, shape)
 
+    run = functools.partial(dispatch.run, "voxelize", forwards, implementation, call)
     return batching.along_batch(run, (1, 2, 2), density, mean, precision)[0]
 
 
@@ -65,7 +66,8 @@ def _voxelize_fwd(shape, implementation, *arrays):
 
 def _voxelize_bwd(shape, implementation, arrays, cotangent):
     backwards = {name: pair[1] for name, pair in BACKENDS.items()}
-    run = functools.partial(dispatch.run, "voxelize", backwards, implementation)
+    call = lambda backward, *arrays: backward(*arrays)
+    run = functools.partial(dispatch.run, "voxelize", backwards, implementation, call)
     return batching.along_batch(run, (1, 2, 2, 3), *arrays, cotangent)
 
 
