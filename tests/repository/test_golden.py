@@ -84,10 +84,10 @@ def check(golden, name, found):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """The four vertebrae of the bench, prepared by a few training steps, which are the same on every run."""
+    """The four vertebrae of the bench, prepared with the base as it is."""
     if not BENCH.exists():
         pytest.skip("the bench is not there")
-    stage = configs.StageConfig(pairs=2, ct_pairs=2, steps=(2, 1, 2), learning_rate=1e-4)
+    stage = configs.StageConfig(pairs=1, ct_pairs=1, steps=(0, 0, 0), learning_rate=1e-4)
     config = dataclasses.replace(configs.DEMO, p3=stage, batch=2)
     volumes = cases.read(BENCH).volumes.values()
     targets = [patients.Target(v.patient, v.full_ct, v.full_mask, v.full_label) for v in volumes]
