@@ -20,15 +20,19 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 
 from data_pipelines import cases
-from data_pipelines import files
-from data_pipelines import pair_store
-from data_pipelines import radiograph
-from data_pipelines import scan as scans
-from data_pipelines import segmentation
-from data_pipelines import simulator
-from data_pipelines import xray
-from kernels import program
+from data_pipelines import simulation
+from data_pipelines.ct import extraction
+from data_pipelines.ct import scans
+from data_pipelines.ct import segmentation
+from data_pipelines.io import files
+from data_pipelines.pairs import pair_store
+from data_pipelines.simulation import quick
+from data_pipelines.xrays import radiograph
+from kernels.tools import program
 from radgs_jax import attenuation
+from radgs_jax import errors
+from radgs_jax.geometry import resample
+from radgs_jax.levels import level_name
 
 TILE_INCHES = 2.4
 BODY_MM = 2.0
@@ -67,7 +71,7 @@ def of_scan(scan, labels):
     """Sagittal, coronal and axial slices through each vertebra's middle, its mask outlined.
 
     Args:
-      scan: `scan.Scan`; labels: VerSe numbers of complete vertebrae.
+      scan: `scans.Scan`; labels: VerSe numbers of complete vertebrae.
     Returns:
       a matplotlib Figure.
     Raises:
@@ -75,13 +79,13 @@ def of_scan(scan, labels):
     """
     rows = []
     for label in labels:
-        cube = scans.vertebra_cube(scan, label)
+        cube = extraction.vertebra_cube(scan, label)
         middle = np.rint(np.average(np.argwhere(cube.occupancy > 0.5), axis=0)).astype(int)
         row = []
         for axis, name in enumerate(("sagittal", "coronal", "axial")):
             # As radiologists look: head or front up, the front or the patient's right on the left.
             hu, mask = (np.take(a, middle[axis], axis).T[::-1, ::-1] for a in (cube.hu, cube.occupancy))
-            row.append((f"{scans.level_name(label)} {name}", _grey(np.clip(hu, -200, 1000), outline=mask)))
+            row.append((f"{level_name(label)} {name}", _grey(np.clip(hu, -200, 1000), outline=mask)))
         rows.append(row)
     return _sheet(rows)
 
@@ -99,13 +103,13 @@ def of_simulation(body, labels, count, seed):
     rows = []
     for index in range(count):
         label = labels[index % len(labels)]
-        sample = simulator.simulate(body, label, np.random.default_rng([seed, label, index]))
+        sample = simulation.simulate(body, label, np.random.default_rng([seed, label, index]))
         row = []
         for view in range(len(sample.rest)):
             shown = np.flatnonzero(sample.in_sight[view])
-            marks = [(*sample.centroids[view, n], scans.level_name(n)) for n in shown]
+            marks = [(*sample.centroids[view, n], level_name(n)) for n in shown]
             clean = _grey(sample.rest[view] + sample.excess[view])
-            row.append((f"{scans.level_name(label)} view {view + 1}, clean", _marked(clean, marks)))
+            row.append((f"{level_name(label)} view {view + 1}, clean", _marked(clean, marks)))
             row.append((f"seed {seed}, {index}: measured", _grey(sample.measured[view], sample.valid[view])))
         rows.append(row)
     return _sheet(rows)
@@ -141,12 +145,13 @@ def of_cases(case_file, variant):
         if volume.full_ct not in projected:
             scan = scans.read_scan(volume.full_ct, volume.full_mask, volume.patient)
             mu = attenuation.from_hounsfield(scan.hu)
-            projected[volume.full_ct] = scans.block_average(mu, scan.ct_from_index, BODY_MM)
+            projected[volume.full_ct] = resample.block_average(mu, scan.ct_from_index, BODY_MM)
         mu, ct_from_index = projected[volume.full_ct]
         row = []
-        for number, (view, image) in enumerate(zip(scene.views, cases.read_xrays(scene, variant)), 1):
-            geometry = view.intrinsics[None], view.camera_from_world[None], image.shape
-            ours = xray.render(mu, ct_from_index, cases.truth(case_file, scene), *geometry, BODY_MM)[0]
+        for number, xray in enumerate(cases.read_xrays(scene, variant), 1):
+            camera, image = xray.camera, xray.line_integrals
+            geometry = camera.intrinsics[None], camera.camera_from_world[None], image.shape
+            ours = quick.render(mu, ct_from_index, cases.truth(case_file, scene), *geometry, BODY_MM)[0]
             row += [
                 (f"{scene.name} view {number}, {variant}", _grey(image)),
                 ("the scan at the true pose", _grey(ours)),
@@ -165,23 +170,23 @@ def read_found(path, case_file):
     """
     reports = files.read_json(path)
     if not isinstance(reports, dict):
-        files.fail(path, "content", type(reports).__name__, "an object with a report for each scene")
+        errors.fail(path, "content", type(reports).__name__, "an object with a report for each scene")
     for name, scene in case_file.scenes.items():
         report = reports.get(name, "nothing")
         if not isinstance(report, dict):
-            files.fail(path, name, repr(report)[:60], "a report, an object")
+            errors.fail(path, name, repr(report)[:60], "a report, an object")
         if "error" in report:
             if not isinstance(report["error"], str):
-                files.fail(path, f"{name}.error", repr(report["error"])[:60], "a line of text")
+                errors.fail(path, f"{name}.error", repr(report["error"])[:60], "a line of text")
             continue
         views = report.get("views", "nothing")
-        if not isinstance(views, list) or len(views) != len(scene.views):
+        if not isinstance(views, list) or len(views) != len(scene.cameras):
             found = f"{len(views)} views" if isinstance(views, list) else repr(views)[:60]
-            files.fail(path, f"{name}.views", found, f"a list for each of {len(scene.views)} views")
+            errors.fail(path, f"{name}.views", found, f"a list for each of {len(scene.cameras)} views")
         for number, view in enumerate(views):
             if not isinstance(view, list) or not all(map(_is_level, view)):
                 wanted = "a list of objects with level, a name, uv, two numbers, and confidence, a number"
-                files.fail(path, f"{name}.views[{number}]", repr(view)[:60], wanted)
+                errors.fail(path, f"{name}.views[{number}]", repr(view)[:60], wanted)
     return reports
 
 
@@ -205,11 +210,11 @@ def of_found(case_file, variant, reports):
     rows = []
     for name, scene in case_file.scenes.items():
         row, error = [], reports[name].get("error", "")
-        for number, image in enumerate(cases.read_xrays(scene, variant)):
+        for number, xray in enumerate(cases.read_xrays(scene, variant)):
             levels = [] if error else reports[name]["views"][number]
             marks = [(*entry["uv"], f"{entry['level']} {100 * entry['confidence']:.0f}") for entry in levels]
             title = [f"{name} view {number + 1}, {variant}", *textwrap.wrap(error, 44)]
-            row.append(("\n".join(title), _marked(_grey(image), marks)))
+            row.append(("\n".join(title), _marked(_grey(xray.line_integrals), marks)))
         rows.append(row)
     return _sheet(rows)
 
@@ -218,7 +223,7 @@ def of_xrays(paths, options):
     """Measured X-rays: for each the numbers that its file holds, and the line integrals that are read from them.
 
     Args:
-      paths: files; options: `radiograph.Options` of all of them.
+      paths: files; options: `radiograph.ReadOptions` of all of them.
     Returns:
       a matplotlib Figure.
     Raises:
@@ -296,19 +301,19 @@ def _figure():
             return of_cases(case_file, VARIANT.value)
         return of_found(case_file, VARIANT.value, read_found(FOUND.value, case_file))
     if XRAYS.value is not None:
-        return of_xrays(XRAYS.value, radiograph.Options(values=VALUES.value))
+        return of_xrays(XRAYS.value, radiograph.ReadOptions(values=VALUES.value))
     if PAIRS.value is not None:
         source = pair_store.open(PAIRS.value)
         if not {"measured", "valid", "vertebra"} <= source[0].keys():
-            files.fail(PAIRS.value, "examples", sorted(source[0]), "pairs, with measured, valid and vertebra")
+            errors.fail(PAIRS.value, "examples", sorted(source[0]), "pairs, with measured, valid and vertebra")
         return of_pairs(source, COUNT.value)
     scan = scans.read_scan(SCAN.value, MASK.value)
     labels = [int(label) for label in LABELS.value or segmentation.complete_labels(scan.labels)]
     if not labels:
-        files.fail(MASK.value, "labels", sorted(scan.boxes), "a complete vertebra")
+        errors.fail(MASK.value, "labels", sorted(scan.boxes), "a complete vertebra")
     if not SIMULATED.value:
         return of_scan(scan, labels)
-    body = simulator.Body(scan)
+    body = simulation.ArticulatedBody(scan)
     labels = labels if LABELS.value else list(body.spine.labels)
     return of_simulation(body, labels, SIMULATED.value, SEED.value)
 
@@ -319,7 +324,7 @@ def main():
         return
     try:
         figure = _figure()
-    except files.InputError as error:
+    except errors.InputError as error:
         program.stop(error)
     with files.replacing(OUTPUT.value) as temporary:
         figure.savefig(temporary, dpi=110, facecolor="white")

@@ -12,18 +12,22 @@ import numpy as np
 from absl import flags
 
 from data_pipelines import cases
-from data_pipelines import files
-from experiments import checkpoint
-from experiments import cli
+from data_pipelines.io import files
 from experiments import configs
-from experiments import curriculum
-from experiments import evaluate
-from experiments import patients
+from experiments import data_stages
+from experiments.patients import models
+from experiments.patients import workdir
+from experiments.runtime import cli
+from experiments.scoring import evaluate
 from radgs_jax import metrics
-from radgs_jax import training
+from radgs_jax.training import objectives
 
-OUT = flags.DEFINE_string("out", None, "Folder of the runs and of the table.", required=True)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0)
+
+def define_flags():
+    """Defines the command's flags; called once, by `cli.run`."""
+    flags.DEFINE_string("out", None, "Folder of the runs and of the table.", required=True)
+    flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0)
+
 
 BASE = dataclasses.replace(
     configs.DEMO,
@@ -52,12 +56,12 @@ ROWS = (
     ("1  RecM, P1, without CAL", "no_cal", "p1", ("rec",)),
     ("2  RecM with CAL, P1", "small", "p1", ("rec",)),
     ("3  RecM and RegM apart, P1", "small", "p1", ("rec", "reg")),
-    ("4  RadGS-Reg, P1", "small", "p1", training.MODULES),
-    ("5  RadGS-Reg, P1 and P2", "small", "p2", training.MODULES),
-    ("6  RadGS-Reg, all stages", "small", "p3", training.MODULES),
-    ("6' the same without CAL", "no_cal", "p3", training.MODULES),
-    ("7  dense backbone, all stages", "dense", "p3", training.MODULES),
-    ("8  ViT backbone, all stages", "vit", "p3", training.MODULES),
+    ("4  RadGS-Reg, P1", "small", "p1", objectives.MODULES),
+    ("5  RadGS-Reg, P1 and P2", "small", "p2", objectives.MODULES),
+    ("6  RadGS-Reg, all stages", "small", "p3", objectives.MODULES),
+    ("6' the same without CAL", "no_cal", "p3", objectives.MODULES),
+    ("7  dense backbone, all stages", "dense", "p3", objectives.MODULES),
+    ("8  ViT backbone, all stages", "vit", "p3", objectives.MODULES),
 )
 """Name, run, data stage after which, module stages of it."""
 REGISTRATION = ("mean_mm", "median_mm", "range_mm", "success", "refined_mm", "refined_success")
@@ -73,15 +77,15 @@ def _share_data(folder, out):
 
 
 def _prepare_of(config, folder, stage, modules):
-    """What makes the `patients.Prepared` of a `cases.Volume` with the model of a row, trained where it is not there yet."""
-    model = curriculum.p1(config, folder, modules if stage == "p1" else training.MODULES)
+    """What makes the `prepared.Prepared` of a `cases.Volume` with the model of a row, trained where it is not there yet."""
+    model = data_stages.p1(config, folder, modules if stage == "p1" else objectives.MODULES)
     if stage != "p1":
-        curriculum.p2(config, folder, training.MODULES)
-        model = checkpoint.load_model(folder / "p2" / "model")
+        data_stages.p2(config, folder, objectives.MODULES)
+        model = models.load_model(folder / "p2" / "model")
     if stage == "p3":
-        curriculum.p3(config, folder, training.MODULES)
-        return patients.loader(folder / "p3")
-    return patients.unprepared_loader(model, config.refine)
+        data_stages.p3(config, folder, objectives.MODULES)
+        return workdir.loader(folder / "p3")
+    return workdir.untrained_loader(model, config.refine)
 
 
 def score(config, folder, row, case_file):
@@ -141,11 +145,11 @@ def table(figures):
 
 def main():
     """Trains and scores every row, and prints the table; raises as `curriculum.p1`, `curriculum.p2` and `curriculum.p3`."""
-    out = pathlib.Path(OUT.value)
-    configurations = {name: dataclasses.replace(config, seed=SEED.value) for name, config in RUNS.items()}
+    out = pathlib.Path(flags.FLAGS.out)
+    configurations = {name: dataclasses.replace(config, seed=flags.FLAGS.seed) for name, config in RUNS.items()}
     first = next(iter(configurations.values()))
     _share_data(out / "small", out)
-    path = curriculum.held_out_cases(first, out, curriculum.patient_scan(first, out), ("real",))
+    path = data_stages.held_out_cases(first, out, data_stages.patient_scan(first, out), ("real",))
     case_file, figures = cases.read(path), {}
     for row in ROWS:
         name, run, *_ = row
@@ -158,4 +162,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

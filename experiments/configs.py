@@ -2,13 +2,13 @@
 
 import dataclasses
 
-from data_pipelines import simulator
-from data_pipelines.pairs import PairConfig
-from data_pipelines.phantom import PhantomConfig
-from data_pipelines.xray import Detector
+from data_pipelines import simulation
+from data_pipelines.pairs.examples import PairConfig
+from data_pipelines.phantom.generate import PhantomConfig
+from data_pipelines.simulation.quick import PanelFaults
 from radgs_jax.models.config import ModelConfig
-from radgs_jax.refinement import RefineConfig
-from radgs_jax.training import LossConfig
+from radgs_jax.registration.gauss_newton import RefineConfig
+from radgs_jax.training.objectives import LossConfig
 
 DATA_STAGES = ("p1", "p2", "p3")
 STARTS_MM = ((0, 5), (5, 10), (10, 15), (15, 20), (20, 25))
@@ -43,7 +43,7 @@ class Config:
     pairs: PairConfig = PairConfig()
     losses: LossConfig = LossConfig()
     phantom: PhantomConfig = PhantomConfig()
-    detector: Detector = Detector()
+    detector: PanelFaults = PanelFaults()
     labels: tuple = (17, 18, 19, 20, 21, 22, 23, 24)
     p1_patients: int = 8
     p2_patients: int = 5
@@ -93,7 +93,7 @@ PAPER = Config(
         grid_blur_mm=0.6,
     ),
     pairs=PairConfig(
-        geometry=simulator.Geometry(window=224, binning=4, vertebra_step_mm=0.5, rest_step_mm=1.0),
+        geometry=simulation.Geometry(window=224, binning=4, vertebra_step_mm=0.5, rest_step_mm=1.0),
         poses=1,
         rest_mm=1.5,
         vertebra_mm=0.75,

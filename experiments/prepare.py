@@ -9,70 +9,72 @@ import pathlib
 from absl import flags
 
 from data_pipelines import cases
-from data_pipelines import files
-from data_pipelines import scan as scans
-from data_pipelines import segmentation
-from experiments import cli
+from data_pipelines.ct import segmentation
 from experiments import configs
-from experiments import detectors
-from experiments import patients
+from experiments.localizers import localizer_files
+from experiments.patients import models
+from experiments.patients import preparing
+from experiments.patients import workdir
+from experiments.runtime import cli
+from radgs_jax import errors
+from radgs_jax.levels import level_name
 
-CASES = flags.DEFINE_string("cases", None, "Case file whose `volumes` are prepared.")
-CT = flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder), instead of --cases.")
-MASK = flags.DEFINE_string("mask", None, "Label map on the CT's grid, with --ct.")
-LABELS = flags.DEFINE_enum(
-    "labels", None, sorted(segmentation.LABEL_MAPS), "What numbers --mask holds; default: recognised, or refused."
-)
-LABEL = flags.DEFINE_list("label", None, "VerSe number of the vertebra, or several, with --ct.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for what is prepared.", required=True)
-BASE = flags.DEFINE_string("base", str(cli.REPOSITORY / "base"), "Model of P1+P2 to start from.")
-MINUTES = flags.DEFINE_float(
-    "minutes", None, "Training time per scan, without its data; default: the preset's steps.", lower_bound=0.05
-)
-PRESET = flags.DEFINE_enum("preset", "demo", sorted(configs.PRESETS), "Configuration.")
-DETECTOR = flags.DEFINE_bool(
-    "detector", None, "Adapt BASE/detector.npz to each scan, in ten minutes; default: with --ct, where it is there."
-)
+
+def define_flags():
+    """Defines the command's flags; called once, by `cli.run`."""
+    flags.DEFINE_string("cases", None, "Case file whose `volumes` are prepared.")
+    flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder), instead of --cases.")
+    flags.DEFINE_string("mask", None, "Label map on the CT's grid, with --ct.")
+    flags.DEFINE_enum(
+        "labels", None, sorted(segmentation.LABEL_MAPS), "What numbers --mask holds; default: recognised, or refused."
+    )
+    flags.DEFINE_list("label", None, "VerSe number of the vertebra, or several, with --ct.")
+    flags.DEFINE_string("workdir", None, "Folder for what is prepared.", required=True)
+    flags.DEFINE_string("base", None, "Model of P1+P2 to start from; default: the shipped one.")
+    flags.DEFINE_float(
+        "minutes", None, "Training time per scan, without its data; default: the preset's steps.", lower_bound=0.05
+    )
+    flags.DEFINE_enum("preset", "demo", sorted(configs.PRESETS), "Configuration.")
+    flags.DEFINE_bool(
+        "detector", None, "Adapt BASE/detector.npz to each scan, in ten minutes; default: with --ct, where it is there."
+    )
 
 
 def targets():
-    """What the flags name, as a list of `patients.Target`.
+    """What the flags name, as a list of `workdir.Target`.
 
     Raises:
       InputError: flags that do not go together, labels that are not numbers, or an unreadable case file.
     """
-    if CASES.value:
-        if CT.value or MASK.value or LABEL.value or LABELS.value:
-            files.fail("flags", "--cases", "also --ct, --mask, --label or --labels", "either a case file or one scan")
+    if flags.FLAGS.cases:
+        if flags.FLAGS.ct or flags.FLAGS.mask or flags.FLAGS.label or flags.FLAGS.labels:
+            errors.fail("flags", "--cases", "also --ct, --mask, --label or --labels", "either a case file or one scan")
         return [
-            patients.Target(v.patient, v.full_ct, v.full_mask, v.full_label)
-            for v in cases.read(CASES.value).volumes.values()
+            workdir.Target(v.patient, v.full_ct, v.full_mask, v.full_label)
+            for v in cases.read(flags.FLAGS.cases).volumes.values()
         ]
-    if not (CT.value and MASK.value and LABEL.value):
-        files.fail("flags", "input", "neither --cases nor all of --ct, --mask, --label", "one of the two")
-    return [
-        patients.Target(
-            pathlib.Path(CT.value).name, pathlib.Path(CT.value), pathlib.Path(MASK.value), number, LABELS.value
-        )
-        for number in cli.label_numbers(LABEL.value)
-    ]
+    if not (flags.FLAGS.ct and flags.FLAGS.mask and flags.FLAGS.label):
+        errors.fail("flags", "input", "neither --cases nor all of --ct, --mask, --label", "one of the two")
+    ct, mask = pathlib.Path(flags.FLAGS.ct), pathlib.Path(flags.FLAGS.mask)
+    numbers = cli.label_numbers(flags.FLAGS.label)
+    return [workdir.Target(ct.name, ct, mask, number, flags.FLAGS.labels) for number in numbers]
 
 
-def generic_detector(chosen):
+def generic_detector(chosen, base):
     """Path of the detector to adapt to the scans of the targets `chosen`, or None for none.
 
     Raises:
       InputError: a file that is not a detector.
     """
-    path = pathlib.Path(BASE.value) / "detector.npz"
-    if DETECTOR.value is not None:
-        return path if DETECTOR.value else None
-    if CASES.value:
+    path = pathlib.Path(base) / "detector.npz"
+    if flags.FLAGS.detector is not None:
+        return path if flags.FLAGS.detector else None
+    if flags.FLAGS.cases:
         return None
     why = None if path.exists() else f"{path} is not there"
     if why is None:
-        levels = detectors.load(path).config.levels
-        beyond = sorted({scans.level_name(t.label) for t in chosen if t.label not in levels})
+        levels = localizer_files.load(path).config.levels
+        beyond = sorted({level_name(t.label) for t in chosen if t.label not in levels})
         why = f"{path} does not know {', '.join(beyond)}" if beyond else None
     if why is None:
         return path
@@ -81,19 +83,24 @@ def generic_detector(chosen):
 
 
 def main():
-    """Prepares what the flags name; raises as `targets`, `generic_detector` and `patients.prepare`."""
-    chosen = targets()
-    patients.prepare(
-        configs.PRESETS[PRESET.value],
-        WORKDIR.value,
+    """Prepares what the flags name; raises as `targets`, `generic_detector` and `preparing.prepare`."""
+    chosen, base = targets(), flags.FLAGS.base or models.base_folder()
+    preparing.prepare(
+        configs.PRESETS[flags.FLAGS.preset],
+        flags.FLAGS.workdir,
         chosen,
-        BASE.value,
-        MINUTES.value,
-        detector=generic_detector(chosen),
-        calibration=patients.read_calibration(pathlib.Path(BASE.value) / patients.CALIBRATION),
+        base,
+        flags.FLAGS.minutes,
+        detector=generic_detector(chosen, base),
+        rule=workdir.read_rule(pathlib.Path(base) / workdir.CALIBRATION),
     )
-    print(f"prepared: {WORKDIR.value}")
+    print(f"prepared: {flags.FLAGS.workdir}")
+
+
+def command():
+    """Runs the command; what the console script calls."""
+    cli.run(main, define_flags)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command()

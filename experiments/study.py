@@ -9,29 +9,35 @@ import pathlib
 
 from absl import flags
 
-from data_pipelines import files
-from experiments import cli
+from data_pipelines.io import files
 from experiments import configs
-from experiments import pictures
-from experiments import studying
+from experiments.patients import models
+from experiments.reports import pictures
+from experiments.reports import statistics
+from experiments.runtime import cli
+from experiments.scoring import conditions
+from experiments.scoring import rivals
 
-CT = flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder) that was prepared.", required=True)
-MASK = flags.DEFINE_string("mask", None, "Label map on the CT's grid.", required=True)
-LABEL = flags.DEFINE_list("label", None, "VerSe numbers of its prepared vertebrae.", required=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder that `experiments.prepare` made.", required=True)
-OUT = flags.DEFINE_string("out", None, "Folder of the study.", required=True)
-SCENES = flags.DEFINE_integer("scenes", 20, "Acquisitions of each vertebra, one start each.", lower_bound=1)
-SWEEP_SCENES = flags.DEFINE_integer(
-    "sweep_scenes",
-    3,
-    "Acquisitions of each vertebra at each point of a sweep, one start each; 0: no sweeps.",
-    lower_bound=0,
-)
-PLAIN_MINUTES = flags.DEFINE_float(
-    "plain_minutes", 0.0, "Training time of the plain 2D network, on the workdir's pairs; 0: none.", lower_bound=0.0
-)
-MINUTES = flags.DEFINE_list("minutes", [], "Training times to prepare the first vertebra with, anew, and compare.")
-SEED = flags.DEFINE_integer("seed", 5, "Seed of everything random.", lower_bound=0)
+
+def define_flags():
+    """Defines the command's flags; called once, by `cli.run`."""
+    flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder) that was prepared.", required=True)
+    flags.DEFINE_string("mask", None, "Label map on the CT's grid.", required=True)
+    flags.DEFINE_list("label", None, "VerSe numbers of its prepared vertebrae.", required=True)
+    flags.DEFINE_string("workdir", None, "Folder that `experiments.prepare` made.", required=True)
+    flags.DEFINE_string("out", None, "Folder of the study.", required=True)
+    flags.DEFINE_integer("scenes", 20, "Acquisitions of each vertebra, one start each.", lower_bound=1)
+    flags.DEFINE_integer(
+        "sweep_scenes",
+        3,
+        "Acquisitions of each vertebra at each point of a sweep, one start each; 0: no sweeps.",
+        lower_bound=0,
+    )
+    flags.DEFINE_float(
+        "plain_minutes", 0.0, "Training time of the plain 2D network, on the workdir's pairs; 0: none.", lower_bound=0.0
+    )
+    flags.DEFINE_list("minutes", [], "Training times to prepare the first vertebra with, anew, and compare.")
+    flags.DEFINE_integer("seed", 5, "Seed of everything random.", lower_bound=0)
 
 
 class _Report:
@@ -49,49 +55,51 @@ class _Report:
 
 
 def main():
-    """Runs the study; raises as `studying.Patient`, `build.simulated_cases` and `patients.prepare`."""
-    labels, minutes = cli.label_numbers(LABEL.value), cli.numbers("--minutes", MINUTES.value)
-    out, config, seed = pathlib.Path(OUT.value), configs.DEMO, SEED.value
-    patient, passes = studying.Patient(CT.value, MASK.value, labels, WORKDIR.value), config.passes
+    """Runs the study; raises as `conditions.Patient`, `case_files.simulated_cases` and `preparing.prepare`."""
+    labels, minutes = cli.label_numbers(flags.FLAGS.label), cli.numbers("--minutes", flags.FLAGS.minutes)
+    out, config, seed = pathlib.Path(flags.FLAGS.out), configs.DEMO, flags.FLAGS.seed
+    patient, passes = conditions.Patient(flags.FLAGS.ct, flags.FLAGS.mask, labels, flags.FLAGS.workdir), config.passes
     report, results, counts = _Report(out / "study.txt"), {}, {}
 
     def run(condition, count):
         counts[condition] = count
-        results[condition] = studying.run(patient, condition, count, seed, out, passes)
+        results[condition] = conditions.run(patient, condition, count, seed, out, passes)
         return results[condition]
 
     for variant in ("artic", "real"):
-        condition = studying.Condition("scenes", variant, variant)
-        rows = run(condition, SCENES.value)
-        report.add(f"scenes: {variant}", studying.HEADER, *studying.by_start(rows, configs.STARTS_MM))
-    far = studying.Condition("far starts", "artic", starts_mm=studying.FAR_MM, every_start=True)
-    rows = run(far, max(1, SCENES.value // 4))
-    report.add("far starts: artic", studying.HEADER, *studying.by_start(rows, studying.FAR_MM))
-    report.add(studying.reconstructions(patient, max(1, SWEEP_SCENES.value), seed, out, passes))
+        condition = conditions.Condition("scenes", variant, variant)
+        rows = run(condition, flags.FLAGS.scenes)
+        report.add(f"scenes: {variant}", statistics.HEADER, *statistics.by_start(rows, configs.STARTS_MM))
+    far = conditions.Condition("far starts", "artic", starts_mm=conditions.FAR_MM, every_start=True)
+    rows = run(far, max(1, flags.FLAGS.scenes // 4))
+    report.add("far starts: artic", statistics.HEADER, *statistics.by_start(rows, conditions.FAR_MM))
+    report.add(rivals.reconstructions(patient, max(1, flags.FLAGS.sweep_scenes), seed, out, passes))
     groups = {}
-    for condition in studying.sweeps() if SWEEP_SCENES.value else []:
-        rows = run(condition, SWEEP_SCENES.value)
+    for condition in conditions.sweeps() if flags.FLAGS.sweep_scenes else []:
+        rows = run(condition, flags.FLAGS.sweep_scenes)
         groups.setdefault(condition.group, {})[condition.name] = rows
     for group, entries in groups.items():
-        report.add(group, studying.HEADER, *(studying.line(name, rows) for name, rows in entries.items()))
-    params = studying.train_plain(patient, config, PLAIN_MINUTES.value, out, seed) if PLAIN_MINUTES.value else None
+        report.add(group, statistics.HEADER, *(statistics.line(name, rows) for name, rows in entries.items()))
+    params = (
+        rivals.train_plain(patient, config, flags.FLAGS.plain_minutes, out, seed) if flags.FLAGS.plain_minutes else None
+    )
     for variant in ("artic", "real"):
-        condition, count = studying.Condition("methods", variant, variant), max(1, SWEEP_SCENES.value)
-        found = studying.compare(patient, params, condition, count, seed, out, passes)
-        report.add(f"methods on the same cases: {variant}", *studying.methods(found))
+        condition, count = conditions.Condition("methods", variant, variant), max(1, flags.FLAGS.sweep_scenes)
+        found = rivals.compare(patient, params, condition, count, seed, out, passes)
+        report.add(f"methods on the same cases: {variant}", *statistics.methods(found))
     if minutes:
         for value in minutes:
-            condition = studying.Condition("minutes of training", f"{value:g}", every_start=True)
-            few = studying.prepared_for(patient, config, value, cli.REPOSITORY / "base", out)
-            rows = studying.run(few, condition, max(1, SWEEP_SCENES.value), seed, out, passes)
+            condition = conditions.Condition("minutes of training", f"{value:g}", every_start=True)
+            few = conditions.prepared_for(patient, config, value, models.base_folder(), out)
+            rows = conditions.run(few, condition, max(1, flags.FLAGS.sweep_scenes), seed, out, passes)
             groups.setdefault(condition.group, {})[condition.name] = rows
-        lines = (studying.line(name, rows) for name, rows in groups[condition.group].items())
-        report.add(condition.group, studying.HEADER, *lines)
-    starts = {name: results[studying.Condition("scenes", name, name)] for name in ("artic", "real")}
+        lines = (statistics.line(name, rows) for name, rows in groups[condition.group].items())
+        report.add(condition.group, statistics.HEADER, *lines)
+    starts = {name: results[conditions.Condition("scenes", name, name)] for name in ("artic", "real")}
     pictures.study(out / "study.png", {**starts, "artic, far": results[far]}, groups)
-    studying.failures(patient, results, counts, seed, out, passes)
+    conditions.failures(patient, results, counts, seed, out, passes)
     print(f"\nwritten: {out / 'study.txt'}, {out / 'study.png'}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

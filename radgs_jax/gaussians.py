@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import scipy
 
-from kernels import symmetric
+from kernels.common import symmetric
 from kernels.splat import splat
 from kernels.voxelize import voxelize as voxelize_index
-from radgs_jax import rigid
+from radgs_jax.geometry import rigid
 
 FORMAT = "radgs-gaussians/1"
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from radgs_jax import rigid
+from radgs_jax.geometry import rigid
 
 IMAGE_RANGE = 2.0
 """Range of vertebra-only line integrals that SSIM's constants refer to."""

@@ -6,12 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kernels import batching
-from kernels import dispatch
+from kernels.common import batching
+from kernels.common import dispatch
+from kernels.common.rays import rays
 from kernels.drr import ffi_cpu
 from kernels.drr import geometry
 from kernels.drr import xla
-from kernels.splat.oracle import rays
 
 FORWARD = {"ffi_cpu": ffi_cpu.forward, "xla": xla.forward}
 TO_RAYS = {"ffi_cpu": ffi_cpu.to_rays, "xla": xla.to_rays}

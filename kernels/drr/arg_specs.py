@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from kernels.splat.arg_specs import SOURCE_ISOCENTRE_MM
+from kernels.common.rays import SOURCE_ISOCENTRE_MM
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import dispatch
-from kernels import ffi_build
+from kernels.common import dispatch
+from kernels.common import ffi_build
 
 TARGETS = {
     "radgs_drr_forward": "RadgsDrr",
@@ -19,9 +19,9 @@ TARGETS = {
 """Functions of the library by their names in jax."""
 
 
-def register():
-    """Makes TARGETS known to jax; errors as `ffi_build.register`."""
-    ffi_build.register(pathlib.Path(__file__).with_name("drr.cc"), tuple(TARGETS.items()))
+def register_backend():
+    """Makes TARGETS known to jax; errors as `ffi_build.register_targets`."""
+    ffi_build.register_targets(pathlib.Path(__file__).with_name("drr.cc"), tuple(TARGETS.items()))
 
 
 def _call(target, volume_shape, results, arrays, step_mm):
@@ -29,7 +29,7 @@ def _call(target, volume_shape, results, arrays, step_mm):
     dispatch.require("cpu", arrays)
     if math.prod(n + 2 for n in volume_shape) >= 2**31:
         raise NotImplementedError(f"fewer than 2^31 voxels only, with a border of one, not {volume_shape}")
-    register()
+    register_backend()
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
     return jax.ffi.ffi_call(target, results)(*arrays, step_mm=np.float32(step_mm))
 

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from kernels.splat.oracle import rays
-from kernels.splat.oracle import usable_camera
+from kernels.common.rays import rays
+from kernels.common.rays import usable_camera
 
 FAR_MM = 1e8
 """A ray that is still in the volume there does not leave it; it has no samples."""

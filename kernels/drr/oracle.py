@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
-from kernels.splat.oracle import rays
+from kernels.common.rays import rays
 
 
 def drr(volume, voxel_from_camera, intrinsics, height, width, step_mm, far_mm):

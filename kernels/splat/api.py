@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import batching
-from kernels import dispatch
+from kernels.common import batching
+from kernels.common import dispatch
+from kernels.common import rays
 from kernels.splat import ffi_cpu
-from kernels.splat import oracle
 from kernels.splat import xla
 
 BACKENDS = {
@@ -35,7 +35,7 @@ def splat(density, mean, precision, intrinsics, height, width, *, implementation
     Returns:
       (..., height, width) line integrals (no unit). Gaussians of infinite or NaN density, or not `oracle.visible` (behind
       the source, not finite, precision not positive definite), add nothing and get zero gradients; nor does a camera see
-      anything that `oracle.usable_camera` refuses.
+      anything that `rays.usable_camera` refuses.
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.
     """
@@ -51,7 +51,7 @@ def splat(density, mean, precision, intrinsics, height, width, *, implementation
     )
     dtype = jnp.result_type(density, mean, precision, intrinsics)
     density, mean, precision, intrinsics = (jnp.asarray(a, dtype) for a in (density, mean, precision, intrinsics))
-    seen = oracle.usable_camera(intrinsics)[..., None]
+    seen = rays.usable_camera(intrinsics)[..., None]
     density, intrinsics = jnp.where(seen & jnp.isfinite(density), density, 0.0), jnp.where(seen, intrinsics, 1.0)
     return _splat(height, width, implementation, density, mean, precision, intrinsics)
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-SOURCE_ISOCENTRE_MM = 700.0
+from kernels.common import rays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Spec:
     def arrays(self, seed=0):
         """density (N,) 1/mm, mean (N, 3) mm, precision (N, 6) 1/mm^2, intrinsics (4,) px; float32 numpy, one set a seed."""
         rng, n = np.random.default_rng(seed), self.gaussians
-        mean = rng.normal(size=(n, 3)) * self.blob_mm + [0.0, 0.0, SOURCE_ISOCENTRE_MM]
-        major = rng.uniform(*self.radius_mm, n) / 3.0 * mean[:, 2] / SOURCE_ISOCENTRE_MM
+        mean = rng.normal(size=(n, 3)) * self.blob_mm + [0.0, 0.0, rays.SOURCE_ISOCENTRE_MM]
+        major = rng.uniform(*self.radius_mm, n) / 3.0 * mean[:, 2] / rays.SOURCE_ISOCENTRE_MM
         minor = major * rng.uniform(0.5, 1.0, n)
         angle = rng.uniform(0.0, np.pi, n)
         # A square root of the covariance in (x, y, depth). Its first two rows fix the outline that the camera sees; the last
@@ -59,7 +59,7 @@ class Spec:
         inverse = np.linalg.inv(root)
         K = np.swapaxes(inverse, -1, -2) @ inverse
         precision = np.stack([K[:, i, j] for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))], -1)
-        focal = SOURCE_ISOCENTRE_MM / self.pixel_mm
+        focal = rays.SOURCE_ISOCENTRE_MM / self.pixel_mm
         intrinsics = np.array([focal, focal, 0.5 * (self.width - 1), 0.5 * (self.height - 1)])
         arrays = rng.uniform(0.004, 0.02, n), mean, precision, intrinsics
         return tuple(a.astype(np.float32) for a in arrays)

@@ -4,61 +4,19 @@ All forms are those of splat.cc, in pixel offsets (s, t) from the projected mean
 Gaussian needs once has its products split in halves where float32 alone would cancel.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from kernels import support
-from kernels import symmetric
+from kernels.common import exact
+from kernels.common import support
+from kernels.common import symmetric
 
 SUMS = 14
 """Sums over its pixels that a Gaussian's gradients are linear in."""
 ALPHA_MIN = 1e-12
 """Rounding can push alpha, positive by definition, to 0 where an extreme needle points at the source."""
-
-
-# Exact products; `voxelize` needs them too.
-
-
-def _halves(a):
-    """a = high + low with at most 12 significant bits in each, so that products of halves are exact in float32."""
-    bits = lax.bitcast_convert_type(a, jnp.uint32) & jnp.uint32(0xFFFFF000)
-    high = lax.bitcast_convert_type(bits, jnp.float32)
-    return high, a - high
-
-
-def minor(a, b, c, d):
-    """a b - c d in float32, (M,) each, to some units in the last place of the result, however much cancels.
-
-    All products are exact, so a compiler that contracts them to fused multiply-adds changes nothing.
-    """
-    (a, a_), (b, b_), (c, c_), (d, d_) = map(_halves, (a, b, c, d))
-    return (a * b - c * d) + ((a * b_ - c * d_) + (a_ * b - c_ * d) + (a_ * b_ - c_ * d_))
-
-
-def adjugate(precision):
-    """Adjugates of symmetric matrices (M, 6) as six arrays (M,), and their determinants (M,)."""
-    xx, xy, xz, yy, yz, zz = precision.T
-    a_xx, a_xy, a_xz = minor(yy, zz, yz, yz), minor(xz, yz, xy, zz), minor(xy, yz, xz, yy)
-    rest = minor(xx, zz, xz, xz), minor(xy, xz, xx, yz), minor(xx, yy, xy, xy)
-    return (a_xx, a_xy, a_xz, *rest), xx * a_xx + xy * a_xy + xz * a_xz
-
-
-def usable(conditions, *values):
-    """True (M,) where all conditions (M,) hold and all values (M,) are finite."""
-    return functools.reduce(jnp.logical_and, [*conditions, *map(jnp.isfinite, values)])
-
-
-def box(low, high, size):
-    """Integers within real bounds (M,) and [0, size), as first and last int32; last < first if there are none.
-
-    The margin keeps samples that rounding would push over the edge of the support, where the weight is close to 0.
-    """
-    first = jnp.clip(jnp.ceil(low - 1e-3), 0, size).astype(jnp.int32)
-    return first, jnp.clip(jnp.floor(high + 1e-3), -1, size - 1).astype(jnp.int32)
 
 
 # The operator.
@@ -89,7 +47,7 @@ class Footprint(NamedTuple):
 
 def _project(p, depth, x, focal, centre):
     """Pixel of the mean as a whole number and a rest that is right to 2^-34 of the image or so; x = p / depth."""
-    (depth, depth_), (x_high, x_low), (focal_high, focal_low) = map(_halves, (depth, x, focal))
+    (depth, depth_), (x_high, x_low), (focal_high, focal_low) = map(exact.halves, (depth, x, focal))
     error = ((p - x_high * depth) - x_high * depth_ - x_low * depth - x_low * depth_) / (depth + depth_)
     high = focal_high * x_high
     low = focal_high * x_low + focal_low * x_high + focal_low * x_low + focal * error
@@ -102,7 +60,7 @@ def prepare(mean, precision, intrinsics, n, height, width):
     px, py, depth = mean.T
     xx, xy, xz, yy, yz, zz = precision.T
     fx, fy, cx, cy = jnp.repeat(intrinsics, n, 0).T
-    (a_xx, a_xy, a_xz, a_yy, a_yz, a_zz), det = adjugate(precision)
+    (a_xx, a_xy, a_xz, a_yy, a_yz, a_zz), det = exact.adjugate(precision)
     x, y = px / depth, py / depth
     u0, u1 = _project(px, depth, x, fx, cx)
     v0, v1 = _project(py, depth, y, fy, cy)
@@ -118,7 +76,7 @@ def prepare(mean, precision, intrinsics, n, height, width):
     # The outline is the conic N - 16 alpha = 0; its extent in t is where its discriminant in s is 0, and vice versa.
     q = support.Q_MAX
     css, cst, ctt, cs, ct = nss - q * ss, nst - q * st, ntt - q * tt, -q * sz, -q * tz
-    area = minor(css, ctt, cst, cst)
+    area = exact.minor(css, ctt, cst, cst)
 
     def extent(c_own, c_other, c_ii):
         middle = (cst * c_other - c_ii * c_own) / area
@@ -128,13 +86,13 @@ def prepare(mean, precision, intrinsics, n, height, width):
     t_middle, t_half = extent(ct, cs, css)
     before = depth > support.SIGMA_MAX * jnp.sqrt(jnp.maximum(a_zz / det, 0.0))
     bounds = (s_middle, s_half, t_middle, t_half)
-    drawn = usable(
+    drawn = exact.usable(
         (before, xx + yy + zz < symmetric.TRACE_MAX, m_zz > 0, det > 0, a_zz > 0, nss > 0, css > 0, area > 0),
         *(*bounds, u0, u1, v0, v1, ss, st, tt, sz, tz, nss, nst, ntt),
     )
     clean = lambda value: jnp.where(drawn, value, 0)
-    columns = box(clean(u0 + (u1 + s_middle - s_half)), clean(u0 + (u1 + s_middle + s_half)), width)
-    rows = box(clean(v0 + (v1 + t_middle - t_half)), clean(v0 + (v1 + t_middle + t_half)), height)
+    columns = exact.box(clean(u0 + (u1 + s_middle - s_half)), clean(u0 + (u1 + s_middle + s_half)), width)
+    rows = exact.box(clean(v0 + (v1 + t_middle - t_half)), clean(v0 + (v1 + t_middle + t_half)), height)
     columns, rows = ((first, jnp.where(drawn, last, -1)) for first, last in (columns, rows))
     values = map(clean, (u0, u1, v0, v1, ss, st, tt, sz, tz, nss, nst, ntt, m_zz, x, y))
     return Footprint(drawn, *values, rows, columns)

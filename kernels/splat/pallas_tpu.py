@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import dispatch
-from kernels import support
+from kernels.common import dispatch
+from kernels.common import support
 from kernels.splat import footprint
 
 TILE = 32

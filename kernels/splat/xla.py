@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 
-from kernels import instances
-from kernels import support
-from kernels import symmetric
+from kernels.common import instances
+from kernels.common import support
+from kernels.common import symmetric
 from kernels.splat import oracle
 
 # Scatters want large tiles; the gradient, which works more per pixel, wants few idle ones.

@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import batching
-from kernels import dispatch
+from kernels.common import batching
+from kernels.common import dispatch
 from kernels.voxelize import ffi_cpu
 from kernels.voxelize import xla
 

@@ -5,8 +5,8 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from kernels import dispatch
-from kernels import ffi_build
+from kernels.common import dispatch
+from kernels.common import ffi_build
 
 TARGETS = {
     "radgs_voxelize_forward": "RadgsVoxelizeForward",
@@ -15,15 +15,15 @@ TARGETS = {
 """Functions of the library by their names in jax."""
 
 
-def register():
-    """Makes TARGETS known to jax; errors as `ffi_build.register`."""
-    ffi_build.register(pathlib.Path(__file__).with_name("voxelize.cc"), tuple(TARGETS.items()))
+def register_backend():
+    """Makes TARGETS known to jax; errors as `ffi_build.register_targets`."""
+    ffi_build.register_targets(pathlib.Path(__file__).with_name("voxelize.cc"), tuple(TARGETS.items()))
 
 
 def _call(target, results, arrays):
     """Calls `target` of voxelize.cc, whose leading axes are a batch; vmap goes no further than `batching.along_batch`."""
     dispatch.require("cpu", arrays)
-    register()
+    register_backend()
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
     return jax.ffi.ffi_call(target, results)(*arrays)
 

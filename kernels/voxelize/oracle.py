@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from kernels import support
-from kernels import symmetric
+from kernels.common import support
+from kernels.common import symmetric
 
 
 def voxelize(density, mean, precision, shape, *, use_support=True):

@@ -12,11 +12,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels import dispatch
-from kernels import support
-from kernels import symmetric
-from kernels.splat import footprint
-from kernels.splat import pallas_triton as tiles
+from kernels.common import dispatch
+from kernels.common import exact
+from kernels.common import support
+from kernels.common import symmetric
+from kernels.common import triton_tiles
 
 BRICK = (8, 8, 4)  # voxels of a forward program
 BLOCK = (4, 4, 4)  # voxels a backward program evaluates at a time
@@ -26,13 +26,13 @@ SUMS = 10
 def _prepare(mean, precision, shape):
     """Fields (M, 9) that place and shape every Gaussian (zeros where it is not drawn), and its first and last voxels (M, 3)."""
     xx, _, xz, yy, yz, zz = precision.T
-    (a_xx, a_xy, _, a_yy, _, a_zz), det = footprint.adjugate(precision)
+    (a_xx, a_xy, _, a_yy, _, a_zz), det = exact.adjugate(precision)
     a, b = det / a_xx, a_xx / zz
     halves = [support.SIGMA_MAX * jnp.sqrt(minor / det) for minor in (a_xx, a_yy, a_zz)]
     fields = (*mean.T, a, b, -a_xy / a_xx, xz / zz, yz / zz, zz)
-    drawn = footprint.usable((zz > 0, a_xx > 0, det > 0, xx + yy + zz < symmetric.TRACE_MAX), *fields, *halves)
+    drawn = exact.usable((zz > 0, a_xx > 0, det > 0, xx + yy + zz < symmetric.TRACE_MAX), *fields, *halves)
     fields, halves = ([jnp.where(drawn, value, 0.0) for value in values] for values in (fields, halves))
-    boxes = [footprint.box(m - half, m + half, size) for m, half, size in zip(fields[:3], halves, shape)]
+    boxes = [exact.box(m - half, m + half, size) for m, half, size in zip(fields[:3], halves, shape)]
     first, last = (jnp.stack(ends, -1) for ends in zip(*boxes))
     return jnp.stack(fields, -1), first, jnp.where(drawn[:, None], last, -1)
 
@@ -49,17 +49,19 @@ def _draw(across, starts, owners, table, volumes, out):
     first, end = starts[t], starts[t + 1]
 
     def step(i, total):
-        base = first + i * tiles.GROUP
-        live = base + lax.broadcasted_iota(jnp.int32, (tiles.GROUP,), 0) < end
-        owner = plt.load(owners.at[pl.ds(base, tiles.GROUP)], mask=live, other=0)
+        base = first + i * triton_tiles.GROUP
+        live = base + lax.broadcasted_iota(jnp.int32, (triton_tiles.GROUP,), 0) < end
+        owner = plt.load(owners.at[pl.ds(base, triton_tiles.GROUP)], mask=live, other=0)
         field = lambda f: plt.load(table.at[owner * 16 + f], mask=live, other=0.0)[None, None, None, :]
         mx, my, mz, a, b, yx, zx, zy, zz, density = map(field, range(10))
         dx, dy, dz = x - mx, y - my, z - mz
         ey, ez = dy + yx * dx, dz + (zx * dx + zy * dy)
         return total + density * support.weight(a * dx * dx + b * ey * ey + zz * ez * ez)
 
-    zeros = jnp.zeros((*BRICK, tiles.GROUP), jnp.float32)
-    total = lax.fori_loop(0, lax.div(end - first + (tiles.GROUP - 1), jnp.int32(tiles.GROUP)), step, zeros)
+    zeros = jnp.zeros((*BRICK, triton_tiles.GROUP), jnp.float32)
+    total = lax.fori_loop(
+        0, lax.div(end - first + (triton_tiles.GROUP - 1), jnp.int32(triton_tiles.GROUP)), step, zeros
+    )
     out[...] = volumes[...] + jnp.sum(total, 3)
 
 
@@ -83,10 +85,10 @@ def forward(density, mean, precision, shape, *, interpret=False):
 
     def draw(starts, owners, volumes):
         kernel = functools.partial(_draw, across)
-        return tiles.draw_tiles(kernel, "voxelize_forward", starts, owners, table, volumes, interpret)
+        return triton_tiles.draw_tiles(kernel, "voxelize_forward", starts, owners, table, volumes, interpret)
 
     volumes = jnp.zeros((b * across[0] * across[1] * across[2], *BRICK), jnp.float32)
-    volumes = tiles.add_tiles(first, last, BRICK, across, n, draw, volumes)
+    volumes = triton_tiles.add_tiles(first, last, BRICK, across, n, draw, volumes)
     volumes = volumes.reshape(b, *across, *BRICK).transpose(0, 1, 4, 2, 5, 3, 6)
     volumes = volumes.reshape(b, *(count * brick for count, brick in zip(across, BRICK)))
     return volumes[:, : shape[0], : shape[1], : shape[2]].reshape(*batch, *shape)
@@ -142,8 +144,8 @@ def backward(density, mean, precision, cotangent, *, interpret=False):
     density, mean, precision = density.reshape(-1), mean.reshape(-1, 3), precision.reshape(-1, 6)
     fields, first, last = _prepare(mean, precision, shape)
     boxes = jnp.concatenate([first, last], -1).reshape(-1)
-    kernel = functools.partial(_gather, tiles.shares(m), shape, n)
-    sums = tiles.sum_boxes(
+    kernel = functools.partial(_gather, triton_tiles.shares(m), shape, n)
+    sums = triton_tiles.sum_boxes(
         kernel, "voxelize_backward", m, SUMS, boxes, fields.reshape(-1), cotangent.reshape(-1), interpret
     )
 

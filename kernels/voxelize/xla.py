@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import instances
-from kernels import support
-from kernels import symmetric
+from kernels.common import instances
+from kernels.common import support
+from kernels.common import symmetric
 
 BRICK = (4, 4, 8)
 

@@ -10,14 +10,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from radgs_jax import camera
 from radgs_jax import gaussians
 from radgs_jax import losses
-from radgs_jax import rigid
-from radgs_jax import training
+from radgs_jax.geometry import camera
+from radgs_jax.geometry import rigid
 from radgs_jax.models import backbones
+from radgs_jax.models import heads
 from radgs_jax.models import recm
 from radgs_jax.models.config import ModelConfig
+from radgs_jax.training import examples
+from radgs_jax.training import update
 
 STEP_MM = 10.0
 """What an output of 1 means: mm, and mm at the lever."""
@@ -78,7 +80,7 @@ class Plain(nn.Module):
         channels = recm.image_channels(xrays, valid, prior, intrinsics, camera_from_box)
         answers = [View(self.config)(channels[:, view]) for view in range(views)]
         twists, log_precisions, images = (jnp.stack(parts, 1) for parts in zip(*answers))
-        return fuse(twists, log_precisions, recm.view_from_box(camera_from_box)), images
+        return fuse(twists, log_precisions, heads.view_from_box(camera_from_box)), images
 
 
 def fuse(twists, log_precisions, rotation):
@@ -112,9 +114,9 @@ def loss(params, key, batch, config, model_config, strength=1.0):
     """Twist error, less where the start is far, plus the L1 of the vertebra alone; scalar and a dict of its parts.
 
     Args:
-      batch: `training.PairBatch`; strength: of the drawn detectors.
+      batch: `batches.PairBatch`; strength: of the drawn detectors.
     """
-    example = training.make_example(key, batch, model_config, strength)
+    example = examples.make_example(key, batch, model_config, strength)
     motion, images = Plain(config).apply(
         params["plain"],
         example.xrays,
@@ -130,16 +132,16 @@ def loss(params, key, batch, config, model_config, strength=1.0):
 
 @functools.cache
 def make_update(mesh, config, model_config: ModelConfig):
-    """`training.update_of` this network's `loss`."""
-    return training.update_of(mesh, functools.partial(loss, config=config, model_config=model_config), ("plain",))
+    """`update.update_of` this network's `loss`."""
+    return update.update_of(mesh, functools.partial(loss, config=config, model_config=model_config), ("plain",))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "model_config", "passes"))
-def register(params, config, model_config, seen, camera_from_world, world_from_box, cloud, passes):
+def register_plain(params, config, model_config, seen, camera_from_world, world_from_box, cloud, passes):
     """Several passes from a start pose, each from the crops at the pose before it.
 
     Args:
-      seen: `refinement.Views` at the model's resolution; camera_from_world: (V, 4, 4); world_from_box: (4, 4) the start;
+      seen: `gauss_newton.LevelViews` at the model's resolution; camera_from_world: (V, 4, 4); world_from_box: (4, 4) the start;
         cloud: the CT vertebra's Gaussians (N,), box frame; passes: static count.
     Returns:
       world_from_box after each pass, the start first: (passes + 1, 4, 4).

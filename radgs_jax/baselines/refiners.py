@@ -9,11 +9,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import symmetric
-from radgs_jax import camera
+from kernels.common import symmetric
 from radgs_jax import gaussians
-from radgs_jax import refinement
-from radgs_jax import rigid
+from radgs_jax.geometry import camera
+from radgs_jax.geometry import rigid
+from radgs_jax.registration import edges
+from radgs_jax.registration import gauss_newton
 
 SILHOUETTE = 0.02
 """Line integral above which a pixel shows the vertebra."""
@@ -32,7 +33,7 @@ def _descend(linearise, start, steps):
         pose, (cost, gradient, curvature), damping = state
         system = curvature + damping * jnp.diag(jnp.diag(curvature)) + 1e-9 * jnp.eye(6)
         step = -jnp.linalg.solve(system, gradient)
-        step = step / jnp.maximum(1.0, jnp.max(jnp.abs(step)) / refinement.STEP_MM)
+        step = step / jnp.maximum(1.0, jnp.max(jnp.abs(step)) / gauss_newton.STEP_MM)
         tried = rigid.matmul(rigid.motion_about(pose[:3, 3], step * rigid.TWIST_SCALE), pose)
         found = linearise(tried)
         better = found[0] < cost
@@ -52,7 +53,7 @@ def _least_squares(residual, jacobian):
 
 
 def _drawn(bare, pose, views, camera_from_world, size, step_mm):
-    image, motion = refinement.project_part(
+    image, motion = gauss_newton.project_part(
         bare.excess, bare.box_from_excess, pose, pose[:3, 3], views, camera_from_world, size, step_mm
     )
     return image, motion * jnp.asarray(rigid.TWIST_SCALE, jnp.float32)
@@ -63,7 +64,7 @@ def to_clean_image(bare, images, intrinsics, camera_from_world, start, steps=20)
     """Least squares of the vertebra's projection, under a free gain a view, to images of the vertebra alone.
 
     Args:
-      bare: `refinement.Parts` of the vertebra in air; images: (V, S, S) line integrals, as a reconstruction renders them.
+      bare: `prepared.Parts` of the vertebra in air; images: (V, S, S) line integrals, as a reconstruction renders them.
       intrinsics: (V, 4); camera_from_world: (V, 4, 4); start: (4, 4) world_from_box.
     Returns:
       world_from_box (4, 4).
@@ -82,7 +83,7 @@ def to_raw_gradients(bare, views, camera_from_world, start, size, steps=15, sigm
     """Correlation of the gradients of the vertebra's projection and of the raw X-rays, round the vertebra at the start.
 
     Args:
-      bare, camera_from_world, start: as in `to_clean_image`; views: `refinement.Views`; size: pixels along the window.
+      bare, camera_from_world, start: as in `to_clean_image`; views: `gauss_newton.LevelViews`; size: pixels along the window.
     """
     camera_from_box = rigid.matmul(camera_from_world, start)
     images, valid, intrinsics = camera.windows(views.images, views.valid, views.intrinsics, camera_from_box, size)
@@ -90,7 +91,7 @@ def to_raw_gradients(bare, views, camera_from_world, start, size, steps=15, sigm
     window = (1, 2 * MARGIN_PX + 1, 2 * MARGIN_PX + 1)
     seen = (silhouette > SILHOUETTE).astype(jnp.float32)
     near = jax.lax.reduce_window(seen, -jnp.inf, jax.lax.max, window, (1, 1, 1), "SAME")
-    inside = (near * refinement.interior(valid, 3))[..., None, None]
+    inside = (near * edges.interior(valid, 3))[..., None, None]
 
     def unit(values, motion=None):
         norm = jnp.sqrt(jnp.sum(values**2, (1, 2, 3, 4), keepdims=True) + 1e-9)
@@ -100,11 +101,11 @@ def to_raw_gradients(bare, views, camera_from_world, start, size, steps=15, sigm
         along = jnp.sum(values * motion, (1, 2, 4), keepdims=True)
         return values, (motion - along * values) / norm
 
-    wanted = unit(inside * refinement.derivatives(images[..., None], sigma_px))
+    wanted = unit(inside * edges.derivatives(images[..., None], sigma_px))
 
     def linearise(pose):
         drawn, motion = _drawn(bare, pose, intrinsics, camera_from_world, size, 1.0)
-        filtered = inside * refinement.derivatives(jnp.concatenate([drawn[..., None], motion], -1), sigma_px)
+        filtered = inside * edges.derivatives(jnp.concatenate([drawn[..., None], motion], -1), sigma_px)
         found, slopes = unit(filtered[..., :1, :], filtered[..., 1:, :])
         return _least_squares((found - wanted)[..., 0, :], jnp.moveaxis(slopes, -2, -1))
 

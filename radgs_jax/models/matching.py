@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from radgs_jax import rigid
+from radgs_jax.geometry import rigid
 
 FREE_MM = 30.0
 """Expected size of a motion, rotations by their lever: what a pose is drawn to where nothing is known."""

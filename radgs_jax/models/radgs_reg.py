@@ -4,9 +4,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from radgs_jax import camera
 from radgs_jax import gaussians
-from radgs_jax import rigid
+from radgs_jax.geometry import camera
+from radgs_jax.geometry import rigid
 from radgs_jax.models import recm
 from radgs_jax.models import regm
 from radgs_jax.models.recm import Reconstruction
@@ -51,7 +51,7 @@ class Registration:
     intrinsics: jax.Array
 
 
-def register(
+def iterate(
     params, config, images, valid, intrinsics, camera_from_world, world_from_box, cloud, passes, inner_passes=2
 ):
     """Iterates RecM and RegM from a start pose; deterministic, of static cost.

@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from radgs_jax import gaussians
-from radgs_jax import grid
-from radgs_jax import rigid
+from radgs_jax.geometry import grid
+from radgs_jax.geometry import rigid
 from radgs_jax.models import backbones
 from radgs_jax.models import matching
 from radgs_jax.models.config import ModelConfig

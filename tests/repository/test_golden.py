@@ -22,14 +22,17 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipelines import build
 from data_pipelines import cases
-from data_pipelines import pairs
-from data_pipelines import phantom
-from data_pipelines import simulator
-from experiments import checkpoint
+from data_pipelines import simulation
+from data_pipelines.pairs import build
+from data_pipelines.pairs import examples
+from data_pipelines.phantom import generate
+from data_pipelines.phantom import scan_files
+from data_pipelines.simulation import case_files
 from experiments import configs
-from experiments import patients
+from experiments.patients import models
+from experiments.patients import preparing
+from experiments.patients import workdir as workdirs
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 GOLDEN = pathlib.Path(__file__).with_name("golden.json")
@@ -90,10 +93,10 @@ def workdir(tmp_path_factory):
     stage = configs.StageConfig(pairs=1, ct_pairs=1, steps=(0, 0, 0), learning_rate=1e-4)
     config = dataclasses.replace(configs.DEMO, p3=stage, batch=2)
     volumes = cases.read(BENCH).volumes.values()
-    targets = [patients.Target(v.patient, v.full_ct, v.full_mask, v.full_label) for v in volumes]
+    targets = [workdirs.Target(v.patient, v.full_ct, v.full_mask, v.full_label) for v in volumes]
     folder = tmp_path_factory.mktemp("golden") / "workdir"
-    rule = patients.read_calibration(REPOSITORY / "base" / patients.CALIBRATION)
-    patients.prepare(config, folder, targets, REPOSITORY / "base", calibration=rule)
+    rule = workdirs.read_rule(models.base_folder() / workdirs.CALIBRATION)
+    preparing.prepare(config, folder, targets, models.base_folder(), rule=rule)
     return folder
 
 
@@ -126,8 +129,8 @@ def test_answers_of_the_bench(golden, workdir, variant, tmp_path):
 
 
 def test_the_base_is_the_same_model(golden):
-    model = checkpoint.load_model(REPOSITORY / "base")
-    found = checkpoint.model_hash(model)
+    model = models.load_model(models.base_folder())
+    found = models.model_hash(model)
     if os.environ.get("GOLDEN_WRITE"):
         golden["base"] = found
     assert golden["base"] == found
@@ -135,13 +138,13 @@ def test_the_base_is_the_same_model(golden):
 
 def test_bytes_of_pairs(golden, tmp_path):
     """One simulated, one measured and one CT pair of a phantom, as they are stored."""
-    config = pairs.PairConfig(
-        simulator.Geometry(window=56, binning=16, vertebra_step_mm=4.0, rest_step_mm=6.0), rest_mm=6.0, vertebra_mm=3.0
+    config = examples.PairConfig(
+        simulation.Geometry(window=56, binning=16, vertebra_step_mm=4.0, rest_step_mm=6.0), rest_mm=6.0, vertebra_mm=3.0
     )
-    small = phantom.PhantomConfig(spacing_mm=(2.5, 2.5, 3.0), levels=(20, 21, 22, 23, 24))
-    subject = build.phantoms(tmp_path, [5], small)[0]
+    small = generate.PhantomConfig(spacing_mm=(2.5, 2.5, 3.0), levels=(20, 21, 22, 23, 24))
+    subject = scan_files.phantoms(tmp_path, [5], small)[0]
     simulated = build.simulated_pairs(tmp_path / "simulated", [(*subject, 22)], 1, 3, config, 64)
-    case_path = build.simulated_cases(
+    case_path = case_files.simulated_cases(
         tmp_path / "cases.json", [subject], (22,), 1, ((0, 10),), 4, configs.DEMO.detector, ("real",)
     )
     case_file = cases.read(case_path)

@@ -1,0 +1,1 @@
+"""CTs and their labels: reading, one vertebra, the rest of the body."""

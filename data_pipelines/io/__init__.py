@@ -1,0 +1,1 @@
+"""Files: reading with one clear error line, atomic writing, NIfTI, cameras in JSON."""

@@ -1,0 +1,1 @@
+"""The procedural spine that stands in for patients' data."""

@@ -1,0 +1,175 @@
+"""The three data stages of training, P1, P2 and P3, each as one function that goes on where it was stopped."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from data_pipelines import cases
+from data_pipelines.io import files
+from data_pipelines.pairs import build
+from data_pipelines.phantom import scan_files
+from data_pipelines.simulation import case_files
+from experiments import configs
+from experiments.patients import models
+from experiments.patients import preparing
+from experiments.patients.workdir import CALIBRATION
+from experiments.patients.workdir import read_rule
+from experiments.patients.workdir import Target
+from experiments.runtime import progress
+from experiments.scoring import evaluate
+from experiments.training import loop
+from radgs_jax import errors
+from radgs_jax.models import backbones
+from radgs_jax.models import radgs_reg
+from radgs_jax.models.trained import Model
+
+# Patients never meet between stages: each stage draws its phantoms from seeds of its own.
+P1_SEED, P2_SEED, PATIENT_SEED = 10000, 20000, 30000
+
+
+def _phantom_scans(config, workdir, first, count, text):
+    seeds = [first + 100 * config.seed + i for i in range(count)]
+    with progress.bar(count, text) as bar:
+        return scan_files.phantoms(workdir / "scans", seeds, config.phantom, bar.update)
+
+
+def patient_scan(config, workdir):
+    """(subject, ct path, mask path) of the phantom that P3 prepares."""
+    return _phantom_scans(config, workdir, PATIENT_SEED, 1, "patient")[0]
+
+
+def held_out_cases(config, workdir, subject, variants=None):
+    """The case file of X-rays and poses of P3's patient that no stage has seen, made where it is not there yet.
+
+    Args:
+      config, workdir: as in `p1`; subject: of `patient_scan`; variants: as in `case_files.simulated_cases`.
+    """
+    with progress.bar(len(config.patient_labels) * config.eval_scenes, "held-out X-rays") as bar:
+        return case_files.simulated_cases(
+            workdir / "eval" / "cases.json",
+            [subject],
+            config.patient_labels,
+            config.eval_scenes,
+            configs.STARTS_MM,
+            config.seed + 3,
+            config.detector,
+            variants,
+            on_done=bar.update,
+        )
+
+
+def folds(patients_, count):
+    """Patient -> fold, of a list of patient names: sorted, then dealt out in turn."""
+    return {patient: index % count for index, patient in enumerate(sorted(set(patients_)))}
+
+
+def p1(config, workdir, modules):
+    """Trains P1, on public CTs with simulated X-rays, where `workdir`/p1/model is not there yet.
+
+    Args:
+      config: `configs.Config`; workdir: pathlib.Path; modules: module stages to run; the model is written after 'joint'.
+    Returns:
+      the `trained.Model` after the last module stage.
+    """
+    if modules[-1] == "joint" and models.model_exists(workdir / "p1" / "model"):
+        return models.load_model(workdir / "p1" / "model")
+    subjects = _phantom_scans(config, workdir, P1_SEED, config.p1_patients, "p1 phantoms")
+    vertebrae = [(*subject, label) for subject in subjects for label in config.labels]
+    with progress.bar(len(vertebrae) * (1 + config.p1.pairs + config.p1.ct_pairs), "p1 pairs") as bar:
+        pair_set = build.simulated_pairs(
+            workdir / "pairs" / "p1",
+            vertebrae,
+            config.p1.pairs,
+            config.seed + 1,
+            config.pairs,
+            config.model.gaussians,
+            config.p1.ct_pairs,
+            on_done=bar.update,
+        )
+    params = jax.jit(lambda key: radgs_reg.init(config.model, key))(jax.random.key(config.seed))
+    print("parameters: " + ", ".join(f"{k} {backbones.count_parameters(v):,}" for k, v in params.items()))
+    params = loop.run(config, workdir, "p1", pair_set, params, config.p1.steps, config.p1.learning_rate, modules)
+    model = Model(jax.device_get(params), config.model, pair_set.mean_shapes())
+    if modules[-1] == "joint":
+        models.save_model(workdir / "p1" / "model", model, "P1")
+    return model
+
+
+def p2(config, workdir, modules, case_path=None, variant="real"):
+    """Trains P2, on real cases of known pose, all folds of patients but one; by default on simulated ones, harder than P1's.
+
+    Args:
+      config, workdir, modules: as in `p1`; case_path, variant: as in `train`.
+    Raises:
+      InputError: no model of P1, unreadable cases, a variant or a fold that is none, or no patient outside it.
+    """
+    if models.model_exists(workdir / "p2" / "model"):
+        return
+    model = models.load_model(workdir / "p1" / "model")
+    if case_path is None:
+        if variant not in cases.VARIANTS:
+            wanted = f"one of {', '.join(cases.VARIANTS)}, or --p2_cases that have it"
+            errors.fail("flags", "--p2_variant", repr(variant), wanted)
+        subjects = _phantom_scans(config, workdir, P2_SEED, config.p2_patients, "p2 phantoms")
+        with progress.bar(len(subjects) * len(config.labels) * config.p2.pairs, "p2 X-rays") as bar:
+            case_path = case_files.simulated_cases(
+                workdir / "p2" / "cases.json",
+                subjects,
+                config.labels,
+                config.p2.pairs,
+                ((0, 25),),
+                config.seed + 2,
+                config.detector,
+                (variant,),
+                on_done=bar.update,
+            )
+    case_file = cases.read(case_path)
+    fold = folds([v.patient for v in case_file.volumes.values()], config.p2_folds)
+    if config.p2_fold >= config.p2_folds:
+        errors.fail("flags", "--p2_fold", config.p2_fold, f"0 to {config.p2_folds - 1}")
+    names = [s.name for s in case_file.scenes.values() if fold[case_file.volumes[s.volume].patient] != config.p2_fold]
+    if not names:
+        errors.fail(case_path, "patients", sorted(fold), "at least one outside the held-out fold")
+    volumes = {case_file.scenes[name].volume for name in names}
+    with progress.bar(len(volumes) * (1 + config.p2.ct_pairs) + len(names), "p2 pairs") as bar:
+        pair_set = build.measured_pairs(
+            workdir / "pairs" / "p2",
+            case_file,
+            names,
+            variant,
+            config.pairs,
+            model.config.gaussians,
+            model.config.pixel_mm,
+            config.p2.ct_pairs,
+            bar.update,
+        )
+    params = loop.run(config, workdir, "p2", pair_set, model.params, config.p2.steps, config.p2.learning_rate, modules)
+    if modules[-1] == "joint":
+        trained = dataclasses.replace(model, params=jax.device_get(params))
+        outside = [s.name for s in case_file.scenes.values() if s.name not in names]
+        if outside:
+            start, error = evaluate.held_out(trained, case_file, outside, variant, config.passes, config.refine)
+            fold_scores = {"start_mm": start.tolist(), "error_mm": error.tolist(), "variant": variant}
+            files.write_json(workdir / "p2" / f"fold_{config.p2_fold}.json", fold_scores)
+            medians = f"median mTRE {np.median(start):.2f} -> {np.median(error):.2f} mm"
+            print(f"P2, held-out fold {config.p2_fold}, no patient-specific training: {len(error)} cases, {medians}")
+        note = f"P1+P2 without fold {config.p2_fold}"
+        models.save_model(workdir / "p2" / "model", trained, note)
+
+
+def p3(config, workdir, modules):
+    """Trains P3, on the patient's own CT, from the result of P1 and P2; returns (subject, ct path, mask path) of the patient.
+
+    Args:
+      config, workdir, modules: as in `p1`.
+    Raises:
+      InputError: no model of P2; as `preparing.prepare`.
+    """
+    subject, ct, mask = patient_scan(config, workdir)
+    targets = [Target(subject, ct, mask, label) for label in config.patient_labels]
+    rule = models.base_folder() / CALIBRATION
+    rule = read_rule(rule) if config.judged else None
+    base = workdir / "p2" / "model"
+    preparing.prepare(config, workdir / "p3", targets, base, modules=modules, rule=rule)
+    return subject, ct, mask

@@ -1,0 +1,1 @@
+"""Vertebra localizers: training, scoring, and use on calibrated X-rays."""

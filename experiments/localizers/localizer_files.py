@@ -1,0 +1,54 @@
+"""A localizer as one file."""
+
+import dataclasses
+import json
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from data_pipelines.io import files
+from radgs_jax import errors
+from radgs_jax.localization import locate
+from radgs_jax.localization import network
+from radgs_jax.localization.chain import Chain
+
+FORMAT = "radgs-detector/1"
+
+
+def save(path, model, note):
+    """Writes a detector as one npz, atomically; `note` says what it was made from."""
+    params = flax.traverse_util.flatten_dict(model.params, sep=".")
+    chain = dataclasses.asdict(model.chain)
+    centres = {str(label): np.asarray(centre).tolist() for label, centre in model.centres_ct.items()}
+    config = dataclasses.asdict(model.config)
+    header = json.dumps({"format": FORMAT, "note": note, "config": config, "centres_ct": centres})
+    files.write_npz(path, header=np.array(header), **{f"chain.{k}": v for k, v in chain.items()}, **params)
+
+
+def load(path):
+    """Reads a detector.
+
+    Raises:
+      InputError: a file that is not a detector, one of another format, or whose parameters are not those of its configuration.
+    """
+    text = str(files.read_npz(path, "header")["header"])
+    try:
+        header = json.loads(text)
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()}
+        config, form = network.DetectorConfig(**fields), header["format"]
+        centres = {int(k): np.array(v, np.float64).reshape(3) for k, v in header["centres_ct"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        errors.fail(path, "header", repr(error)[:80], "a detector's header")
+    if form != FORMAT:
+        errors.fail(path, "format", repr(form), repr(FORMAT))
+    like = flax.traverse_util.flatten_dict(jax.eval_shape(lambda: network.init(config, jax.random.key(0))), sep=".")
+    arrays = files.read_npz(path, *like)
+    for name, leaf in like.items():
+        if arrays[name].shape != leaf.shape or not np.isfinite(arrays[name]).all():
+            errors.fail(path, name, f"shape {arrays[name].shape} or values not finite", f"finite {leaf.shape}")
+    names = [field.name for field in dataclasses.fields(Chain)]
+    chain = files.read_npz(path, *(f"chain.{name}" for name in names))
+    values = {name: chain[f"chain.{name}"] for name in names}
+    values |= {name: float(values[name]) for name in ("weight", "link")}
+    return locate.Localizer(flax.traverse_util.unflatten_dict(arrays, sep="."), config, Chain(**values), centres)

@@ -1,0 +1,1 @@
+"""Prepared patients: the folder that `prepare` writes and `register` reads."""

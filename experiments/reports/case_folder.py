@@ -1,0 +1,79 @@
+"""The files that a registered case leaves: pose, ITK transform, volumes, Gaussians, picture."""
+
+import pathlib
+
+import numpy as np
+
+from data_pipelines.io import files
+from data_pipelines.io import nifti
+from radgs_jax import gaussians
+from radgs_jax.geometry import resample
+from radgs_jax.registration import reconstruct
+
+PROGRAM = "radgs_jax"
+
+
+def answer(outcome):
+    """What the result format says of an `Outcome`, except for the case's id and the times."""
+    found = {"T": outcome.world_from_ct.tolist()}
+    if outcome.confidence is not None:
+        judged = outcome.confidence
+        found |= {"accepted": judged.accepted, "uncertainty_mm": judged.uncertainty_mm}
+        found["covariance"] = judged.covariance.tolist()
+    return found
+
+
+def itk_transform(world_from_ct):
+    """The pose (4, 4) as the text of an ITK transform (LPS) that 3D Slicer loads.
+
+    ITK stores the map from the fixed frame (world) back to the moving one (CT); Slicer shows its inverse, which carries the CT
+    into the C-arm's frame.
+    """
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0])
+    T = lps @ np.linalg.inv(world_from_ct) @ lps
+    numbers = " ".join(f"{v:.17g}" for v in [*T[:3, :3].ravel(), *T[:3, 3]])
+    return (
+        "#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3\n"
+        f"Parameters: {numbers}\nFixedParameters: 0 0 0\n"
+    )
+
+
+def write(folder, name, outcome, prepared, xrays, start_world_from_ct, true_world_from_ct=None):
+    """Writes a case's files into `folder`/`name`, made if need be: pose, ITK transform, volumes, Gaussians and the picture.
+
+    Args:
+      outcome: `Outcome` of `pipeline.register`; prepared, xrays, start_world_from_ct: what that was given.
+      true_world_from_ct: (4, 4), to be drawn; None without one.
+    """
+    # Half a second of imports, which registering does without.
+    from experiments.reports import pictures
+
+    folder = pathlib.Path(folder) / name
+    vertebra = prepared.vertebra
+    files.write_json(
+        folder / "pose.json",
+        {
+            "world_from_ct": outcome.world_from_ct.tolist(),
+            "start_world_from_ct": np.asarray(start_world_from_ct).tolist(),
+            "passes_world_from_ct": outcome.trajectory.tolist(),
+            **{k: v for k, v in answer(outcome).items() if k in ("accepted", "uncertainty_mm", "covariance")},
+            "units": "mm",
+            "frames": "CT: RAS+ mm; world: the C-arm's",
+        },
+    )
+    with files.replacing(folder / "pose.tfm") as temporary:
+        temporary.write_text(itk_transform(outcome.world_from_ct))
+    centre = outcome.world_from_ct[:3, :3] @ vertebra.ct_from_box[:3, 3] + outcome.world_from_ct[:3, 3]
+    world_from_index = np.eye(4)
+    world_from_index[:3, 3] = np.round(centre) - 0.5 * (np.array(resample.GRID_SHAPE) - 1)
+    moved = resample.resample(
+        vertebra.density, outcome.world_from_ct @ vertebra.ct_from_index, world_from_index, resample.GRID_SHAPE
+    )
+    nifti.write_nifti(folder / "ct_vertebra_in_world.nii.gz", moved, world_from_index)
+    reconstruction = reconstruct.in_ct(outcome.reconstruction, np.eye(4), world_from_index, resample.GRID_SHAPE)
+    nifti.write_nifti(folder / "reconstruction_in_world.nii.gz", reconstruction, world_from_index)
+    files.write_npz(folder / "gaussians.npz", **gaussians.to_arrays(outcome.reconstruction))
+    poses = {"start": start_world_from_ct, "estimate": outcome.world_from_ct}
+    if true_world_from_ct is not None:
+        poses["truth"] = true_world_from_ct
+    pictures.registration(folder / "picture.png", name, xrays, vertebra, poses, outcome, reconstruction, moved)

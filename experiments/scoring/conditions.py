@@ -1,0 +1,267 @@
+"""What a study measures: conditions that X-rays are simulated and registered under, methods beside ours, tables.
+
+What has been registered stays on disk, so that a study that was stopped goes on.
+"""
+
+import copy
+import dataclasses
+import pathlib
+
+import numpy as np
+import scipy
+
+from data_pipelines import cases
+from data_pipelines.ct import scans
+from data_pipelines.io import files
+from data_pipelines.simulation import case_files
+from data_pipelines.simulation import quick
+from experiments import configs
+from experiments.patients import models
+from experiments.patients import preparing
+from experiments.patients.workdir import Identity
+from experiments.patients.workdir import load
+from experiments.patients.workdir import prepare_untrained
+from experiments.patients.workdir import Target
+from experiments.reports import case_folder
+from experiments.runtime import progress
+from experiments.runtime.kept_programs import kept
+from experiments.runtime.kept_programs import Stopwatch
+from radgs_jax import metrics
+from radgs_jax.geometry import rigid_host
+from radgs_jax.registration import pipeline
+
+OVERLAP_GAUSSIANS, OVERLAP_BLUR_MM = 256, 2.0
+FAR_MM = ((25, 30), (30, 40), (40, 50))
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """One point of a sweep: what its scenes are made with, and what registering is given.
+
+    group, name: where it stands in the tables; variant: of the X-rays; articulation, detector, posture: as
+    `case_files.simulated_cases`; shift_mm, turn_deg: how far each camera is off; mask: one of MASKS; views: those that are used.
+    starts_mm: bins of start errors; every_start: each scene from all of them, or in turn from one.
+    """
+
+    group: str
+    name: str
+    variant: str = "artic"
+    articulation: float = 1.0
+    detector: quick.PanelFaults = quick.PanelFaults()
+    posture: str = "rigid"
+    shift_mm: float = 0.0
+    turn_deg: float = 0.0
+    mask: str = "as it is"
+    views: tuple = (0, 1)
+    starts_mm: tuple = configs.STARTS_MM
+    every_start: bool = False
+
+
+def sweeps():
+    """The `Condition`s of every sweep."""
+    usual = quick.PanelFaults()
+    made = [Condition("articulation", f"{s:g}", articulation=s) for s in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)]
+    made += [
+        Condition("photons a pixel", f"{p:g}", "real", detector=dataclasses.replace(usual, photons=p))
+        for p in (1e3, 3e3, 1e4, 1e5, 1e6)
+    ]
+    strengths = ("hardening", "scatter", "blur_px", "gain_ramp", "air")
+    for s in (0.0, 0.5, 1.0, 2.0, 3.0):
+        stronger = {name: s * getattr(usual, name) for name in strengths}
+        made.append(Condition("detector strength", f"{s:g}", "real", detector=dataclasses.replace(usual, **stronger)))
+    made += [Condition("cameras off, mm", f"{s:g}", "real", shift_mm=s) for s in (0.0, 0.5, 1.0, 2.0, 3.0)]
+    made += [Condition("cameras off, degrees", f"{a:g}", "real", turn_deg=a) for a in (0.0, 0.2, 0.5, 1.0)]
+    made += [Condition("mask", mask, "real", mask=mask) for mask in MASKS]
+    made += [
+        Condition("views", text, "real", views=v) for text, v in (("AP", (0,)), ("lateral", (1,)), ("both", (0, 1)))
+    ]
+    made += [Condition("spine bent", v, v, posture="bent") for v in ("artic", "real")]
+    return made
+
+
+def _eroded(mask, size_mm, spacing_mm):
+    return scipy.ndimage.distance_transform_edt(mask, spacing_mm) > size_mm
+
+
+def _dilated(mask, size_mm, spacing_mm):
+    return scipy.ndimage.distance_transform_edt(~mask, spacing_mm) <= size_mm
+
+
+def _coarse(mask, size_mm, spacing_mm):
+    steps = np.maximum(1, np.round(size_mm / spacing_mm).astype(int))
+    index = [np.minimum(np.arange(n) // s * s + s // 2, n - 1) for n, s in zip(mask.shape, steps)]
+    return mask[np.ix_(*index)]
+
+
+MASKS = {
+    "as it is": None,
+    "eroded 1 mm": (_eroded, 1.0),
+    "dilated 1 mm": (_dilated, 1.0),
+    "dilated 2 mm": (_dilated, 2.0),
+    "spacing 3 mm": (_coarse, 3.0),
+}
+
+
+def with_mask(scan, label, kind):
+    """A `scans.Scan` whose mask of one vertebra is another of MASKS; other vertebrae keep theirs."""
+    if MASKS[kind] is None:
+        return scan
+    change, size_mm = MASKS[kind]
+    region = tuple(slice(max(0, s.start - 8), s.stop + 8) for s in scan.boxes[label])
+    labels = scan.labels.copy()
+    part = labels[region]
+    spacing_mm = np.linalg.norm(scan.ct_from_index[:3, :3], axis=0)
+    changed = change(part == label, size_mm, spacing_mm)
+    changed &= (part == label) | (part == 0)
+    labels[region] = np.where(changed, label, np.where(part == label, 0, part))
+    return dataclasses.replace(scan, labels=labels)
+
+
+def cameras_off(xrays, shift_mm, turn_deg, rng):
+    """`XRay`s whose cameras are not where they are said to be: each moved about its source in a random direction."""
+    moved = []
+    for xray in xrays:
+        turn, shift = (d / np.linalg.norm(d) for d in rng.normal(size=(2, 3)))
+        motion = rigid_host.matrix(np.radians(turn_deg) * turn, shift_mm * shift)
+        camera = xray.camera.replace(camera_from_world=motion @ xray.camera.camera_from_world)
+        moved.append(dataclasses.replace(xray, camera=camera))
+    return moved
+
+
+class Patient:
+    """A prepared patient: one `prepared.Prepared` a vertebra, by label, and the scan, read once."""
+
+    def __init__(self, ct, mask, labels, workdir):
+        """Reads all; raises as `workdir.load`."""
+        self.ct, self.mask, self.labels = pathlib.Path(ct), pathlib.Path(mask), labels
+        self.workdir, self.identity = pathlib.Path(workdir), Identity()
+        self.subject = (self.ct.name.split(".")[0], self.ct, self.mask)
+        self.prepared = {label: load(workdir, self.target(label), self.identity) for label in labels}
+        self.scan = scans.read_scan(self.ct, self.mask, self.subject[0])
+        self._masked = {}
+
+    def target(self, label):
+        """The `workdir.Target` of a label."""
+        return Target(self.subject[0], self.ct, self.mask, label)
+
+    def with_mask(self, label, kind):
+        """The `prepared.Prepared` of a label as if its mask had been another of MASKS."""
+        if MASKS[kind] is None:
+            return self.prepared[label]
+        if (label, kind) not in self._masked:
+            usual = self.prepared[label]
+            scan = with_mask(self.scan, label, kind)
+            made = prepare_untrained(
+                usual.model, scan, label, usual.rule, usual.refine, usual.search, mask_path=self.mask
+            )
+            self._masked[label, kind] = made
+        return self._masked[label, kind]
+
+
+def scenes_of(patient, condition, count, seed, out):
+    """The `cases.CaseFile` of a condition, made in a folder of its own below `out`."""
+    folder = f"{condition.posture}_{condition.articulation:g}_" + "_".join(
+        f"{getattr(condition.detector, f.name):g}" for f in dataclasses.fields(quick.PanelFaults)
+    )
+    folder += f"_{count}_{seed}_" + "_".join(f"{low:g}-{high:g}" for low, high in condition.starts_mm)
+    folder += "_of_" + "-".join(map(str, patient.labels))
+    with progress.bar(len(patient.labels) * count, f"scenes: {condition.group} {condition.name}") as bar:
+        path = case_files.simulated_cases(
+            out / "cases" / folder / "cases.json",
+            [patient.subject],
+            patient.labels,
+            count,
+            condition.starts_mm,
+            seed,
+            condition.detector,
+            ("artic", "real"),
+            condition.posture,
+            condition.articulation,
+            on_done=bar.update,
+        )
+    return cases.read(path)
+
+
+def _chosen(case_file, condition):
+    """The cases of a condition: all, or one of each scene from bins in turn."""
+    if condition.every_start:
+        return list(case_file.cases)
+    by_scene = {}
+    for case in case_file.cases:
+        by_scene.setdefault(case.scene, []).append(case)
+    return [listed[number % len(listed)] for number, listed in enumerate(by_scene.values())]
+
+
+def _row(case, scene, points, truth, outcome, times, passes):
+    errors = [metrics.mtre(points, T, truth) for T in outcome.trajectory]
+    judged = outcome.confidence
+    return {
+        "case": case.name,
+        "scene": scene.name,
+        "start_mm": errors[0],
+        "network_mm": errors[passes],
+        "error_mm": errors[-1],
+        "accepted": None if judged is None else judged.accepted,
+        "uncertainty_mm": None if judged is None else judged.uncertainty_mm,
+        **times,
+    }
+
+
+def _given(patient, condition, label, scene, seed):
+    """What registering is given under a condition, except for the start: `Prepared` and `XRay`s."""
+    xrays = cases.read_xrays(scene, condition.variant)
+    xrays = cameras_off(xrays, condition.shift_mm, condition.turn_deg, np.random.default_rng(seed))
+    return patient.with_mask(label, condition.mask), [xrays[i] for i in condition.views]
+
+
+def run(patient, condition, count, seed, out, passes):
+    """Registers a condition's cases, unless it was done: a list of dicts, kept in `out`/rows."""
+    path = out / "rows" / condition.group.replace(" ", "_") / f"{condition.name.replace(' ', '_')}.json"
+    if path.exists():
+        return files.read_json(path)
+    case_file = scenes_of(patient, condition, count, seed, out)
+    rows, options = [], pipeline.RegisterOptions(passes)
+    chosen = _chosen(case_file, condition)
+    with progress.bar(len(chosen), f"{condition.group}: {condition.name}") as bar:
+        for number, case in enumerate(chosen):
+            scene = case_file.scenes[case.scene]
+            volume = case_file.volumes[scene.volume]
+            given = *_given(patient, condition, volume.full_label, scene, [seed, number, 99]), case.world_from_ct
+            with Stopwatch() as watch:
+                outcome = pipeline.register(*given, options, kept)
+            points, truth = cases.points(case_file, scene.volume), cases.truth(case_file, scene)
+            rows.append(_row(case, scene, points, truth, outcome, watch.times(), passes))
+            bar.update()
+    files.write_json(path, rows)
+    return rows
+
+
+def prepared_for(patient, config, minutes, base, out):
+    """The first vertebra's `Patient` after so many minutes of training; 0 is the base itself."""
+    label = patient.labels[0]
+    usual = patient.prepared[label]
+    if minutes == 0:
+        few, model = copy.copy(patient), models.load_model(base)
+        few.labels, few.prepared = [label], {label: dataclasses.replace(usual, model=model)}
+        return few
+    folder = out / "minutes" / f"{minutes:g}"
+    preparing.prepare(config, folder, [patient.target(label)], base, minutes, rule=usual.rule)
+    return Patient(patient.ct, patient.mask, [label], folder)
+
+
+def failures(patient, results, counts, seed, out, passes, most=4):
+    """Pictures of the worst cases of {condition: rows}, `counts` their scenes, in `out`/failures."""
+    worst = [(row["error_mm"], condition, row["case"]) for condition, rows in results.items() for row in rows]
+    worst.sort(key=lambda entry: -entry[0])
+    for error, condition, name in worst[:most]:
+        folder = out / "failures" / f"{error:.1f}mm_{condition.group}_{condition.name}".replace(" ", "_")
+        if folder.exists() or error < metrics.SUCCESS_MM:
+            continue
+        case_file = scenes_of(patient, condition, counts[condition], seed, out)
+        numbered = {case.name: (i, case) for i, case in enumerate(_chosen(case_file, condition))}
+        number, case = numbered[name]
+        scene = case_file.scenes[case.scene]
+        label, start = case_file.volumes[scene.volume].full_label, case.world_from_ct
+        given = _given(patient, condition, label, scene, [seed, number, 99])
+        outcome = pipeline.register(*given, start, pipeline.RegisterOptions(passes), kept)
+        case_folder.write(folder, name, outcome, *given, start, cases.truth(case_file, scene))

@@ -1,0 +1,1 @@
+"""Programs round the operators: benchmark, ahead-of-time compilation, comparison with a peer."""

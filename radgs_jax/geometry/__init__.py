@@ -1,0 +1,1 @@
+"""Rigid motions, cameras, rays and grids."""

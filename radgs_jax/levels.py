@@ -1,0 +1,22 @@
+"""Vertebral levels by VerSe number: their names, and how far apart they lie."""
+
+import numpy as np
+
+PITCH_MM = {3: 17.0, 8: 19.0, 12: 21.0, 16: 23.5, 18: 27.0, 20: 32.5, 22: 35.5, 24: 35.5}
+"""Typical distance in an adult from a vertebra's centre to that of the next one below, by VerSe number; levels between are
+interpolated. It only says where a search looks: the coarsest level of a refinement captures 10 mm and more, so a spine that is a
+third larger or smaller is found as well."""
+
+
+def level_name(label: int) -> str:
+    """Name of a VerSe label, such as 'L1' for 20."""
+    for first, last, letter in ((1, 7, "C"), (8, 19, "T"), (20, 25, "L")):
+        if first <= label <= last:
+            return f"{letter}{label - first + 1}"
+    return {26: "sacrum", 28: "T13"}.get(label, f"label {label}")
+
+
+def neighbours_mm(label: int) -> tuple[float, float]:
+    """Where along the spine, in mm, the vertebrae below and above the one of VerSe number `label` lie, by `PITCH_MM`."""
+    below, above = np.interp([label, label - 1], list(PITCH_MM), list(PITCH_MM.values()))
+    return -below, above

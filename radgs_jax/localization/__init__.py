@@ -1,0 +1,1 @@
+"""Which vertebra is where in single X-rays, and in several that agree."""

@@ -1,0 +1,1 @@
+"""Registration of a prepared vertebra to X-rays, from a start pose to a judged answer."""

@@ -1,0 +1,196 @@
+"""Registration of one case: the network's passes, the refinement, wider searches where needed, and the verdict."""
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent import futures
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from radgs_jax import gaussians
+from radgs_jax.gaussians import Gaussians
+from radgs_jax.geometry import rigid_host
+from radgs_jax.geometry.xray import XRay
+from radgs_jax.registration import confidence
+from radgs_jax.registration import passes as network
+from radgs_jax.registration import prepared as preparing
+from radgs_jax.registration import search as searching
+from radgs_jax.registration.confidence import Confidence
+from radgs_jax.registration.gauss_newton import Refined
+from radgs_jax.registration.prepared import Prepared
+from radgs_jax.registration.prepared import Vertebra
+from radgs_jax.registration.programs import Compile
+from radgs_jax.registration.programs import Programs
+from radgs_jax.registration.programs import programs_of
+from radgs_jax.registration.pyramid import make_pyramid
+
+
+@dataclasses.dataclass(frozen=True)
+class RegisterOptions:
+    """passes: of the network, 1 or more; refine: follow them by the refinement, without which nothing is judged."""
+
+    passes: int = 5
+    refine: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What registering a case gives.
+
+    Attributes:
+      world_from_ct: (4, 4) the estimate, mm, float64.
+      trajectory: (1 + passes + levels, 4, 4) world_from_ct: the start, then after each pass and each level of the refinement.
+      reconstruction: Gaussians in the world frame.
+      crops: (V, h, w) the X-rays as the network's last pass saw them, with intrinsics (V, 4) and camera_from_world (V, 4, 4).
+      attention: (V, h', w') mean attention of that pass.
+      refined: the refinement in numpy; None without one.
+      confidence: the verdict; None without a refinement or without an acceptance rule.
+    """
+
+    world_from_ct: np.ndarray
+    trajectory: np.ndarray
+    reconstruction: Gaussians
+    crops: np.ndarray
+    intrinsics: np.ndarray
+    camera_from_world: np.ndarray
+    attention: np.ndarray
+    refined: Refined | None
+    confidence: Confidence | None
+
+
+def register(
+    prepared: Prepared,
+    xrays: Sequence[XRay],
+    start: np.ndarray,
+    options: RegisterOptions = RegisterOptions(),
+    compile: Compile = jax.jit,
+) -> Outcome:
+    """Finds the pose of a prepared vertebra in X-rays.
+
+    Nothing else enters: the result is a function of these arguments.
+
+    Args:
+      xrays: one or more views, with cameras in one world frame; start: world_from_ct (4, 4), mm, some centimetres off at most.
+      compile: what turns the functions of a registration into programs, with the signature of `jax.jit`. A command hands in
+        one that keeps programs on disk.
+    """
+    programs = programs_of(compile)
+    vertebra, model = prepared.vertebra, prepared.model
+    seen = make_pyramid(xrays, [model.config.pixel_mm])
+    start_box = start @ vertebra.ct_from_box
+    result = network.run_network(programs, model, seen, start_box, vertebra.cloud, options.passes)
+    boxes, refined, judged = list(result.trajectory[1:]), None, None
+    if options.refine:
+        refined, judged = refine_until_trusted(prepared, xrays, result.world_from_box, start_box, compile)
+        boxes += list(refined.trajectory)
+    box_from_ct = np.linalg.inv(vertebra.ct_from_box)
+    poses = [start, *(rigid_host.nearest_rigid(T) @ box_from_ct for T in np.asarray(boxes, np.float64))]
+    if options.refine:
+        result = network.run_network(programs, model, seen, boxes[-1], vertebra.cloud, 1)
+    return Outcome(
+        poses[-1],
+        np.stack(poses),
+        _reconstruction(programs, prepared, result, options.refine),
+        result.xrays,
+        result.intrinsics,
+        np.stack([xray.camera.camera_from_world for xray in xrays]),
+        result.reconstruction.attention[0].mean(-1),
+        refined,
+        judged,
+    )
+
+
+def _reconstruction(programs: Programs, prepared, result, refined):
+    """The reconstruction of a network's pass in the world frame; refined: as `registered` in `reconstruct.as_bone`."""
+    if prepared.model.config.head == "anchored":
+        matches = result.reconstruction.matches
+        effect = programs.as_bone(prepared.vertebra.cloud, prepared.fine_cloud, matches, registered=refined)
+    else:
+        effect = jax.tree.map(lambda a: a[0], result.reconstruction.effect)
+    return jax.block_until_ready(programs.move(effect, result.trajectory[-2]))
+
+
+def warm_up(
+    prepared: Prepared,
+    xrays: Sequence[XRay],
+    options: RegisterOptions = RegisterOptions(),
+    compile: Compile = jax.jit,
+) -> None:
+    """Compiles or loads the programs that `register` needs for a case, unless it needs a wider search; registers nothing."""
+    programs = programs_of(compile)
+    vertebra, config = prepared.vertebra, prepared.refine
+    with futures.ThreadPoolExecutor() as pool:
+        compiling = []
+        if options.refine:
+            seen = make_pyramid(xrays, [level.pixel_mm for level in config.levels])
+            starts = [vertebra.ct_from_box] * 2
+            for levels in (searching.keeping(config, 1), searching.glance(config, prepared.search)):
+                arguments, static = searching.refine_arguments(prepared.parts, seen, starts, config, levels)
+                compiling.append(pool.submit(programs.refine.lower(*arguments, **static).compile))
+        # XLA compiles or loads these while the network runs.
+        seen = make_pyramid(xrays, [prepared.model.config.pixel_mm])
+        result = network.run_network(programs, prepared.model, seen, vertebra.ct_from_box, vertebra.cloud, passes=1)
+        _reconstruction(programs, prepared, result, options.refine)
+        for program in compiling:
+            program.result()
+
+
+def refine_until_trusted(
+    prepared: Prepared, xrays: Sequence[XRay], estimate: np.ndarray, start: np.ndarray, compile: Compile = jax.jit
+) -> tuple[Refined, Confidence | None]:
+    """Refines a pose, with wider searches where the answer is not trusted.
+
+    Without an acceptance rule nothing is judged, and the first refinement is the answer.
+
+    Args:
+      estimate, start: (4, 4) world_from_box, the network's and the one that it started from.
+    """
+    rule, vertebra = prepared.rule, prepared.vertebra
+    parts = preparing.bare_parts(prepared) if shows_bare_bone(xrays, prepared.search) else prepared.parts
+    seen = make_pyramid(xrays, [level.pixel_mm for level in prepared.refine.levels])
+    judged = None
+    found = searching.searches(
+        programs_of(compile), parts, seen, estimate, start, prepared.refine, prepared.search, vertebra.label
+    )
+    for count, refined in enumerate(found):
+        if rule is None:
+            break
+        judged = confidence.judge(refined, centred_points(refined, vertebra), rule, count)
+        if judged.accepted:
+            break
+    return refined, judged
+
+
+def shows_bare_bone(xrays: Sequence[XRay], search: searching.SearchConfig) -> bool:
+    """Whether the X-rays show a bone in air: all of their median line integrals are small."""
+    medians = [np.median(x.line_integrals[x.valid]) if x.valid.any() else np.inf for x in xrays]
+    return max(medians) < search.bare_line_integral
+
+
+def centred_points(refined: Refined, vertebra: Vertebra) -> np.ndarray:
+    """The vertebra's surface points (P, 3) at a refined pose, mm, about its centre in world axes."""
+    in_box = (vertebra.points - vertebra.ct_from_box[:3, 3]) @ vertebra.ct_from_box[:3, :3]
+    return in_box @ refined.world_from_box[:3, :3].T
+
+
+def reconstruct_without_ct(
+    prepared: Prepared,
+    cloud: Gaussians,
+    xrays: Sequence[XRay],
+    start: np.ndarray,
+    passes: int,
+    compile: Compile = jax.jit,
+) -> Gaussians:
+    """What the network makes of the X-rays where another shape takes the CT's place, from the start pose on, unrefined.
+
+    Args:
+      cloud: Gaussians (N,) of that shape, box frame, such as `reconstruct.mean_cloud`; start: world_from_ct (4, 4).
+    Returns:
+      Gaussians (N,) in the world frame.
+    """
+    seen = make_pyramid(xrays, [prepared.model.config.pixel_mm])
+    start_box = start @ prepared.vertebra.ct_from_box
+    result = network.run_network(programs_of(compile), prepared.model, seen, start_box, cloud, passes)
+    effect = jax.tree.map(lambda a: a[0], result.reconstruction.effect)
+    return gaussians.move(effect, jnp.asarray(result.trajectory[-2]))

@@ -1,0 +1,150 @@
+"""The search for a pose: two starts, neighbouring levels, and wider searches where an answer is not trusted.
+
+Vertebrae look alike. So the places of an answer's neighbours along the spine are tried too, and an answer that is refused is
+searched for anew: turned about its axes, shifted along the spine, and at last all round the start.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from radgs_jax.geometry import rigid_host
+from radgs_jax.levels import neighbours_mm
+from radgs_jax.registration import gauss_newton
+from radgs_jax.registration.gauss_newton import RefineConfig
+from radgs_jax.registration.gauss_newton import Refined
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """How a pose is searched for. The acceptance rule is fitted with it: `confidence.method_digest`.
+
+    The numbers were chosen on the simulated scenes that the rule is fitted to (`experiments.calibrate`), T6 to T9 of one chest
+    CT and four vertebrae of a phantom.
+
+    Attributes:
+      turn_rad: by how much starts are turned against a refused answer about each of its axes. Most answers that are wrong by
+        less than 5 mm sit in a wrong orientation; at half the turn they stay there, at twice they find a neighbour.
+      wide_along_mm: shifts along the spine tried first, from where it started: up to the neighbours' places and between.
+      far_across_mm, far_along_mm: shifts across and along the spine tried last, in all combinations. Their spacing is about
+        the capture range of the coarsest level; at half it the search takes eight times as long, at twice it has gaps.
+      glance_iterations: steps of the coarsest level taken in a neighbour's place before it is compared.
+      max_walk: how often, at most, the answer moves to a neighbouring level.
+      settled_mm: a refinement whose last step was longer goes on from where it is.
+      max_settlings: how often, at most, it goes on.
+      survivors: how many of a wider search's starts go on from the coarsest level.
+      bare_line_integral: median line integral below which an X-ray shows a bone in air; behind a body it is above 1.
+    """
+
+    turn_rad: float = math.radians(15.0)
+    wide_along_mm: tuple[float, ...] = (-24.0, -12.0, 12.0, 24.0)
+    far_across_mm: tuple[float, ...] = (-24.0, 0.0, 24.0)
+    far_along_mm: tuple[float, ...] = (-48.0, -24.0, 0.0, 24.0, 48.0)
+    glance_iterations: int = 5
+    max_walk: int = 4
+    settled_mm: float = 0.2
+    max_settlings: int = 3
+    survivors: int = 3
+    bare_line_integral: float = 0.3
+
+
+def refine_arguments(parts, seen, starts, config: RefineConfig, levels):
+    """Arguments and keywords of `gauss_newton.refine` for the first levels of a pyramid, replaced by `levels`."""
+    starts = jax.device_put(np.asarray(starts, np.float32))
+    chosen = dataclasses.replace(config, levels=tuple(levels))
+    return (parts, seen.levels[: len(levels)], seen.camera_from_world, starts), {"config": chosen}
+
+
+def glance(config: RefineConfig, search: SearchConfig):
+    """The levels of a short look into a neighbour's place."""
+    return (dataclasses.replace(config.levels[0], iterations=search.glance_iterations),)
+
+
+def keeping(config: RefineConfig, survivors: int):
+    """The levels of a refinement in which that many starts go on from the coarsest one."""
+    first, *others = config.levels
+    return (dataclasses.replace(first, keep=survivors), *others)
+
+
+def _shift(shift_mm):
+    motion = np.eye(4)
+    motion[:3, 3] = shift_mm
+    return motion
+
+
+def refine_pose(
+    programs, parts, seen, starts: Sequence, config: RefineConfig, search: SearchConfig, places_mm, survivors: int = 1
+) -> Refined:
+    """Refines several starts, goes on until the best has settled, and asks whether a neighbouring level fits better.
+
+    Args:
+      programs: `programs.Programs`; parts: `prepared.Parts`; seen: `pyramid.Pyramid` of config's levels.
+      starts: K >= 2 poses (4, 4) of the vertebra's box; places_mm: where its two neighbours lie, as of `levels.neighbours_mm`.
+      survivors: how many starts go on from the coarsest level.
+    Returns:
+      `Refined` in numpy. Its rival is the best other answer, neighbours included.
+    """
+
+    def run(poses, levels):
+        arguments, options = refine_arguments(parts, seen, poses, config, levels)
+        return jax.device_get(programs.refine(*arguments, **options))
+
+    def settled(refined):
+        for _ in range(search.max_settlings):
+            if not refined.step_mm > search.settled_mm:
+                break
+            # The same pose twice, since two starts, as most cases have, are one compiled program. The rival stays the rival.
+            rival = {name: getattr(refined, name) for name in ("rival_mm", "margin")}
+            refined = run([refined.world_from_box] * 2, config.levels).replace(**rival)
+        return refined
+
+    refined = settled(run(starts, keeping(config, survivors)))
+    for _ in range(search.max_walk):
+        places = [refined.world_from_box @ _shift((0.0, 0.0, along)) for along in places_mm]
+        other = run(places, glance(config, search))
+        away_mm = np.linalg.norm(other.world_from_box[:3, 3] - refined.world_from_box[:3, 3])
+        if away_mm < gauss_newton.APART_MM:
+            break
+        margin = refined.fit[0] - other.fit[0]
+        # A place that fits better at a glance than the answer does in detail is refined, too.
+        if other.fit[0] < refined.fit[-1]:
+            if margin < refined.margin:
+                refined = refined.replace(rival_mm=away_mm, margin=margin)
+            break
+        other = settled(run(places, config.levels))
+        better, worse = (other, refined) if other.fit[-1] > refined.fit[-1] else (refined, other)
+        margin = better.fit[-1] - worse.fit[-1]
+        refined = better.replace(rival_mm=away_mm, margin=min(margin, better.margin))
+        if better is not other:
+            break
+    return refined
+
+
+def searches(
+    programs, parts, seen, estimate, start, config: RefineConfig, search: SearchConfig, label: int
+) -> Iterator[Refined]:
+    """The refined pose, then the best pose after each wider search, `confidence.SEARCHES` of them.
+
+    Args:
+      programs, parts, seen, config, search: as in `refine_pose`.
+      estimate, start: (4, 4) world_from_box, the network's and the one that it started from; label: VerSe number.
+    """
+    places_mm = neighbours_mm(label)
+    refined = refine_pose(programs, parts, seen, [estimate, start], config, search, places_mm)
+    yield refined
+    angles = (-search.turn_rad, search.turn_rad)
+    turns = [rigid_host.matrix(angle * axis, [0.0, 0.0, 0.0]) for axis in np.eye(3) for angle in angles]
+    wide = [(0.0, 0.0, along) for along in search.wide_along_mm]
+    far = list(itertools.product(search.far_across_mm, search.far_across_mm, search.far_along_mm))
+    for poses, shifts_mm in (((estimate, start), wide), ((start,), far)):
+        starts = [refined.world_from_box @ turn for turn in turns]
+        starts += [pose @ _shift(shift) for pose in poses for shift in shifts_mm]
+        again = refine_pose(programs, parts, seen, starts, config, search, places_mm, search.survivors)
+        if again.fit[-1] > refined.fit[-1]:
+            refined = again
+        yield refined

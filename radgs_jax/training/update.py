@@ -1,0 +1,88 @@
+"""The optimiser, its schedule, and the sharded update."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from radgs_jax.models.config import ModelConfig
+from radgs_jax.training import objectives
+
+TRAINED = {"rec": ("recm",), "reg": ("regm",), "joint": ("recm", "regm")}
+
+
+def optimizer(weight_decay=1e-4):
+    """AdamW without its learning rate, which `update` takes as an argument so that schedules never recompile."""
+    import optax  # a tenth of a second, for training alone
+
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.add_decayed_weights(weight_decay))
+
+
+def cosine(step, steps, peak, warmup=50):
+    """Learning rate: linear warm-up, then half a cosine to zero. Plain floats: a device would answer after all its steps."""
+    progress = min(1.0, step / max(1, steps))
+    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def state_of(params, trained):
+    """{'params', 'opt_state'} of a dict of parameter trees; only those named in `trained` get optimiser moments."""
+    return {"params": params, "opt_state": optimizer().init({name: params[name] for name in trained})}
+
+
+def init_state(params, module):
+    """`state_of` one module stage."""
+    return state_of(params, TRAINED[module])
+
+
+def update_of(mesh, objective, trained):
+    """The jitted update (state, key, learning_rate, batch) -> (state, metrics) on a mesh with an axis 'data'.
+
+    The batch is split over 'data'; parameters are replicated; gradients are averaged across the mesh. Each shard draws its
+    own random numbers from (key, shard). The state is donated. A batch whose gradient is not finite leaves it as it was;
+    beside the loss, the norm of the gradient and the objective's scalars, the metrics say so: `skipped` is 1, else 0.
+
+    Args:
+      objective: (params, key, batch) -> scalar and a dict of scalars; trained: names in `params` that it is minimised over.
+    """
+    import optax
+
+    tx = optimizer()
+
+    def shard_step(state, key, learning_rate, batch):
+        key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+        free = {name: state["params"][name] for name in trained}
+
+        def of_free(free):
+            return objective({**state["params"], **free}, key, batch)
+
+        (value, parts), gradient = jax.value_and_grad(of_free, has_aux=True)(free)
+        gradient, value, parts = jax.lax.pmean((gradient, value, parts), "data")
+        norm = optax.global_norm(gradient)
+        direction, opt_state = tx.update(gradient, state["opt_state"], free)
+        # One such batch must not poison the parameters.
+        good = jnp.isfinite(norm)
+        stepped = jax.tree.map(lambda p, d: jnp.where(good, p - learning_rate * d, p), free, direction)
+        opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state["opt_state"])
+        new_state = {"params": {**state["params"], **stepped}, "opt_state": opt_state}
+        return new_state, {"loss": value, "gradient_norm": norm, **parts, "skipped": (~good).astype(jnp.int32)}
+
+    replicated, split = PartitionSpec(), PartitionSpec("data")
+    step = jax.shard_map(
+        shard_step,
+        mesh=mesh,
+        in_specs=(replicated, replicated, replicated, split),
+        out_specs=(replicated, replicated),
+        check_vma=False,
+    )
+    whole, parts = NamedSharding(mesh, replicated), NamedSharding(mesh, split)
+    return jax.jit(step, in_shardings=(whole, whole, whole, parts), out_shardings=(whole, whole), donate_argnums=0)
+
+
+@functools.cache
+def make_update(mesh, module, config: ModelConfig, weights: objectives.LossConfig, strength):
+    """`update_of` one module stage's `loss`."""
+    objective = functools.partial(objectives.loss, module=module, config=config, weights=weights, strength=strength)
+    return update_of(mesh, objective, TRAINED[module])

@@ -1,0 +1,153 @@
+"""Registering's own decisions: which starts are tried, when a search widens, and whether a neighbour's place fits better."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from kernels.drr import drr
+from radgs_jax import levels
+from radgs_jax.geometry import rigid_host
+from radgs_jax.geometry.camera import Camera
+from radgs_jax.geometry.xray import XRay
+from radgs_jax.registration import confidence
+from radgs_jax.registration import gauss_newton
+from radgs_jax.registration import pipeline
+from radgs_jax.registration import pyramid
+from radgs_jax.registration import search
+from radgs_jax.registration.prepared import Parts
+from radgs_jax.registration.programs import programs_of
+
+CONFIG = gauss_newton.RefineConfig(
+    levels=(
+        gauss_newton.Level(4.0, 24, 6, 2.0, 4.0, 0.3),
+        gauss_newton.Level(2.0, 40, 5, 1.5, 3.0),
+    )
+)
+PIXELS, PIXEL_MM, DISTANCE_MM, SOURCE_MM = 140, 2.0, 1000.0, 700.0
+PITCH_MM = 31.0
+TRUTH = rigid_host.matrix([0.08, -0.1, 0.05], (3.0, -4.0, 5.0))
+REST = rigid_host.matrix([0.1, -0.08, 0.03], (4.0, -3.0, 4.0))
+
+
+@pytest.fixture(scope="module")
+def spine():
+    """Five vertebrae of one outline, each with a structure of its own, in a body; the middle one is registered."""
+    rng = np.random.default_rng(0)
+
+    def structured(shape, width, mean, spread):
+        field = ndimage.gaussian_filter(rng.normal(size=shape), width)
+        return mean + spread * field / field.std()
+
+    shape = (28, 24, 14)
+    x, y, z = (2.0 * (np.indices(shape)[axis] - 0.5 * (shape[axis] - 1)) for axis in range(3))
+    inside = (x / 22) ** 2 + ((y - 3) / 17) ** 2 + (z / 12) ** 2 < 1
+    bones = [np.where(inside, structured(shape, 1.0, 0.02, 0.006), 0.0) for _ in range(5)]
+    box_from_bone = np.diag([2.0, 2.0, 2.0, 1.0])
+    box_from_bone[:3, 3] = [-27.0, -23.0, -13.0]
+    rest = np.maximum(structured((60, 50, 84), 1.5, 0.015, 0.002), 0.0)
+    box_from_rest = np.diag([3.0, 3.0, 3.0, 1.0])
+    box_from_rest[:3, 3] = [-88.0, -74.0, -125.0]
+    points = 3.0 * np.moveaxis(np.indices(rest.shape), 0, -1) + box_from_rest[:3, 3]
+    for place, bone in zip((-2, -1, 1, 2), bones[1:]):
+        voxels = (points - [0.0, 0.0, place * PITCH_MM] - box_from_bone[:3, 3]) / 2.0
+        rest = rest + ndimage.map_coordinates(bone, np.moveaxis(voxels, -1, 0), order=1)
+    parts = (bones[0], box_from_bone, rest, box_from_rest)
+    return Parts(*(jnp.asarray(a, jnp.float32) for a in parts))
+
+
+@pytest.fixture(scope="module")
+def xrays(spine):
+    """X-rays from the front and the side, with noise."""
+    cameras = np.zeros((2, 4, 4))
+    cameras[0, :3, :3] = [[-1, 0, 0], [0, 0, -1], [0, -1, 0]]
+    cameras[1, :3, :3] = [[0, -1, 0], [0, 0, -1], [1, 0, 0]]
+    cameras[:, 2, 3], cameras[:, 3, 3] = SOURCE_MM, 1.0
+    focal, middle = DISTANCE_MM / PIXEL_MM, 0.5 * (PIXELS - 1)
+    intrinsics = np.array([focal, focal, middle, middle])
+    images = np.random.default_rng(1).normal(size=(2, PIXELS, PIXELS)) * 0.01
+    for volume, grid, pose in (
+        (spine.excess, spine.box_from_excess, TRUTH),
+        (spine.rest, spine.box_from_rest, REST),
+    ):
+        index_from_camera = jnp.linalg.inv(jnp.asarray(cameras @ pose, jnp.float32) @ grid)[:, :3]
+        k = jnp.asarray(np.stack([intrinsics] * 2), jnp.float32)
+        images = images + np.asarray(drr(volume, index_from_camera, k, PIXELS, PIXELS, step_mm=1.0))
+    views = [Camera(intrinsics, camera, PIXELS, PIXELS) for camera in cameras]
+    return [XRay(image, None, view) for image, view in zip(images, views)]
+
+
+@pytest.mark.parametrize("levels_off", [0, 1, -2])
+def test_an_answer_in_a_neighbours_place_is_given_up(spine, xrays, levels_off):
+    """From the vertebra's own place, the one above, and two below; each time a neighbour is the rival, which fits worse."""
+    seen = pyramid.make_pyramid(xrays, [level.pixel_mm for level in CONFIG.levels])
+    start = TRUTH @ rigid_host.matrix([0.02, -0.03, 0.02], (1.0, -1.0, levels_off * PITCH_MM + 1.5))
+    programs = programs_of(jax.jit)
+    found = search.refine_pose(programs, spine, seen, [start, start], CONFIG, search.SearchConfig(), (-34.0, 33.0))
+    assert np.linalg.norm(found.world_from_box[:3, 3] - TRUTH[:3, 3]) < 0.5
+    assert 0.6 * PITCH_MM < found.rival_mm < 1.4 * PITCH_MM and 0.05 < found.margin < 2.0
+
+
+def test_neighbours_lie_further_off_down_the_spine():
+    """As in published anatomy: about 19 mm in the upper thorax, 35 mm in the lumbar spine, each pair seen alike from both sides."""
+    for label in range(2, 25):
+        (below, above), (_, above_next) = levels.neighbours_mm(label), levels.neighbours_mm(label + 1)
+        assert 15 < above <= -below < 37 and above_next == -below
+    assert -19 > levels.neighbours_mm(9)[0] > -20 and -35 > levels.neighbours_mm(23)[0]
+
+
+def test_searches_widen_until_an_answer_is_trusted(monkeypatch):
+    """From two starts to fourteen, then all round, six of them turned against the best answer, which stays, and is trusted at less
+    after each search."""
+    asked, fits = [], []
+
+    def pose_of(number):
+        return rigid_host.matrix([0.1 * number, 0.2, -0.3], (10.0 * number, 2.0, 3.0))
+
+    def refine_pose(programs, parts, seen, starts, config, how, places_mm, survivors=1):
+        assert places_mm == levels.neighbours_mm(20) and how == search.SearchConfig()
+        asked.append((len(starts), survivors))
+        if len(asked) > 1:
+            best = int(np.argmax(fits[: len(asked) - 1]))
+            turns = np.array([np.linalg.inv(pose_of(best)) @ start for start in starts[:6]])
+            np.testing.assert_allclose(turns[:, :3, 3], 0.0, atol=1e-12)
+            np.testing.assert_allclose(np.trace(turns[:, :3, :3], axis1=1, axis2=2), 1 + 2 * np.cos(np.radians(15.0)))
+            assert len(np.unique(turns.round(6), axis=0)) == 6
+        number = len(asked)
+        return types.SimpleNamespace(number=number, fit=[fits[number - 1]], world_from_box=pose_of(number - 1))
+
+    def judge(refined, points, rule, searches):
+        assert rule == "rule"
+        return types.SimpleNamespace(accepted=refined.fit[0] > (0.9, 0.8, 0.7)[searches])
+
+    monkeypatch.setattr(pipeline, "make_pyramid", lambda *given: None)
+    monkeypatch.setattr(search, "refine_pose", refine_pose)
+    monkeypatch.setattr(pipeline, "centred_points", lambda refined, vertebra: None)
+    monkeypatch.setattr(confidence, "judge", judge)
+    prepared = types.SimpleNamespace(
+        parts="parts",
+        vertebra=types.SimpleNamespace(label=20),
+        rule="rule",
+        refine=CONFIG,
+        search=search.SearchConfig(),
+    )
+    camera = Camera(np.ones(4), np.eye(4), 4, 4)
+    body = [XRay(np.ones((4, 4)), None, camera)] * 2
+    for given, stages, best, accepted in (
+        ((0.95,), 1, 1, True),
+        ((0.2, 0.95), 2, 2, True),
+        ((0.85, 0.2), 2, 1, True),
+        ((0.5, 0.2, 0.95), 3, 3, True),
+        ((0.5, 0.6, 0.4), 3, 2, False),
+    ):
+        asked.clear()
+        fits[:] = given
+        refined, judged = pipeline.refine_until_trusted(prepared, body, np.eye(4), np.eye(4))
+        assert asked == [(2, 1), (14, 3), (51, 3)][:stages]
+        assert refined.number == best and judged.accepted == accepted
+    prepared.rule, fits[:] = None, (0.1,)
+    asked.clear()
+    assert pipeline.refine_until_trusted(prepared, body, np.eye(4), np.eye(4))[1] is None
