@@ -22,6 +22,7 @@ compile-check: setup
 lint: setup
 	$(BIN)/python -m ruff check .
 	$(BIN)/lint-imports
+	$(BIN)/basedpyright --level error
 
 setup: $(VENV)/.installed
 
