@@ -17,7 +17,7 @@ test: setup
 # Where the compilers cannot be installed, the check says what it skips and why.
 compile-check: setup
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(COMPILERS) -r requirements-aot.txt
-	$(BIN)/python -m kernels.compile_check --wheels=$(COMPILERS) --libtpu=$(COMPILERS)
+	$(BIN)/python -m kernels.tools.compile_check --wheels=$(COMPILERS) --libtpu=$(COMPILERS)
 
 lint: setup
 	$(BIN)/python -m ruff check .

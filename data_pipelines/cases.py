@@ -1,14 +1,17 @@
-"""The case and result files: `biplanar-vertebra-cases/1` and `biplanar-vertebra-results/1`, read with checks and written."""
+"""Case and result files: `biplanar-vertebra-cases/1`, read with checks, and `biplanar-vertebra-results/1`, written."""
 
+import collections.abc
 import dataclasses
 import math
 import pathlib
+import typing
 
 import numpy as np
 
 from data_pipelines.io import camera_files
 from data_pipelines.io import files
 from radgs_jax import errors
+from radgs_jax.geometry.camera import Camera
 from radgs_jax.geometry.xray import XRay
 
 CASES_FORMAT = "biplanar-vertebra-cases/1"
@@ -18,7 +21,14 @@ VARIANTS = ("easy", "full", "artic", "real")
 
 @dataclasses.dataclass(frozen=True)
 class Volume:
-    """What preparing may use: the scan, its labels, the VerSe number, and the patient's identifier."""
+    """The vertebra that a case registers: all that `prepare` may read of a case file.
+
+    Attributes:
+      name: its key in the file.
+      patient: an identifier.
+      full_ct, full_mask: the whole scan and its label map.
+      full_label: VerSe number of the vertebra.
+    """
 
     name: str
     patient: str
@@ -29,18 +39,26 @@ class Volume:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One acquisition. world_from_ct: the truth where the file has it (None elsewhere); registration never reads it."""
+    """One acquisition.
+
+    Attributes:
+      name: its id in the file.
+      volume: name of its `Volume`.
+      cameras: one `Camera` for each view.
+      xrays: npz file of its X-rays.
+      world_from_ct: the true pose as it is in the file, unchecked, or None; for training and scoring only.
+    """
 
     name: str
     volume: str
-    cameras: tuple
+    cameras: tuple[Camera, ...]
     xrays: pathlib.Path
-    world_from_ct: np.ndarray | None
+    world_from_ct: list | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One start pose of a scene."""
+    """One start pose, world_from_ct (4, 4) in mm, of the scene with the id `scene`."""
 
     name: str
     scene: str
@@ -49,12 +67,19 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class CaseFile:
-    """volumes, scenes: by name; cases: in file order; raw: the JSON as read, for scoring only."""
+    """A case file.
+
+    Attributes:
+      path: the JSON file.
+      volumes, scenes: by name.
+      cases: in file order.
+      raw: the JSON value, for scoring only.
+    """
 
     path: pathlib.Path
-    volumes: dict
-    scenes: dict
-    cases: list
+    volumes: dict[str, Volume]
+    scenes: dict[str, Scene]
+    cases: list[Case]
     raw: dict
 
 
@@ -69,12 +94,12 @@ def _get(path, where, mapping, key, kind):
     return value
 
 
-def read(path):
-    """The `CaseFile` of a JSON file; the files that it names are read later, true poses checked by `truth`.
+def read(path: pathlib.Path | str) -> CaseFile:
+    """Reads a case file. The files that it names are read later, and true poses are checked by `truth`.
 
     Raises:
-      InputError: unreadable JSON, an unknown format, missing or mistyped fields, a volume or scene that is not there, an
-        id given twice, a malformed camera, a start pose that is not rigid.
+      InputError: the JSON is unreadable or of another format, a field is missing or mistyped, a volume or scene does not
+        exist, an id occurs twice, a camera is malformed, or a start pose is not rigid.
     """
     path = pathlib.Path(path)
     raw = files.read_json(path)
@@ -122,20 +147,20 @@ def read(path):
     return CaseFile(path, volumes, scenes, cases, raw)
 
 
-def truth(case_file, scene):
-    """world_from_ct (4, 4) of a scene, for training on real cases and for scoring.
+def truth(case_file: CaseFile, scene: Scene) -> np.ndarray:
+    """True world_from_ct (4, 4) in mm of a scene, for training on real cases and for scoring.
 
     Raises:
-      InputError: absent or not rigid.
+      InputError: the file has none, or it is not rigid.
     """
     return camera_files.check_rigid(case_file.path, f"scene {scene.name}: T_gt", scene.world_from_ct)
 
 
-def points(case_file, name):
-    """Surface points (N, 3) of the volume `name`, CT mm, for scoring.
+def points(case_file: CaseFile, name: str) -> np.ndarray:
+    """Surface points (N, 3) of the volume `name` in CT mm, for scoring.
 
     Raises:
-      InputError: absent, or not a list of points.
+      InputError: the file has none, or they are not a list of points.
     """
     value, where = case_file.raw["volumes"][name].get("points"), f"volumes.{name}.points"
     if not isinstance(value, list) or not value:
@@ -143,11 +168,11 @@ def points(case_file, name):
     return camera_files.check_matrix(case_file.path, where, value, (len(value), 3))
 
 
-def check_image(path, where, image, camera):
-    """A float32 line-integral image of its camera's size.
+def check_image(path: pathlib.Path | str, where: str, image: np.ndarray, camera: Camera) -> np.ndarray:
+    """An image of line integrals (H, W) as float32; `path` and `where` name the file and field in errors.
 
     Raises:
-      InputError: wrong shape, not numeric, or values that are not finite.
+      InputError: the shape is not the camera's, or values are not numbers or not finite.
     """
     if image.dtype.kind not in "iuf":
         errors.fail(path, where, image.dtype, "real numbers")
@@ -159,11 +184,15 @@ def check_image(path, where, image, camera):
     return image.astype(np.float32)
 
 
-def read_xrays(scene, variant):
-    """The X-rays of one scene: a list of `XRay` of float32 line integrals, of which every pixel is valid.
+def read_xrays(scene: Scene, variant: str) -> list[XRay]:
+    """The X-rays of one scene, one for each view, float32, with all pixels valid.
+
+    Args:
+      scene: the acquisition.
+      variant: name of the array in its X-ray file.
 
     Raises:
-      InputError: missing file or array, wrong number of views, wrong shapes, non-finite pixels.
+      InputError: the file or array is missing, the number of views or a shape is wrong, or pixels are not finite.
     """
     stack = files.read_npz(scene.xrays, variant)[variant]
     if stack.ndim != 3 or len(stack) != len(scene.cameras):
@@ -174,14 +203,20 @@ def read_xrays(scene, variant):
     ]
 
 
-def write_results(path, program, variant, results):
+def write_results(
+    path: pathlib.Path | str, program: str, variant: str, results: collections.abc.Sequence[dict[str, typing.Any]]
+) -> None:
     """Writes a result file, atomically.
 
     Args:
-      program, variant: names; results: dicts with id, T (world_from_ct, 4x4 lists), runtime_s, cpu_s and optionally
-        accepted, uncertainty_mm, covariance.
+      path: the file to write.
+      program: name of the program that made the results.
+      variant: name of the array of X-rays.
+      results: dicts with id, T (world_from_ct, 4x4 lists), runtime_s, cpu_s and optionally accepted, uncertainty_mm,
+        covariance.
+
     Raises:
-      ValueError: a pose, or another number, that is not finite; nothing is written then.
+      ValueError: a pose or another number is not finite. Nothing is written then.
     """
     for result in results:
         if not all(math.isfinite(v) for row in result["T"] for v in row):

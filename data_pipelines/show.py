@@ -1,4 +1,4 @@
-"""Contact sheets: what a scan, a simulation, a case file, detections, measured X-rays or a store of pairs look like.
+"""Contact sheets of a scan, simulations, a case file, localized levels, measured X-rays or a store of pairs.
 
     python -m data_pipelines.show --scan=CT --mask=MASK [--labels=20,21] --output=SHEET.png
     python -m data_pipelines.show --scan=CT --mask=MASK [--labels=20,21] --simulated=6 [--seed=0] --output=SHEET.png
@@ -6,13 +6,17 @@
     python -m data_pipelines.show --xrays=A.dcm,B.png [--values=intensity] --output=SHEET.png
     python -m data_pipelines.show --pairs=STORE [--count=6] --output=SHEET.png
 
-Scans: slices through every complete vertebra with its mask's outline. Simulated: the clean X-ray with the centroids' labels,
-and what the detector gives. Cases: the X-rays (measured ones: `--variant=real`) beside simulated ones, the whole scan projected
-at the true pose; with what `experiments.detect --do=find` found: the X-rays with the levels and their confidence. X-rays: the
-numbers in the file beside the line integrals, what does not count in red. Pairs: the X-ray, and the vertebra alone.
+A scan: slices through every complete vertebra with the outline of its mask. Simulations: the clean X-ray with the levels at
+their centroids, and the measured one. A case file: each X-ray (measured ones: `--variant=real`) next to the whole scan
+projected at the true pose; or with --found, the output of `experiments.detect --do=find`, the X-rays with levels and their
+confidence. X-rays: the numbers in the file next to the line integrals. Pairs: the X-ray next to the vertebra alone. Pixels that
+are not valid are red.
 """
 
+import collections.abc
+import pathlib
 import textwrap
+import typing
 
 import numpy as np
 from absl import flags
@@ -35,12 +39,20 @@ from radgs_jax.geometry import resample
 from radgs_jax.levels import level_name
 
 TILE_INCHES = 2.4
-BODY_MM = 2.0
-"""Voxels of the scan that is projected beside a case's X-rays."""
+"""Side of a tile in inches, which is 264 pixels at SHEET_DPI. Chosen by hand: half hides thin edges, twice makes large files."""
+SHEET_DPI = 110
+"""Dots per inch of a sheet. Chosen by hand, as TILE_INCHES."""
+PROJECTED_MM = 2.0
+"""Largest voxel side in mm of a scan that is projected next to X-rays. Chosen by hand: half takes eight times the voxels, twice
+blurs vertebrae."""
+GREY_PERCENTILES = (0.5, 99.5)
+"""Percentiles of an image that are black and white. Chosen by hand: nearer to 0 and 100 follows noise, further clips bone."""
+HU_WINDOW = (-200, 1000)
+"""HU range of slices: fat to dense bone. Chosen by hand: half clips cortical bone, twice greys the marrow."""
 
 
 def _sheet(rows):
-    """A figure of rows of (title, draw), `draw(axes)` filling one tile."""
+    """A figure of rows of tiles (title, draw); `draw(axes)` fills one tile."""
     columns = max(map(len, rows))
     figure = Figure(figsize=(TILE_INCHES * columns, (TILE_INCHES + 0.2) * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -53,12 +65,13 @@ def _sheet(rows):
     return figure
 
 
-def _grey(image, valid=None, outline=None, extent=None):
+def _grey(image, valid=None, outline=None):
+    """Draws an image (H, W) with the pixels that are not valid in red, and a mask's outline."""
     seen = image if valid is None or not valid.any() else image[valid]
-    low, high = np.percentile(seen, [0.5, 99.5])
+    low, high = np.percentile(seen, GREY_PERCENTILES)
 
     def draw(axes):
-        axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), extent=extent)
+        axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
         if valid is not None and not valid.all():
             axes.imshow(np.where(valid, np.nan, 1.0), cmap="autumn", alpha=0.35, vmin=0, vmax=2)
         if outline is not None and outline.max() > 0.5:
@@ -67,15 +80,15 @@ def _grey(image, valid=None, outline=None, extent=None):
     return draw
 
 
-def of_scan(scan, labels):
-    """Sagittal, coronal and axial slices through each vertebra's middle, its mask outlined.
+def of_scan(scan: scans.Scan, labels: collections.abc.Iterable[int]) -> Figure:
+    """Sagittal, coronal and axial slices through the centre of each vertebra, with the outline of its mask.
 
     Args:
-      scan: `scans.Scan`; labels: VerSe numbers of complete vertebrae.
-    Returns:
-      a matplotlib Figure.
+      scan: a scan.
+      labels: VerSe numbers of complete vertebrae.
+
     Raises:
-      InputError: a vertebra that is absent or cut.
+      InputError: a vertebra is absent or cut.
     """
     rows = []
     for label in labels:
@@ -83,22 +96,26 @@ def of_scan(scan, labels):
         middle = np.rint(np.average(np.argwhere(cube.occupancy > 0.5), axis=0)).astype(int)
         row = []
         for axis, name in enumerate(("sagittal", "coronal", "axial")):
-            # As radiologists look: head or front up, the front or the patient's right on the left.
+            # The radiological view: head or front up, and front or the patient's right side on the left.
             hu, mask = (np.take(a, middle[axis], axis).T[::-1, ::-1] for a in (cube.hu, cube.occupancy))
-            row.append((f"{level_name(label)} {name}", _grey(np.clip(hu, -200, 1000), outline=mask)))
+            row.append((f"{level_name(label)} {name}", _grey(np.clip(hu, *HU_WINDOW), outline=mask)))
         rows.append(row)
     return _sheet(rows)
 
 
-def of_simulation(body, labels, count, seed):
-    """`count` acquisitions: for each view the clean line integrals with level names, and what the detector gives.
+def of_simulation(
+    body: simulation.ArticulatedBody, labels: collections.abc.Sequence[int], count: int, seed: int
+) -> Figure:
+    """Simulated acquisitions: for each view, the clean line integrals with level names, and the measured X-ray.
 
     Args:
-      body: `simulator.Body`; labels: VerSe numbers of the targets, taken in turn; seed: of all draws.
-    Returns:
-      a matplotlib Figure.
+      body: the body to simulate.
+      labels: VerSe numbers of the targets, used in turn.
+      count: number of acquisitions.
+      seed: seed of all random draws.
+
     Raises:
-      InputError: a label that the body has no complete vertebra of.
+      InputError: the body has no complete vertebra of a label.
     """
     rows = []
     for index in range(count):
@@ -107,7 +124,7 @@ def of_simulation(body, labels, count, seed):
         row = []
         for view in range(len(sample.rest)):
             shown = np.flatnonzero(sample.in_sight[view])
-            marks = [(*sample.centroids[view, n], level_name(n)) for n in shown]
+            marks = [(*sample.centroids[view, n], level_name(int(n))) for n in shown]
             clean = _grey(sample.rest[view] + sample.excess[view])
             row.append((f"{level_name(label)} view {view + 1}, clean", _marked(clean, marks)))
             row.append((f"seed {seed}, {index}: measured", _grey(sample.measured[view], sample.valid[view])))
@@ -116,8 +133,8 @@ def of_simulation(body, labels, count, seed):
 
 
 def _marked(grey, marks):
-    """Draws what `grey` draws, and words at pixels: marks of (u, v, word)."""
-    # Bone is as bright as they are.
+    """Draws `grey` with words at pixels; marks are (u, v, word)."""
+    # Bone is as bright as the words, so they have a dark outline.
     edge = [patheffects.withStroke(linewidth=1.5, foreground="black")]
     style = {"color": "#ffd84a", "fontsize": 6, "ha": "center", "va": "center", "path_effects": edge}
 
@@ -129,15 +146,15 @@ def _marked(grey, marks):
     return draw
 
 
-def of_cases(case_file, variant):
-    """Every scene's X-rays, each beside the scan projected at the true pose.
+def of_cases(case_file: cases.CaseFile, variant: str) -> Figure:
+    """The X-rays of every scene, each next to the scan projected at the true pose.
 
     Args:
-      case_file: `cases.CaseFile`; variant: array of its X-ray files.
-    Returns:
-      a matplotlib Figure.
+      case_file: a case file.
+      variant: name of the array in its X-ray files.
+
     Raises:
-      InputError: unreadable arrays or scans, or a scene without its true pose.
+      InputError: an array or scan is unreadable, or a scene has no true pose.
     """
     rows, projected = [], {}
     for scene in case_file.scenes.values():
@@ -145,13 +162,13 @@ def of_cases(case_file, variant):
         if volume.full_ct not in projected:
             scan = scans.read_scan(volume.full_ct, volume.full_mask, volume.patient)
             mu = attenuation.from_hounsfield(scan.hu)
-            projected[volume.full_ct] = resample.block_average(mu, scan.ct_from_index, BODY_MM)
+            projected[volume.full_ct] = resample.block_average(mu, scan.ct_from_index, PROJECTED_MM)
         mu, ct_from_index = projected[volume.full_ct]
         row = []
         for number, xray in enumerate(cases.read_xrays(scene, variant), 1):
             camera, image = xray.camera, xray.line_integrals
             geometry = camera.intrinsics[None], camera.camera_from_world[None], image.shape
-            ours = quick.render(mu, ct_from_index, cases.truth(case_file, scene), *geometry, BODY_MM)[0]
+            ours = quick.render(mu, ct_from_index, cases.truth(case_file, scene), *geometry, PROJECTED_MM)[0]
             row += [
                 (f"{scene.name} view {number}, {variant}", _grey(image)),
                 ("the scan at the true pose", _grey(ours)),
@@ -160,13 +177,14 @@ def of_cases(case_file, variant):
     return _sheet(rows)
 
 
-def read_found(path, case_file):
-    """What `experiments.detect --do=find` wrote of the scenes of a case file: {scene: report}.
+def read_found(path: pathlib.Path | str, case_file: cases.CaseFile) -> dict[str, dict[str, typing.Any]]:
+    """Reads the output of `experiments.detect --do=find` for a case file: a report for each scene.
 
-    A report has `error`, a line, or `views`: for each view the levels in it, {"level", "uv" in pixels, "confidence"}.
+    A report has either `error`, a line of text, or `views`: a list for each view of the levels in it, which have `level`, `uv`
+    in pixels and `confidence`.
 
     Raises:
-      InputError: unreadable JSON, a scene without a report, or one that is not of this form.
+      InputError: the JSON is unreadable, a scene has no report, or a report is of another form.
     """
     reports = files.read_json(path)
     if not isinstance(reports, dict):
@@ -197,15 +215,18 @@ def _is_level(value):
     return len(numbers) == 3 and all(type(number) in (int, float) for number in numbers)
 
 
-def of_found(case_file, variant, reports):
-    """Every scene's X-rays with the levels that a detector found in them, and its confidence in percent.
+def of_found(
+    case_file: cases.CaseFile, variant: str, reports: collections.abc.Mapping[str, dict[str, typing.Any]]
+) -> Figure:
+    """The X-rays of every scene with the levels that the localizer found, and its confidence in percent.
 
     Args:
-      case_file: `cases.CaseFile`; variant: array of its X-ray files; reports: as `read_found` gives them.
-    Returns:
-      a matplotlib Figure.
+      case_file: a case file.
+      variant: name of the array in its X-ray files.
+      reports: as `read_found` returns them.
+
     Raises:
-      InputError: unreadable arrays.
+      InputError: an array is unreadable.
     """
     rows = []
     for name, scene in case_file.scenes.items():
@@ -219,20 +240,20 @@ def of_found(case_file, variant, reports):
     return _sheet(rows)
 
 
-def of_xrays(paths, options):
-    """Measured X-rays: for each the numbers that its file holds, and the line integrals that are read from them.
+def of_xrays(paths: collections.abc.Iterable[pathlib.Path | str], options: radiograph.ReadOptions) -> Figure:
+    """Measured X-rays: for each, the numbers in its file, and the line integrals read from it.
 
     Args:
-      paths: files; options: `radiograph.ReadOptions` of all of them.
-    Returns:
-      a matplotlib Figure.
+      paths: files of X-rays.
+      options: options of all of them.
+
     Raises:
       InputError: as `radiograph.read`.
     """
     row = []
     for path in paths:
         read = radiograph.read(path, None, options)
-        # The file's pixels where the image has them: both stand the same way up.
+        # Turn the file's pixels like the image.
         v, u = np.indices(read.line_integrals.shape)
         u, v, _ = np.rint(np.einsum("ij,jvu->ivu", read.file_from_image, [u, v, np.ones_like(u)])).astype(int)
         stored = radiograph.read_stored(path, options.frame)[v, u]
@@ -244,13 +265,12 @@ def of_xrays(paths, options):
     return _sheet([row[i : i + 4] for i in range(0, len(row), 4)])
 
 
-def of_pairs(source, count):
-    """Evenly spaced pairs of a store: for each view the measured X-ray, what does not count in red, and the vertebra alone.
+def of_pairs(source: pair_store.Source, count: int) -> Figure:
+    """Evenly spaced pairs of a store: for each view, the measured X-ray and the vertebra alone.
 
     Args:
-      source: `pair_store.Source` of simulated or measured pairs; count: pairs at most.
-    Returns:
-      a matplotlib Figure.
+      source: simulated or measured pairs.
+      count: maximum number of pairs.
     """
     rows = []
     for index in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
@@ -267,15 +287,19 @@ FLAGS = flags.FlagValues()
 SCAN = flags.DEFINE_string("scan", None, "CT: NIfTI file or DICOM folder.", flag_values=FLAGS)
 MASK = flags.DEFINE_string("mask", None, "Its label map.", flag_values=FLAGS)
 LABELS = flags.DEFINE_list("labels", None, "VerSe numbers; default: all complete vertebrae.", flag_values=FLAGS)
-SIMULATED = flags.DEFINE_integer("simulated", 0, "Show so many simulations.", lower_bound=0, flag_values=FLAGS)
-SEED = flags.DEFINE_integer("seed", 0, "Of the simulations.", lower_bound=0, flag_values=FLAGS)
+SIMULATED = flags.DEFINE_integer("simulated", 0, "Number of simulations to show.", lower_bound=0, flag_values=FLAGS)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the simulations.", lower_bound=0, flag_values=FLAGS)
 CASES = flags.DEFINE_string("cases", None, "Case file.", flag_values=FLAGS)
-FOUND = flags.DEFINE_string("found", None, "JSON of experiments.detect, with --cases.", flag_values=FLAGS)
-VARIANT = flags.DEFINE_enum("variant", "full", cases.VARIANTS, "Array of its X-rays.", flag_values=FLAGS)
+FOUND = flags.DEFINE_string("found", None, "Output of experiments.detect --do=find, for --cases.", flag_values=FLAGS)
+VARIANT = flags.DEFINE_enum(
+    "variant", "full", cases.VARIANTS, "Name of the array in its X-ray files.", flag_values=FLAGS
+)
 XRAYS = flags.DEFINE_list("xrays", None, "Measured X-rays.", flag_values=FLAGS)
-VALUES = flags.DEFINE_enum("values", None, radiograph.VALUES, "What their numbers are.", flag_values=FLAGS)
+VALUES = flags.DEFINE_enum(
+    "values", None, radiograph.VALUES, "Meaning of their numbers; default: DICOM tags.", flag_values=FLAGS
+)
 PAIRS = flags.DEFINE_string("pairs", None, "Folder of a store of pairs.", flag_values=FLAGS)
-COUNT = flags.DEFINE_integer("count", 6, "Pairs to show.", lower_bound=1, flag_values=FLAGS)
+COUNT = flags.DEFINE_integer("count", 6, "Maximum number of pairs.", lower_bound=1, flag_values=FLAGS)
 OUTPUT = flags.DEFINE_string("output", None, "PNG to write.", flag_values=FLAGS)
 HELP = flags.DEFINE_bool("help", False, "Show this help.", short_name="?", flag_values=FLAGS)
 
@@ -318,8 +342,8 @@ def _figure():
     return of_simulation(body, labels, SIMULATED.value, SEED.value)
 
 
-def main():
-    """Reads the flags and writes the sheet; bad flags or input end the program with one line and status 2."""
+def main() -> None:
+    """Reads the flags and writes the sheet. Bad flags or input end the program with one line and status 2."""
     if not program.read_flags(FLAGS, HELP, __doc__, _check):
         return
     try:
@@ -327,7 +351,7 @@ def main():
     except errors.InputError as error:
         program.stop(error)
     with files.replacing(OUTPUT.value) as temporary:
-        figure.savefig(temporary, dpi=110, facecolor="white")
+        figure.savefig(temporary, dpi=SHEET_DPI, facecolor="white")
     print(OUTPUT.value)
 
 

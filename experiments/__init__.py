@@ -1,1 +1,1 @@
-"""Programs: training, preparing a patient, registering, and what they write."""
+"""Commands (train, prepare a patient, register) and everything that touches files, clocks and the terminal."""

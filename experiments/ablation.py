@@ -1,12 +1,13 @@
 """The paper's Table 2 at a laptop's scale: `python -m experiments.ablation --out=A`.
 
-Trains, on phantoms, what each row of the table leaves out or exchanges, and scores it on X-rays of a phantom patient that
-only P3 has seen. Registration is the network's alone; the last columns add the refinement, which all rows share. A run
-that was stopped goes on.
+Trains the variant of each row on phantoms and scores it on X-rays of a phantom patient that only P3 has seen. The poses are
+the network's own; the last columns add the refinement, which all rows share. A run that was stopped continues.
 """
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
@@ -23,13 +24,13 @@ from radgs_jax import metrics
 from radgs_jax.training import objectives
 
 
-def define_flags():
+def define_flags() -> None:
     """Defines the command's flags; called once, by `cli.run`."""
     flags.DEFINE_string("out", None, "Folder of the runs and of the table.", required=True)
     flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0)
 
 
-BASE = dataclasses.replace(
+SMALL = dataclasses.replace(
     configs.DEMO,
     p1_patients=6,
     patient_labels=(20, 22, 24),
@@ -38,16 +39,19 @@ BASE = dataclasses.replace(
     p2=configs.StageConfig(pairs=2, ct_pairs=16, steps=(20, 10, 20), learning_rate=1e-3),
     p3=configs.StageConfig(pairs=96, ct_pairs=64, steps=(160, 10, 40), learning_rate=1.5e-3),
 )
+"""A sixth to a half of the demo's steps on fewer spines: chosen by hand, training time (70 minutes for all rows, which grow with
+the steps) against how well the models are trained."""
 DENSE = ("densenet121", (("growth", 12), ("blocks", (3, 6))))
 VIT = ("vit12", (("patch", 8), ("depth", 4), ("width", 96), ("heads", 4), ("mlp", 192)))
+"""The paper's other 2D backbones at sizes chosen by hand for a laptop: larger ones take longer to train."""
 
 
 def _model(**changes):
-    return dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, **changes))
+    return dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, **changes))
 
 
 RUNS = {
-    "small": BASE,
+    "small": SMALL,
     "no_cal": _model(counterfactual_draws=0),
     "dense": _model(backbone_2d=DENSE),
     "vit": _model(backbone_2d=VIT),
@@ -63,12 +67,12 @@ ROWS = (
     ("7  dense backbone, all stages", "dense", "p3", objectives.MODULES),
     ("8  ViT backbone, all stages", "vit", "p3", objectives.MODULES),
 )
-"""Name, run, data stage after which, module stages of it."""
+"""Of each row: its name, the run in `RUNS`, the data stage after which it is scored, and the phases of that stage."""
 REGISTRATION = ("mean_mm", "median_mm", "range_mm", "success", "refined_mm", "refined_success")
 
 
 def _share_data(folder, out):
-    """Runs see the same phantoms and pairs, which are named by their content: made once."""
+    """Links the runs to one folder of phantoms and pairs, which are named by content and so are made once."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("scans", "pairs"):
         (out / name).mkdir(exist_ok=True)
@@ -77,7 +81,7 @@ def _share_data(folder, out):
 
 
 def _prepare_of(config, folder, stage, modules):
-    """What makes the `prepared.Prepared` of a `cases.Volume` with the model of a row, trained where it is not there yet."""
+    """A function from a `cases.Volume` to its `Prepared` with a row's model, which is trained where it is not there yet."""
     model = data_stages.p1(config, folder, modules if stage == "p1" else objectives.MODULES)
     if stage != "p1":
         data_stages.p2(config, folder, objectives.MODULES)
@@ -88,8 +92,19 @@ def _prepare_of(config, folder, stage, modules):
     return workdir.untrained_loader(model, config.refine)
 
 
-def score(config, folder, row, case_file):
-    """Figures of a row on a case file, kept in `folder`/scores; None where a row has no registration."""
+def score_row(
+    config: configs.Config,
+    folder: pathlib.Path,
+    row: tuple[str, str, str, Sequence[str]],
+    case_file: cases.CaseFile,
+) -> dict[str, float | None]:
+    """Figures of a row on a case file, kept in `folder`/scores; the registration's are None where RegM is not trained.
+
+    Args:
+      config: of the row's run; folder: of that run; row: one of `ROWS`; case_file: with true poses and points.
+    Raises:
+      InputError: as `data_stages.p1`, `data_stages.p2` and `data_stages.p3`.
+    """
     name, _, stage, modules = row
     kept = folder / "scores" / f"{name.split()[0]}.json"
     if kept.exists():
@@ -117,8 +132,8 @@ def score(config, folder, row, case_file):
     return figures
 
 
-def table(figures):
-    """Text of {row's name: figures}."""
+def ablation_table(figures: Mapping[str, Mapping[str, float | None]]) -> str:
+    """The table as text; figures: row name -> what `score_row` returns."""
     lines = [
         f"{'':>32} {'SSIM honest':>12} {'PSNR':>8} {'SSIM paper':>11} {'PSNR':>8} {'attention':>10} {'mean mm':>8} {'median':>7} "
         f"{'CR mm':>6} {'SR':>6} {'refined':>8} {'SR':>6}"
@@ -143,10 +158,16 @@ def table(figures):
     )
 
 
-def main():
-    """Trains and scores every row, and prints the table; raises as `curriculum.p1`, `curriculum.p2` and `curriculum.p3`."""
-    out = pathlib.Path(flags.FLAGS.out)
-    configurations = {name: dataclasses.replace(config, seed=flags.FLAGS.seed) for name, config in RUNS.items()}
+def run_ablation(out: pathlib.Path | str, seed: int = 0) -> None:
+    """Trains and scores every row; writes `out`/table.txt and prints it after each.
+
+    Args:
+      out: folder of the runs and of the table; seed: of everything random.
+    Raises:
+      InputError: as `data_stages.p1`, `data_stages.p2` and `data_stages.p3`.
+    """
+    out = pathlib.Path(out)
+    configurations = {name: dataclasses.replace(config, seed=seed) for name, config in RUNS.items()}
     first = next(iter(configurations.values()))
     _share_data(out / "small", out)
     path = data_stages.held_out_cases(first, out, data_stages.patient_scan(first, out), ("real",))
@@ -154,11 +175,16 @@ def main():
     for row in ROWS:
         name, run, *_ = row
         _share_data(out / run, out)
-        figures[name] = score(configurations[run], out / run, row, case_file)
-        text = table(figures)
+        figures[name] = score_row(configurations[run], out / run, row, case_file)
+        text = ablation_table(figures)
         with files.replacing(out / "table.txt") as temporary:
             temporary.write_text(text + "\n")
         print(text)
+
+
+def main() -> None:
+    """Runs `run_ablation` with the flags, and raises as it does."""
+    run_ablation(flags.FLAGS.out, flags.FLAGS.seed)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Fits the acceptance rule: `python -m experiments.calibrate --cases=C.json,D.json --out=base/calibration.json`.
 
-Refines every scene from poses as wrong as a network's beside a start further off, fits `radgs_jax.confidence` to how wrong they
-ended, and searches again where it refuses, as `register` does. Needs no training: what a refinement says of itself does not
-depend on where its start came from.
+Refines every scene from two starts, one about as wrong as a network's pose and one further off; fits the
+`confidence.AcceptanceRule` to how wrong the results are; and searches again where the rule refuses, as `register` does. It
+needs no training, because the features that a refinement reports do not depend on where its start came from.
 """
 
-import collections.abc
 import dataclasses
+import pathlib
+from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
@@ -32,10 +34,18 @@ from radgs_jax.registration.prepared import Vertebra
 from radgs_jax.registration.programs import programs_of
 from radgs_jax.registration.pyramid import make_pyramid
 
-REFINE, SEARCH = RefineConfig(), search.SearchConfig()
+FITTED_REFINE, FITTED_SEARCH = RefineConfig(), search.SearchConfig()
+"""The refinement and search that a rule is fitted for; it carries their digest and is refused with others."""
+ESTIMATE_FACTORS = (0.5, 1.5)
+"""Range of the estimate's error as a multiple of the nominal size, chosen by hand: it spreads sizes over the gaps of
+`--starts_mm`. A narrower range leaves gaps; a wider one blurs which size a case has."""
+START_MM = (0.0, 25.0)
+"""Range of the second start's error, mTRE in mm: the range of starts that scores are given for (`configs.STARTS_MM`)."""
+CLOUD_GAUSSIANS = 64
+"""Number of Gaussians in the vertebra's coarse cloud. The refinement does not use that cloud, so a small number saves time."""
 
 
-def define_flags():
+def define_flags() -> None:
     """Defines the command's flags; called once, by `cli.run`."""
     flags.DEFINE_list("cases", None, "Case files with true poses, of simulated patients.", required=True)
     flags.DEFINE_list("variants", ["artic", "real"], "Arrays of their X-ray files.")
@@ -48,52 +58,69 @@ def define_flags():
 
 @dataclasses.dataclass
 class CalibrationCase:
-    """A scene from one start: the searches that are left, the vertebra, the truth, and what there is so far.
+    """A scene from one start, in the course of its searches.
 
-    refined: `gauss_newton.Refined`; points: about the centre in world axes; error_mm: its mTRE.
+    Attributes:
+      searches: the refinements that are left, each from a wider search than the one before.
+      vertebra: the vertebra; world_from_ct: (4, 4) its true pose, mm.
+      refined: the latest refinement; None before the first.
+      points: (P, 3) surface points at the refined pose, mm, about the vertebra's centre in world axes.
+      error_mm: mTRE of the refined pose.
     """
 
-    searches: collections.abc.Iterator
+    searches: Iterator[gauss_newton.Refined]
     vertebra: Vertebra
     world_from_ct: np.ndarray
     refined: gauss_newton.Refined | None = None
     points: np.ndarray | None = None
     error_mm: float = np.inf
 
-    def next_search(self):
-        """The next wider search, or the first refinement."""
+    def next_search(self) -> None:
+        """Runs the first refinement or the next wider search, and updates `refined`, `points` and `error_mm`."""
         self.refined = next(self.searches)
         self.points = pipeline.centred_points(self.refined, self.vertebra)
         pose = np.asarray(self.refined.world_from_box, np.float64) @ np.linalg.inv(self.vertebra.ct_from_box)
         self.error_mm = metrics.mtre(self.vertebra.points, pose, self.world_from_ct)
 
 
-def started_cases(case_file, variant, sizes_mm, seed):
-    """`Case`s of every scene from starts of those sizes, none of them refined yet."""
+def started_cases(
+    case_file: cases.CaseFile, variant: str, sizes_mm: Sequence[float], seed: int
+) -> list[CalibrationCase]:
+    """A case for every scene and start size, none of them refined yet.
+
+    Args:
+      variant: array of the X-ray files; sizes_mm: nominal errors of the estimates, mTRE; seed: of the starts.
+    Raises:
+      InputError: unreadable input, or a scene without its true pose.
+    """
     body, prepared, found = workdir.body_reader(), {}, []
     programs = programs_of(kept)
     for number, scene in enumerate(case_file.scenes.values()):
         volume = case_file.volumes[scene.volume]
         if volume.name not in prepared:
             scan, whole = body(volume)
-            vertebra = extraction.extract(scan, volume.full_label, 64, volume.full_mask)
+            vertebra = extraction.extract(scan, volume.full_label, CLOUD_GAUSSIANS, volume.full_mask)
             prepared[volume.name] = vertebra, on_device_parts(whole_body.moving_parts(whole, vertebra))
         vertebra, parts = prepared[volume.name]
-        seen = make_pyramid(cases.read_xrays(scene, variant), [level.pixel_mm for level in REFINE.levels])
+        seen = make_pyramid(cases.read_xrays(scene, variant), [level.pixel_mm for level in FITTED_REFINE.levels])
         truth = cases.truth(case_file, scene)
         rng = np.random.default_rng([seed, number])
         centre = vertebra.ct_from_box[:3, 3]
         for size in sizes_mm:
-            sizes = size * rng.uniform(0.5, 1.5), rng.uniform(0.0, 25.0)
+            sizes = size * rng.uniform(*ESTIMATE_FACTORS), rng.uniform(*START_MM)
             poses = [carm.start_of_mtre(rng, truth, centre, vertebra.points, s) @ vertebra.ct_from_box for s in sizes]
-            searches = search.searches(programs, parts, seen, *poses, REFINE, SEARCH, volume.full_label)
+            searches = search.searches(programs, parts, seen, *poses, FITTED_REFINE, FITTED_SEARCH, volume.full_label)
             found.append(CalibrationCase(searches, vertebra, truth))
     return found
 
 
-def calibrated(found):
-    """The `confidence.AcceptanceRule` of `Case`s, each threshold from those that the one before refuses, and their `Confidence`s.
+def fit_to_cases(
+    found: Sequence[CalibrationCase],
+) -> tuple[confidence.AcceptanceRule, list[confidence.Confidence]]:
+    """Fits a rule to cases; each threshold is fitted to the cases that the one before refuses.
 
+    Returns:
+      the rule, and its verdict on each case.
     Raises:
       ValueError: as `confidence.fit_rule`.
     """
@@ -109,7 +136,8 @@ def calibrated(found):
         refined, points, error_mm = zip(*((found[i].refined, found[i].points, found[i].error_mm) for i in asked))
         right = np.array(error_mm) < metrics.SUCCESS_MM
         if count == 0:
-            rule = confidence.fit_rule(refined, points, error_mm, confidence.method_digest(REFINE, SEARCH))
+            digest = confidence.method_digest(FITTED_REFINE, FITTED_SEARCH)
+            rule = confidence.fit_rule(refined, points, error_mm, digest)
         else:
             chance = [confidence.judge(r, p, rule).chance for r, p in zip(refined, points)]
             limits = (confidence.threshold(np.array(chance), right),) * (1 + confidence.SEARCHES - count)
@@ -121,31 +149,47 @@ def calibrated(found):
     return rule, judged
 
 
-def main():
-    """Fits and writes the rule, and prints how it does on the cases that it was fitted to.
+def fit_acceptance_rule(
+    case_paths: Sequence[pathlib.Path | str],
+    out: pathlib.Path | str,
+    variants: Sequence[str] = ("artic", "real"),
+    sizes_mm: Sequence[float] = (1, 3, 5, 8, 15, 30, 45),
+    seed: int = 11,
+) -> confidence.AcceptanceRule:
+    """Fits the acceptance rule to simulated cases, writes it, and prints how it does on these cases.
 
+    Args:
+      case_paths: case files with true poses; out: JSON file to write.
+      variants: arrays of the X-ray files; sizes_mm, seed: as `started_cases`.
     Raises:
-      InputError: unreadable cases, sizes that are no numbers, or cases that all end right or all wrong.
+      InputError: unreadable cases, or cases that all end right or all wrong.
     """
-    sizes = cli.numbers("--starts_mm", flags.FLAGS.starts_mm)
-    case_files = [cases.read(path) for path in flags.FLAGS.cases]
+    case_files = [cases.read(path) for path in case_paths]
     found = []
     for case_file in case_files:
-        for variant in flags.FLAGS.variants:
-            found += started_cases(case_file, variant, sizes, flags.FLAGS.seed)
+        for variant in variants:
+            found += started_cases(case_file, variant, sizes_mm, seed)
     try:
-        rule, judged = calibrated(found)
+        rule, judged = fit_to_cases(found)
     except ValueError as error:
-        fail(flags.FLAGS.cases[0], "cases", str(error), "simulated cases of both kinds")
-    files.write_json(flags.FLAGS.out, dataclasses.asdict(rule))
-    errors = np.array([case.error_mm for case in found])
+        fail(case_paths[0], "cases", str(error), "simulated cases of both kinds")
+    files.write_json(out, dataclasses.asdict(rule))
+    errors_mm = np.array([case.error_mm for case in found])
     accepted, radius = (np.array([getattr(j, name) for j in judged]) for name in ("accepted", "uncertainty_mm"))
-    right = errors < metrics.SUCCESS_MM
+    right = errors_mm < metrics.SUCCESS_MM
     print(
-        f"{len(errors)} cases, {right.sum()} right; wrong and accepted {(accepted & ~right).sum()}, right and refused "
-        f"{(~accepted & right).sum()}; radius holds {100 * np.mean((errors <= radius)[right]):.1f} % of the right ones, median "
-        f"{np.median(radius[right]):.2f} mm, median error {np.median(errors[right]):.2f} mm"
+        f"{len(errors_mm)} cases, {right.sum()} right; wrong and accepted {(accepted & ~right).sum()}, right and refused "
+        f"{(~accepted & right).sum()}; radius holds {100 * np.mean((errors_mm <= radius)[right]):.1f} % of the right ones, "
+        f"median {np.median(radius[right]):.2f} mm, median error {np.median(errors_mm[right]):.2f} mm"
     )
+    return rule
+
+
+def main() -> None:
+    """Runs `fit_acceptance_rule` with the flags; raises as it and as `cli.numbers`."""
+    given = flags.FLAGS
+    sizes_mm = cli.numbers("--starts_mm", given.starts_mm)
+    fit_acceptance_rule(given.cases, given.out, given.variants, sizes_mm, given.seed)
 
 
 if __name__ == "__main__":

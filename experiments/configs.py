@@ -12,30 +12,47 @@ from radgs_jax.training.objectives import LossConfig
 
 DATA_STAGES = ("p1", "p2", "p3")
 STARTS_MM = ((0, 5), (5, 10), (10, 15), (15, 20), (20, 25))
-"""Bins of start errors that scores are told by."""
+"""Bins (low, high) of start errors, mTRE in mm, that scores are grouped by."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One data stage: X-ray pairs and CT pairs per vertebra, and steps of each module stage (RecM, RegM, joint).
+    """One data stage.
 
-    In P2 `pairs` are the acquisitions of each vertebra, where they are simulated. learning_rate: peak of each module stage.
+    Attributes:
+      pairs: number of X-ray pairs per vertebra; in P2, of simulated acquisitions per vertebra.
+      ct_pairs: number of CT pairs per vertebra.
+      steps: number of steps of each phase (RecM, RegM, joint).
+      learning_rate: peak of each phase's schedule.
     """
 
     pairs: int
     ct_pairs: int
-    steps: tuple
+    steps: tuple[int, int, int]
     learning_rate: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that a run depends on besides its inputs.
+    """Everything that a training run depends on besides its inputs.
 
-    p1_patients, p2_patients: phantoms of the public and of the 'real' stage; labels: VerSe numbers trained on; p2_folds,
-    p2_fold: folds by patient and the one held out; patient_labels: the patient's vertebrae prepared in P3; batch: examples a
-    step; in scores, passes: of the network, refine: after them, judged: by the shipped rule, and eval_scenes: acquisitions of
-    each vertebra.
+    The field names and their values are hashed into workdirs, so a renamed field makes every existing workdir unusable.
+
+    Attributes:
+      seed: of everything random.
+      model, pairs, losses, phantom: of the network, the training pairs, the losses, the phantoms.
+      detector: faults of the X-ray panel in P2's simulation and in scores.
+      labels: VerSe numbers that P1 and P2 train on.
+      p1_patients, p2_patients: number of phantoms in P1 and P2.
+      p2_folds: number of folds by patient; p2_fold: index of the one that is held out.
+      patient_labels: VerSe numbers of the vertebrae that P3 prepares.
+      p1, p2, p3: the data stages.
+      batch: number of examples per step.
+      checkpoint_seconds: minimum time between checkpoints, s.
+      passes: number of the network's passes in scores.
+      refine: the refinement after them.
+      judged: whether P3 adds the shipped acceptance rule.
+      eval_scenes: number of held-out acquisitions per vertebra.
     """
 
     seed: int = 0
@@ -44,12 +61,12 @@ class Config:
     losses: LossConfig = LossConfig()
     phantom: PhantomConfig = PhantomConfig()
     detector: PanelFaults = PanelFaults()
-    labels: tuple = (17, 18, 19, 20, 21, 22, 23, 24)
+    labels: tuple[int, ...] = (17, 18, 19, 20, 21, 22, 23, 24)
     p1_patients: int = 8
     p2_patients: int = 5
     p2_folds: int = 5
     p2_fold: int = 0
-    patient_labels: tuple = (20, 21, 22, 23, 24)
+    patient_labels: tuple[int, ...] = (20, 21, 22, 23, 24)
     p1: StageConfig = StageConfig(pairs=16, ct_pairs=32, steps=(400, 60, 60), learning_rate=2e-3)
     p2: StageConfig = StageConfig(pairs=2, ct_pairs=16, steps=(40, 20, 40), learning_rate=1e-3)
     p3: StageConfig = StageConfig(pairs=256, ct_pairs=128, steps=(1000, 40, 160), learning_rate=1.5e-3)
@@ -60,19 +77,24 @@ class Config:
     judged: bool = True
     eval_scenes: int = 2
 
-    def stage(self, name):
-        """The `StageConfig` of 'p1', 'p2' or 'p3'; KeyError for another name."""
+    def stage(self, name: str) -> StageConfig:
+        """The settings of 'p1', 'p2' or 'p3'.
+
+        Raises:
+          KeyError: another name.
+        """
         return {"p1": self.p1, "p2": self.p2, "p3": self.p3}[name]
 
 
 DEMO = Config()
-# What `base/` is made with: the demo's model on more spines and for longer.
+"""For a laptop: sizes and step counts were chosen by hand, training time against accuracy (docs/accuracy.md, `make train`)."""
 BASE = dataclasses.replace(
     DEMO,
     p1_patients=16,
     p1=StageConfig(pairs=24, ct_pairs=32, steps=(2000, 100, 200), learning_rate=2e-3),
     p2=StageConfig(pairs=2, ct_pairs=16, steps=(100, 20, 60), learning_rate=1e-3),
 )
+"""Settings that `base/` is made with: the demo's model, trained on more spines and for longer (35 minutes, docs/performance.md)."""
 PAPER = Config(
     model=ModelConfig(
         backbone_2d=("resnet50", ()),
@@ -109,4 +131,5 @@ PAPER = Config(
     batch=8,
     checkpoint_seconds=600.0,
 )
+"""The paper's sizes: counts of pairs, ranges and steps are from the paper (docs/data.md); it takes accelerators."""
 PRESETS = {"demo": DEMO, "base": BASE, "paper": PAPER}

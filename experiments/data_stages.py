@@ -1,6 +1,9 @@
-"""The three data stages of training, P1, P2 and P3, each as one function that goes on where it was stopped."""
+"""The three data stages of training, P1, P2 and P3; each function continues where it was stopped."""
 
 import dataclasses
+import pathlib
+from collections.abc import Iterable
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -24,26 +27,37 @@ from radgs_jax.models import backbones
 from radgs_jax.models import radgs_reg
 from radgs_jax.models.trained import Model
 
-# Patients never meet between stages: each stage draws its phantoms from seeds of its own.
 P1_SEED, P2_SEED, PATIENT_SEED = 10000, 20000, 30000
+"""First phantom seed of each stage, far enough apart that no phantom belongs to two stages."""
+SEEDS_PER_RUN = 100
+"""Distance between the phantom seeds of runs with consecutive `Config.seed`, which share no phantom up to this number."""
+P2_STARTS_MM = ((0, 25),)
+"""Bin of P2's start errors, mTRE in mm: the whole range that scores are grouped by."""
 
 
 def _phantom_scans(config, workdir, first, count, text):
-    seeds = [first + 100 * config.seed + i for i in range(count)]
+    seeds = [first + SEEDS_PER_RUN * config.seed + i for i in range(count)]
     with progress.bar(count, text) as bar:
         return scan_files.phantoms(workdir / "scans", seeds, config.phantom, bar.update)
 
 
-def patient_scan(config, workdir):
-    """(subject, ct path, mask path) of the phantom that P3 prepares."""
+def patient_scan(config: configs.Config, workdir: pathlib.Path) -> tuple[str, pathlib.Path, pathlib.Path]:
+    """(subject, CT path, mask path) of the phantom that P3 prepares, made where it is not there yet."""
     return _phantom_scans(config, workdir, PATIENT_SEED, 1, "patient")[0]
 
 
-def held_out_cases(config, workdir, subject, variants=None):
+def held_out_cases(
+    config: configs.Config,
+    workdir: pathlib.Path,
+    subject: tuple[str, pathlib.Path, pathlib.Path],
+    variants: Sequence[str] | None = None,
+) -> pathlib.Path:
     """The case file of X-rays and poses of P3's patient that no stage has seen, made where it is not there yet.
 
     Args:
-      config, workdir: as in `p1`; subject: of `patient_scan`; variants: as in `case_files.simulated_cases`.
+      config, workdir: as in `p1`.
+      subject: as `patient_scan` returns.
+      variants: as in `case_files.simulated_cases`.
     """
     with progress.bar(len(config.patient_labels) * config.eval_scenes, "held-out X-rays") as bar:
         return case_files.simulated_cases(
@@ -59,18 +73,21 @@ def held_out_cases(config, workdir, subject, variants=None):
         )
 
 
-def folds(patients_, count):
-    """Patient -> fold, of a list of patient names: sorted, then dealt out in turn."""
-    return {patient: index % count for index, patient in enumerate(sorted(set(patients_)))}
+def folds(names: Iterable[str], count: int) -> dict[str, int]:
+    """Patient name -> index of its fold, of `count`: the sorted names are assigned to the folds in turn."""
+    return {name: index % count for index, name in enumerate(sorted(set(names)))}
 
 
-def p1(config, workdir, modules):
-    """Trains P1, on public CTs with simulated X-rays, where `workdir`/p1/model is not there yet.
+def p1(config: configs.Config, workdir: pathlib.Path, modules: Sequence[str]) -> Model:
+    """Trains P1, on public CTs with simulated X-rays, unless `workdir`/p1/model is there already.
 
     Args:
-      config: `configs.Config`; workdir: pathlib.Path; modules: module stages to run; the model is written after 'joint'.
+      workdir: folder of the run.
+      modules: phases to run; the model is written after 'joint'.
     Returns:
-      the `trained.Model` after the last module stage.
+      the model after the last phase.
+    Raises:
+      DivergedError: as `loop.run_steps`.
     """
     if modules[-1] == "joint" and models.model_exists(workdir / "p1" / "model"):
         return models.load_model(workdir / "p1" / "model")
@@ -89,20 +106,27 @@ def p1(config, workdir, modules):
         )
     params = jax.jit(lambda key: radgs_reg.init(config.model, key))(jax.random.key(config.seed))
     print("parameters: " + ", ".join(f"{k} {backbones.count_parameters(v):,}" for k, v in params.items()))
-    params = loop.run(config, workdir, "p1", pair_set, params, config.p1.steps, config.p1.learning_rate, modules)
+    params = loop.run_phases(config, workdir, "p1", pair_set, params, config.p1.steps, config.p1.learning_rate, modules)
     model = Model(jax.device_get(params), config.model, pair_set.mean_shapes())
     if modules[-1] == "joint":
         models.save_model(workdir / "p1" / "model", model, "P1")
     return model
 
 
-def p2(config, workdir, modules, case_path=None, variant="real"):
-    """Trains P2, on real cases of known pose, all folds of patients but one; by default on simulated ones, harder than P1's.
+def p2(
+    config: configs.Config,
+    workdir: pathlib.Path,
+    modules: Sequence[str],
+    case_path: pathlib.Path | str | None = None,
+    variant: str = "real",
+) -> None:
+    """Trains P2, on all folds but one of real cases of known pose; by default on simulated cases, harder than P1's.
 
     Args:
-      config, workdir, modules: as in `p1`; case_path, variant: as in `train`.
+      config, workdir, modules: as in `p1`; case_path, variant: as in `train.train`.
     Raises:
-      InputError: no model of P1, unreadable cases, a variant or a fold that is none, or no patient outside it.
+      InputError: no model of P1, unreadable cases, an unknown variant, a fold out of range, or no patient outside the fold.
+      DivergedError: as `loop.run_steps`.
     """
     if models.model_exists(workdir / "p2" / "model"):
         return
@@ -118,7 +142,7 @@ def p2(config, workdir, modules, case_path=None, variant="real"):
                 subjects,
                 config.labels,
                 config.p2.pairs,
-                ((0, 25),),
+                P2_STARTS_MM,
                 config.seed + 2,
                 config.detector,
                 (variant,),
@@ -144,7 +168,9 @@ def p2(config, workdir, modules, case_path=None, variant="real"):
             config.p2.ct_pairs,
             bar.update,
         )
-    params = loop.run(config, workdir, "p2", pair_set, model.params, config.p2.steps, config.p2.learning_rate, modules)
+    params = loop.run_phases(
+        config, workdir, "p2", pair_set, model.params, config.p2.steps, config.p2.learning_rate, modules
+    )
     if modules[-1] == "joint":
         trained = dataclasses.replace(model, params=jax.device_get(params))
         outside = [s.name for s in case_file.scenes.values() if s.name not in names]
@@ -158,11 +184,13 @@ def p2(config, workdir, modules, case_path=None, variant="real"):
         models.save_model(workdir / "p2" / "model", trained, note)
 
 
-def p3(config, workdir, modules):
-    """Trains P3, on the patient's own CT, from the result of P1 and P2; returns (subject, ct path, mask path) of the patient.
+def p3(config: configs.Config, workdir: pathlib.Path, modules: Sequence[str]) -> tuple[str, pathlib.Path, pathlib.Path]:
+    """Trains P3, on the patient's own CT, starting from the result of P1 and P2.
 
     Args:
       config, workdir, modules: as in `p1`.
+    Returns:
+      (subject, CT path, mask path) of the patient.
     Raises:
       InputError: no model of P2; as `preparing.prepare`.
     """

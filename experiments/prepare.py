@@ -1,10 +1,12 @@
 """Prepares patients: `python -m experiments.prepare --cases=C.json --workdir=W`, or `--ct --mask --label`.
 
-Trains data stage P3 on each patient's CT, from the base model, and adapts the vertebra detector that lies beside it, with
-which `register` finds its own start pose. Of a case file it reads `volumes` only.
+Trains data stage P3 on each patient's CT, starting from the base model, and adapts the base's vertebra localizer, with which
+`register` finds a start pose. Of a case file only `volumes` is read. The function behind this command is
+`experiments.patients.preparing.prepare`.
 """
 
 import pathlib
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -20,7 +22,7 @@ from radgs_jax import errors
 from radgs_jax.levels import level_name
 
 
-def define_flags():
+def define_flags() -> None:
     """Defines the command's flags; called once, by `cli.run`."""
     flags.DEFINE_string("cases", None, "Case file whose `volumes` are prepared.")
     flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder), instead of --cases.")
@@ -29,19 +31,21 @@ def define_flags():
         "labels", None, sorted(segmentation.LABEL_MAPS), "What numbers --mask holds; default: recognised, or refused."
     )
     flags.DEFINE_list("label", None, "VerSe number of the vertebra, or several, with --ct.")
-    flags.DEFINE_string("workdir", None, "Folder for what is prepared.", required=True)
+    flags.DEFINE_string("workdir", None, "Folder for the prepared patients.", required=True)
     flags.DEFINE_string("base", None, "Model of P1+P2 to start from; default: the shipped one.")
     flags.DEFINE_float(
         "minutes", None, "Training time per scan, without its data; default: the preset's steps.", lower_bound=0.05
     )
     flags.DEFINE_enum("preset", "demo", sorted(configs.PRESETS), "Configuration.")
     flags.DEFINE_bool(
-        "detector", None, "Adapt BASE/detector.npz to each scan, in ten minutes; default: with --ct, where it is there."
+        "detector",
+        None,
+        "Adapt the localizer BASE/detector.npz to each scan, in ten minutes; default: with --ct, where it exists.",
     )
 
 
-def targets():
-    """What the flags name, as a list of `workdir.Target`.
+def targets() -> list[workdir.Target]:
+    """The vertebrae that the flags name.
 
     Raises:
       InputError: flags that do not go together, labels that are not numbers, or an unreadable case file.
@@ -60,11 +64,15 @@ def targets():
     return [workdir.Target(ct.name, ct, mask, number, flags.FLAGS.labels) for number in numbers]
 
 
-def generic_detector(chosen, base):
-    """Path of the detector to adapt to the scans of the targets `chosen`, or None for none.
+def generic_localizer(chosen: Sequence[workdir.Target], base: pathlib.Path | str) -> pathlib.Path | None:
+    """Path of the localizer to adapt to the scans of the targets, or None where none is to be adapted.
 
+    With --ct and without --[no]detector that is the base's localizer, where it exists and knows all levels of the targets.
+
+    Args:
+      chosen: the targets; base: folder of the base model.
     Raises:
-      InputError: a file that is not a detector.
+      InputError: a file that is not a localizer.
     """
     path = pathlib.Path(base) / "detector.npz"
     if flags.FLAGS.detector is not None:
@@ -73,17 +81,17 @@ def generic_detector(chosen, base):
         return None
     why = None if path.exists() else f"{path} is not there"
     if why is None:
-        levels = localizer_files.load(path).config.levels
+        levels = localizer_files.read_localizer(path).config.levels
         beyond = sorted({level_name(t.label) for t in chosen if t.label not in levels})
         why = f"{path} does not know {', '.join(beyond)}" if beyond else None
     if why is None:
         return path
-    print(f"no vertebra detector is adapted: {why}")
+    print(f"no vertebra localizer is adapted: {why}")
     return None
 
 
-def main():
-    """Prepares what the flags name; raises as `targets`, `generic_detector` and `preparing.prepare`."""
+def main() -> None:
+    """Prepares what the flags name; raises as `targets`, `generic_localizer` and `preparing.prepare`."""
     chosen, base = targets(), flags.FLAGS.base or models.base_folder()
     preparing.prepare(
         configs.PRESETS[flags.FLAGS.preset],
@@ -91,14 +99,14 @@ def main():
         chosen,
         base,
         flags.FLAGS.minutes,
-        detector=generic_detector(chosen, base),
+        localizer=generic_localizer(chosen, base),
         rule=workdir.read_rule(pathlib.Path(base) / workdir.CALIBRATION),
     )
     print(f"prepared: {flags.FLAGS.workdir}")
 
 
-def command():
-    """Runs the command; what the console script calls."""
+def command() -> None:
+    """Runs the command; the console script calls this."""
     cli.run(main, define_flags)
 
 

@@ -1,9 +1,9 @@
 """Registers cases with a prepared workdir.
 
-Many: `python -m experiments.register --cases=C.json --variant=full --workdir=W --out=OUT`. One pair of X-rays: `--ct --mask
---label=20,21 --workdir --xrays=ap.npy,lat.npy --cameras=cameras.json --out=OUT`, which finds the vertebrae by the workdir's
-localizer. With --init it starts from that pose; --points gives a vertebra's centre in each view, and the CT's own orientation
-is taken.
+A case file: `python -m experiments.register --cases=C.json --variant=full --workdir=W --out=OUT`. One acquisition: `--ct --mask
+--label=20,21 --workdir --xrays=ap.npy,lat.npy --cameras=cameras.json --out=OUT`. The start pose is found by the workdir's
+localizer, read from --init, or made of --points (a vertebra's centre in each view) and the CT's own orientation. The function
+behind this command is `register_rows`.
 """
 
 import dataclasses
@@ -44,8 +44,11 @@ class Row:
     """One case to register.
 
     Attributes:
-      name: its id in results; target: the vertebra; xrays: of one acquisition; start: world_from_ct (4, 4).
-      truth: world_from_ct (4, 4), drawn in pictures and used for nothing else; None without one.
+      name: its id in results.
+      target: the vertebra.
+      xrays: views of one acquisition.
+      start: (4, 4) world_from_ct, mm.
+      truth: (4, 4) world_from_ct, mm, used in pictures only; None if unknown.
     """
 
     name: str
@@ -58,6 +61,8 @@ class Row:
 def rows_of_cases(path: str | pathlib.Path, variant: str) -> list[Row]:
     """Every case of a case file.
 
+    Args:
+      path: case file; variant: array of its X-ray files.
     Raises:
       InputError: as `cases.read` and `cases.read_xrays`.
     """
@@ -73,7 +78,7 @@ def rows_of_cases(path: str | pathlib.Path, variant: str) -> list[Row]:
 
 
 def _truth_for_pictures(scene):
-    # A file without a true pose, or with rubbish in its place, registers all the same.
+    # The true pose is optional and only drawn, so a missing or malformed one must not stop the registration.
     try:
         return camera_files.check_rigid("", "", scene.world_from_ct)
     except errors.InputError:
@@ -87,22 +92,25 @@ def register_rows(
     options: RegisterOptions = RegisterOptions(),
     variant: str = "xrays",
     pictures: bool = True,
-    beside: dict[str, Any] | None = None,
+    extra_files: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Registers cases into the folder `out`, which appears whole or not at all.
+    """Registers cases into the folder `out`, which is written completely or not at all.
 
     Args:
-      load: gives the `Prepared` of a target; it is called for all of them before the first case is registered.
-      out: a folder that is not there yet, or empty; variant: named in results.json.
-      pictures: also writes each case's pictures, volumes and transforms; beside: JSON files, by name, written with them.
+      load: returns the `Prepared` of a target; called for every row before the first case is registered, so that unusable
+        input is found early. It should cache its results.
+      out: a new or empty folder.
+      variant: name of the X-rays' variant in results.json.
+      pictures: also write each case's pictures, volumes and transforms.
+      extra_files: further JSON files to write: file name -> content.
     Returns:
       the results, as in results.json.
     Raises:
-      InputError: a folder that is not new; as `load`.
+      InputError: a folder that is not empty; as `load`.
     """
     out = pathlib.Path(out)
     _check_new(out)
-    for row in rows:  # whatever is wrong with one is found before the first is registered
+    for row in rows:
         load(row.target)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -122,7 +130,7 @@ def register_rows(
                 case_folder.write(partial, row.name, outcome, prepared, row.xrays, row.start, row.truth)
             bar.update()
     cases.write_results(partial / "results.json", case_folder.PROGRAM, variant, results)
-    for name, value in (beside or {}).items():
+    for name, value in (extra_files or {}).items():
         files.write_json(partial / name, value)
     if out.exists():
         out.rmdir()
@@ -135,7 +143,7 @@ def _check_new(out):
         errors.fail(out, "folder", "one that is not empty", "a new folder")
 
 
-def define_flags():
+def define_flags() -> None:
     """Defines the command's flags; called once, by `cli.run`."""
     flags.DEFINE_string("cases", None, "Case file; all its cases are registered.")
     flags.DEFINE_string("variant", "full", "Array of the X-ray files, with --cases.")
@@ -184,7 +192,7 @@ def define_flags():
 
 
 def _given(identity, load):
-    """A `Row` for each label of the flags, and what a localizer found, by the row's name."""
+    """A `Row` for each label of the flags, and the localizer's reports: row name -> report."""
     given = flags.FLAGS
     for name in ("mask", "label", "xrays"):
         if not getattr(given, name):
@@ -226,7 +234,9 @@ def _found(identity, target, xrays, vertebra):
     generic = models.base_folder() / "detector.npz"
     localizer, adapted = workdirs.load_localizer(flags.FLAGS.workdir, target, identity, generic)
     if not adapted:
-        print("warning: this detector is generic, and weaker: `experiments.prepare --detector` makes the patient's")
+        print(
+            "warning: this localizer is generic, and weaker: `experiments.prepare --detector` adapts it to the patient"
+        )
     start, located = starts.start_from_localizer(localizer, xrays, vertebra)
     report, level = located.report, level_name(target.label)
     apart = f"the views' rays pass {report['apart_mm'][level]:.1f} mm apart"
@@ -245,8 +255,8 @@ def _pixels(count):
     return pixels
 
 
-def main():
-    """Registers what the flags name.
+def main() -> None:
+    """Registers the cases that the flags name.
 
     Raises:
       InputError: flags that do not go together, a folder that is not new, unreadable input, a vertebra that was not prepared
@@ -262,17 +272,17 @@ def main():
     identity = workdirs.Identity()
     load = functools.cache(lambda target: workdirs.load(given.workdir, target, identity))
     rows, reports = (rows_of_cases(given.cases, given.variant), {}) if given.cases else _given(identity, load)
-    beside = {}
+    extra_files = {}
     if reports:
-        beside["detection.json"] = next(iter(reports.values())) if len(reports) == 1 else reports
+        extra_files["detection.json"] = next(iter(reports.values())) if len(reports) == 1 else reports
     options = RegisterOptions(given.passes, given.refine)
     variant = given.variant if given.cases else "xrays"
-    results = register_rows(rows, load, out, options, variant, given.pictures, beside)
+    results = register_rows(rows, load, out, options, variant, given.pictures, extra_files)
     print(f"registered {len(results)} case(s): {out / 'results.json'}")
 
 
-def command():
-    """Runs the command; what the console script calls."""
+def command() -> None:
+    """Runs the command; the console script calls this."""
     cli.run(main, define_flags)
 
 

@@ -1,6 +1,7 @@
 """Writes a CT's vertebra labels in VerSe numbers: `python -m experiments.segment --ct=CT --output=MASK.nii.gz`.
 
-A mask that is given is used, and brought to VerSe numbers; otherwise TotalSegmentator is run, where it is installed.
+A given mask is converted to VerSe numbers; otherwise TotalSegmentator is run, where it is installed. The function behind this
+command is `data_pipelines.ct.segmentation.segment`.
 """
 
 from absl import flags
@@ -9,10 +10,10 @@ from data_pipelines.ct import segmentation
 from experiments.runtime import cli
 
 
-def define_flags():
+def define_flags() -> None:
     """Defines the command's flags; called once, by `cli.run`."""
     flags.DEFINE_string("ct", None, "NIfTI file, or folder of one DICOM series.", required=True)
-    flags.DEFINE_string("output", None, "NIfTI file to write; a JSON beside it says how it was made.", required=True)
+    flags.DEFINE_string("output", None, "NIfTI file to write; a JSON next to it says how it was made.", required=True)
     flags.DEFINE_string("mask", None, "Label map to use; default: TotalSegmentator.")
     flags.DEFINE_enum(
         "labels", None, sorted(segmentation.LABEL_MAPS), "What numbers --mask holds; default: recognised, or refused."
@@ -21,8 +22,8 @@ def define_flags():
     flags.DEFINE_string("device", None, "TotalSegmentator's device, such as cpu.")
 
 
-def main():
-    """Runs `segmentation.segment` on what the flags name, and raises as it does."""
+def main() -> None:
+    """Runs `segmentation.segment` with the flags, and raises as it does."""
     options = segmentation.SegmentOptions(flags.FLAGS.fast, flags.FLAGS.device)
     made = segmentation.segment(flags.FLAGS.ct, flags.FLAGS.output, flags.FLAGS.mask, flags.FLAGS.labels, options)
     print(f"{flags.FLAGS.output}: labels {made['vertebrae']}")

@@ -1,20 +1,69 @@
 """Simulates cases of known pose from a labelled CT: `python -m experiments.simulate --ct --mask --label=20,21 --out=C.json`.
 
-What `experiments.study` and `experiments.calibrate` are run on, and what anything that reads case files can be scored with.
+`experiments.study` and `experiments.calibrate` take such case files, and so does any program that reads the case format.
 """
 
 import pathlib
+from collections.abc import Sequence
 
 from absl import flags
 
 from data_pipelines.simulation import case_files
 from data_pipelines.simulation import quick
+from experiments import configs
 from experiments.runtime import cli
 from experiments.runtime import progress
 from radgs_jax import errors
 
 
-def define_flags():
+def simulate_cases(
+    ct: pathlib.Path | str,
+    mask: pathlib.Path | str,
+    labels: Sequence[int],
+    out: pathlib.Path | str,
+    *,
+    subject: str | None = None,
+    scenes: int = 3,
+    starts_mm: Sequence[tuple[float, float]] = configs.STARTS_MM,
+    seed: int = 0,
+    posture: str = "rigid",
+    photons: float = quick.PanelFaults().photons,
+) -> None:
+    """Simulates X-rays of known pose and writes them as a case file.
+
+    Args:
+      ct: NIfTI file or DICOM folder.
+      mask: label map on the CT's grid.
+      labels: VerSe numbers of the vertebrae.
+      out: case file to write; its X-rays go next to it.
+      subject: name of the patient; None takes the CT's file name.
+      scenes: number of acquisitions per vertebra.
+      starts_mm: bins (low, high) of start errors, mTRE in mm; every acquisition gets one start from each.
+      seed: of everything random.
+      posture: one of `case_files.POSTURES`.
+      photons: photons per pixel in the variant 'real'.
+    Raises:
+      InputError: `out` exists already, or unreadable input.
+    """
+    out = pathlib.Path(out)
+    if out.exists():
+        errors.fail(out, "case file", "one that is there", "a new file")
+    subject = subject or pathlib.Path(ct).name.split(".")[0]
+    with progress.bar(len(labels) * scenes, "scenes") as bar:
+        case_files.simulated_cases(
+            out,
+            [(subject, ct, mask)],
+            labels,
+            scenes,
+            starts_mm,
+            seed,
+            quick.PanelFaults(photons=photons),
+            posture=posture,
+            on_done=bar.update,
+        )
+
+
+def define_flags() -> None:
     """Defines the command's flags; called once, by `cli.run`."""
     flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder).", required=True)
     flags.DEFINE_string("mask", None, "Label map on the CT's grid.", required=True)
@@ -29,30 +78,27 @@ def define_flags():
         list(case_files.POSTURES),
         "How the body has moved: as one piece, or bent, every vertebra by itself.",
     )
-    flags.DEFINE_float("photons", quick.PanelFaults().photons, "Photons a pixel, of variant `real`.", lower_bound=1.0)
-    flags.DEFINE_string("out", None, "Case file to write; its X-rays go beside it.", required=True)
+    flags.DEFINE_float("photons", quick.PanelFaults().photons, "Photons per pixel, of variant `real`.", lower_bound=1.0)
+    flags.DEFINE_string("out", None, "Case file to write; its X-rays go next to it.", required=True)
 
 
-def main():
-    """Writes the case file, which must not be there; raises as `cli.bins`, `cli.label_numbers` and `case_files.simulated_cases`."""
-    starts_mm, labels = cli.bins("--starts_mm", flags.FLAGS.starts_mm), cli.label_numbers(flags.FLAGS.label)
-    out = pathlib.Path(flags.FLAGS.out)
-    if out.exists():
-        errors.fail(out, "case file", "one that is there", "a new file")
-    subject = flags.FLAGS.subject or pathlib.Path(flags.FLAGS.ct).name.split(".")[0]
-    with progress.bar(len(labels) * flags.FLAGS.scenes, "scenes") as bar:
-        case_files.simulated_cases(
-            out,
-            [(subject, flags.FLAGS.ct, flags.FLAGS.mask)],
-            labels,
-            flags.FLAGS.scenes,
-            starts_mm,
-            flags.FLAGS.seed,
-            quick.PanelFaults(photons=flags.FLAGS.photons),
-            posture=flags.FLAGS.posture,
-            on_done=bar.update,
-        )
-    print(f"wrote {out}")
+def main() -> None:
+    """Runs `simulate_cases` with the flags; raises as it, `cli.bins` and `cli.label_numbers`."""
+    given = flags.FLAGS
+    starts_mm, labels = cli.bins("--starts_mm", given.starts_mm), cli.label_numbers(given.label)
+    simulate_cases(
+        given.ct,
+        given.mask,
+        labels,
+        given.out,
+        subject=given.subject,
+        scenes=given.scenes,
+        starts_mm=starts_mm,
+        seed=given.seed,
+        posture=given.posture,
+        photons=given.photons,
+    )
+    print(f"wrote {pathlib.Path(given.out)}")
 
 
 if __name__ == "__main__":

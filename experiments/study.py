@@ -1,11 +1,12 @@
 """What the accuracy depends on: `python -m experiments.study --ct --mask --label=17,18,19,20 --workdir=W --out=S`.
 
-Simulates X-rays of a patient that `experiments.prepare` has prepared, with a generator of their own, and registers them: as
-they are, and with one thing at a time made worse. Leaves tables, a page of plots and the worst cases' pictures in S. What has
-been registered stays there, so that a study that was stopped goes on.
+Simulates new X-rays of a patient that `experiments.prepare` has prepared and registers them: as they are, and with one
+property at a time made worse. Writes tables, a page of plots and the worst cases' pictures to S. Finished conditions are kept
+there, so a study that was stopped continues.
 """
 
 import pathlib
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -18,8 +19,11 @@ from experiments.runtime import cli
 from experiments.scoring import conditions
 from experiments.scoring import rivals
 
+FAR_SHARE = 4
+"""Far starts get one scene for this many of the others, because each of their scenes is registered from all far bins."""
 
-def define_flags():
+
+def define_flags() -> None:
     """Defines the command's flags; called once, by `cli.run`."""
     flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder) that was prepared.", required=True)
     flags.DEFINE_string("mask", None, "Label map on the CT's grid.", required=True)
@@ -41,7 +45,7 @@ def define_flags():
 
 
 class _Report:
-    """Tables that are on disk as soon as they are made."""
+    """Tables that are written to disk as soon as they are made."""
 
     def __init__(self, path):
         self.path, self.texts = path, []
@@ -54,51 +58,91 @@ class _Report:
             temporary.write_text("\n\n".join(self.texts) + "\n")
 
 
-def main():
-    """Runs the study; raises as `conditions.Patient`, `case_files.simulated_cases` and `preparing.prepare`."""
-    labels, minutes = cli.label_numbers(flags.FLAGS.label), cli.numbers("--minutes", flags.FLAGS.minutes)
-    out, config, seed = pathlib.Path(flags.FLAGS.out), configs.DEMO, flags.FLAGS.seed
-    patient, passes = conditions.Patient(flags.FLAGS.ct, flags.FLAGS.mask, labels, flags.FLAGS.workdir), config.passes
+def run_study(
+    ct: pathlib.Path | str,
+    mask: pathlib.Path | str,
+    labels: Sequence[int],
+    workdir: pathlib.Path | str,
+    out: pathlib.Path | str,
+    *,
+    scenes: int = 20,
+    sweep_scenes: int = 3,
+    plain_minutes: float = 0.0,
+    minutes: Sequence[float] = (),
+    seed: int = 5,
+) -> None:
+    """Registers a prepared patient under every condition and writes the study to `out`.
+
+    Args:
+      ct, mask: the scan that was prepared.
+      labels: VerSe numbers of its prepared vertebrae.
+      workdir: folder that `preparing.prepare` made.
+      out: folder of the study; finished conditions in it are not registered again.
+      scenes: number of acquisitions per vertebra, one start each.
+      sweep_scenes: number of acquisitions per vertebra at each point of a sweep; 0 skips the sweeps.
+      plain_minutes: training time of the plain 2D network on the workdir's pairs; 0 skips it.
+      minutes: training times to compare, for which the first vertebra is prepared anew.
+      seed: of everything random.
+    Raises:
+      InputError: as `conditions.Patient`, `case_files.simulated_cases` and `preparing.prepare`.
+    """
+    out, config = pathlib.Path(out), configs.DEMO
+    patient, passes = conditions.Patient(ct, mask, labels, workdir), config.passes
     report, results, counts = _Report(out / "study.txt"), {}, {}
 
     def run(condition, count):
         counts[condition] = count
-        results[condition] = conditions.run(patient, condition, count, seed, out, passes)
+        results[condition] = conditions.register_condition(patient, condition, count, seed, out, passes)
         return results[condition]
 
     for variant in ("artic", "real"):
         condition = conditions.Condition("scenes", variant, variant)
-        rows = run(condition, flags.FLAGS.scenes)
+        rows = run(condition, scenes)
         report.add(f"scenes: {variant}", statistics.HEADER, *statistics.by_start(rows, configs.STARTS_MM))
-    far = conditions.Condition("far starts", "artic", starts_mm=conditions.FAR_MM, every_start=True)
-    rows = run(far, max(1, flags.FLAGS.scenes // 4))
-    report.add("far starts: artic", statistics.HEADER, *statistics.by_start(rows, conditions.FAR_MM))
-    report.add(rivals.reconstructions(patient, max(1, flags.FLAGS.sweep_scenes), seed, out, passes))
+    far = conditions.Condition("far starts", "artic", starts_mm=conditions.FAR_STARTS_MM, every_start=True)
+    rows = run(far, max(1, scenes // FAR_SHARE))
+    report.add("far starts: artic", statistics.HEADER, *statistics.by_start(rows, conditions.FAR_STARTS_MM))
+    report.add(rivals.reconstructions(patient, max(1, sweep_scenes), seed, out, passes))
     groups = {}
-    for condition in conditions.sweeps() if flags.FLAGS.sweep_scenes else []:
-        rows = run(condition, flags.FLAGS.sweep_scenes)
+    for condition in conditions.sweeps() if sweep_scenes else []:
+        rows = run(condition, sweep_scenes)
         groups.setdefault(condition.group, {})[condition.name] = rows
     for group, entries in groups.items():
         report.add(group, statistics.HEADER, *(statistics.line(name, rows) for name, rows in entries.items()))
-    params = (
-        rivals.train_plain(patient, config, flags.FLAGS.plain_minutes, out, seed) if flags.FLAGS.plain_minutes else None
-    )
+    params = rivals.train_plain(patient, config, plain_minutes, out, seed) if plain_minutes else None
     for variant in ("artic", "real"):
-        condition, count = conditions.Condition("methods", variant, variant), max(1, flags.FLAGS.sweep_scenes)
+        condition, count = conditions.Condition("methods", variant, variant), max(1, sweep_scenes)
         found = rivals.compare(patient, params, condition, count, seed, out, passes)
         report.add(f"methods on the same cases: {variant}", *statistics.methods(found))
     if minutes:
         for value in minutes:
             condition = conditions.Condition("minutes of training", f"{value:g}", every_start=True)
             few = conditions.prepared_for(patient, config, value, models.base_folder(), out)
-            rows = conditions.run(few, condition, max(1, flags.FLAGS.sweep_scenes), seed, out, passes)
+            rows = conditions.register_condition(few, condition, max(1, sweep_scenes), seed, out, passes)
             groups.setdefault(condition.group, {})[condition.name] = rows
         lines = (statistics.line(name, rows) for name, rows in groups[condition.group].items())
         report.add(condition.group, statistics.HEADER, *lines)
     starts = {name: results[conditions.Condition("scenes", name, name)] for name in ("artic", "real")}
-    pictures.study(out / "study.png", {**starts, "artic, far": results[far]}, groups)
+    pictures.study_page(out / "study.png", {**starts, "artic, far": results[far]}, groups)
     conditions.failures(patient, results, counts, seed, out, passes)
     print(f"\nwritten: {out / 'study.txt'}, {out / 'study.png'}")
+
+
+def main() -> None:
+    """Runs `run_study` with the flags; raises as it, `cli.label_numbers` and `cli.numbers`."""
+    given = flags.FLAGS
+    run_study(
+        given.ct,
+        given.mask,
+        cli.label_numbers(given.label),
+        given.workdir,
+        given.out,
+        scenes=given.scenes,
+        sweep_scenes=given.sweep_scenes,
+        plain_minutes=given.plain_minutes,
+        minutes=cli.numbers("--minutes", given.minutes),
+        seed=given.seed,
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Trains RadGS-Reg: `python -m experiments.train --stage=full`.
 
-Data stages: P1 (many spines, simulated X-rays), P2 (a folder of real cases, folds by patient; on the default data a second,
-harder simulation), P3 (the patient's own CT). Inside each, the module stages RecM, RegM, joint. Every stage starts from the
-checkpoint before it, and a run that was stopped goes on where it was.
+Data stages: P1 (many spines, simulated X-rays), P2 (real cases, folds by patient; by default a second, harder simulation), P3
+(the patient's own CT). Each has three phases: RecM, RegM, joint. Every stage starts from the checkpoint before it, and a run
+that was stopped continues from its last checkpoint.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from radgs_jax.training import objectives
 STAGES = ("full", *configs.DATA_STAGES, *(f"{d}_{m}" for d in configs.DATA_STAGES for m in objectives.MODULES))
 
 
-def define_flags():
+def define_flags() -> None:
     """Defines the command's flags; called once, by `cli.run`."""
-    flags.DEFINE_enum("stage", "full", STAGES, "full, a data stage, or one module stage of it.")
+    flags.DEFINE_enum("stage", "full", STAGES, "full, a data stage, or one phase of it.")
     flags.DEFINE_enum("preset", "demo", sorted(configs.PRESETS), "Configuration.")
     flags.DEFINE_string("workdir", "runs/demo", "Folder for data, checkpoints, logs and results.")
     flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0)
@@ -35,8 +35,18 @@ def define_flags():
     flags.DEFINE_integer("p2_fold", 0, "Fold (by patient) that P2 holds out.", lower_bound=0)
 
 
-def score(config, workdir, subject, ct, mask):
-    """The table, as text, of X-rays and poses of the patient that no stage has seen; written to `workdir`/eval too."""
+def score_patient(
+    config: configs.Config, workdir: pathlib.Path, subject: str, ct: pathlib.Path, mask: pathlib.Path
+) -> str:
+    """Scores P3's patient on X-rays and poses that no stage has seen.
+
+    Args:
+      config: of the run; workdir: of the run; subject, ct, mask: as `data_stages.p3` returns them.
+    Returns:
+      the table as text, which is also written to `workdir`/eval/table.txt.
+    Raises:
+      InputError: as `evaluate.report`.
+    """
     path = data_stages.held_out_cases(config, workdir, (subject, ct, mask))
     case_file = cases.read(path)
     texts = []
@@ -58,7 +68,7 @@ def score(config, workdir, subject, ct, mask):
 
 
 def _claim(path, config_hash):
-    """Keeps a workdir to one configuration: its checkpoints would not fit another."""
+    """Ties a workdir to one configuration, because its checkpoints would not fit another."""
     if not path.exists():
         files.write_json(path, config_hash)
     elif files.read_json(path) != config_hash:
@@ -67,16 +77,25 @@ def _claim(path, config_hash):
         )
 
 
-def train(config, workdir, stage="full", case_path=None, variant="real"):
-    """Runs a stage; callable from a notebook.
+def train(
+    config: configs.Config,
+    workdir: pathlib.Path | str,
+    stage: str = "full",
+    case_path: pathlib.Path | str | None = None,
+    variant: str = "real",
+) -> str | None:
+    """Runs one stage, or all of them.
 
     Args:
-      config: `configs.Config`; workdir: folder that holds the run; stage: one of STAGES.
-      case_path, variant: real cases for P2, or None.
+      workdir: folder of the run.
+      stage: one of STAGES.
+      case_path: case file of real X-rays for P2; None simulates them.
+      variant: array of P2's X-ray files.
     Returns:
       the score table after 'full' and 'p3', else None.
     Raises:
       InputError: a stage whose predecessor is not there, a workdir of another configuration, or unusable input.
+      DivergedError: as `loop.run_steps`.
     """
     workdir = pathlib.Path(workdir)
     _claim(workdir / "config.json", identity.config_hash(config))
@@ -97,10 +116,10 @@ def train(config, workdir, stage="full", case_path=None, variant="real"):
         data_stages.p2(config, workdir, modules, case_path, variant)
     if name in ("full", "p3"):
         patient = data_stages.p3(config, workdir, modules)
-    return score(config, workdir, *patient) if name == "full" or stage == "p3" else None
+    return score_patient(config, workdir, *patient) if name == "full" or stage == "p3" else None
 
 
-def main():
+def main() -> None:
     """Runs `train` with the flags, prints the table where there is one, and raises as it does."""
     config = dataclasses.replace(
         configs.PRESETS[flags.FLAGS.preset], seed=flags.FLAGS.seed, p2_fold=flags.FLAGS.p2_fold
@@ -110,8 +129,8 @@ def main():
         print(f"\n{table}\n\npictures and files: {pathlib.Path(flags.FLAGS.workdir) / 'eval'}")
 
 
-def command():
-    """Runs the command; what the console script calls."""
+def command() -> None:
+    """Runs the command; the console script calls this."""
     cli.run(main, define_flags)
 
 

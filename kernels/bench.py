@@ -1,4 +1,4 @@
-"""`python -m kernels.bench`: the name that `kernels.tools.bench` had before 0.2. It goes with 0.3."""
+"""`python -m kernels.bench`: the old name of `python -m kernels.tools.bench`, deprecated since 0.2, to be removed in 0.3."""
 
 import runpy
 

@@ -1,4 +1,5 @@
-"""`python -m kernels.compile_check`: the name that `kernels.tools.compile_check` had before 0.2. It goes with 0.3."""
+"""`python -m kernels.compile_check`: the old name of `python -m kernels.tools.compile_check`, deprecated since 0.2, to be removed
+in 0.3."""
 
 import runpy
 

@@ -1,59 +1,93 @@
-"""Radiative Gaussians: a density field that projects, voxelises and moves rigidly in closed form.
+"""Radiative Gaussians: a density field that is projected, voxelised and moved rigidly in closed form.
 
 The field is the sum of `density * exp(-1/2 (x - mean)' S^-1 (x - mean))`, S = R(quaternion) diag(scale)^2 R', with the
-support rule of `kernels.support`. Lengths in mm, density in 1/mm.
+support rule of `kernels.common.support`. Lengths are in mm, densities in 1/mm.
 """
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+from typing import cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy
+from jaxtyping import Float
+from jaxtyping import Real
 
 from kernels.common import symmetric
+from kernels.common.types import Array
+from kernels.common.types import Implementation
+from kernels.common.types import Leaf
 from kernels.splat import splat
 from kernels.voxelize import voxelize as voxelize_index
 from radgs_jax.geometry import rigid
+from radgs_jax.geometry.grid import VoxelGrid
 
 FORMAT = "radgs-gaussians/1"
+CELLS_PER_POINT = 27
+"""Number of cells of a quadratic B-spline lattice that share a point: 3 along each axis."""
+FIRST_CELL = 1.15
+"""Side of the first cell that `from_density` tries, in units of the cube root of the volume per Gaussian. Chosen by hand: the cell
+only grows, so a first cell that is too large (twice) uses fewer Gaussians than there are, and one that is too small (half) costs
+more rounds."""
+MIN_GROWTH = 1.005
+"""Smallest factor by which `from_density` enlarges its cell from one round to the next. Chosen by hand: closer to 1 the cloud may
+use a few more of its Gaussians, after more rounds."""
+MIN_CELL_MASS = 1e-4
+"""Fraction of the heaviest cell's mass below which a cell is dropped. Chosen by hand: the mass that it carries (a B-spline's tail)
+is negligible, and half or twice of it hardly changes the number of cells."""
+MIN_SCALE = 0.15
+"""Smallest standard deviation that `from_density` gives, in cells. Chosen by hand: half of it allows thinner Gaussians, which need
+finer pixels; twice of it thickens thin bone."""
 
 
 @flax.struct.dataclass
 class Gaussians:
-    """density (..., N) 1/mm; mean (..., N, 3) mm; scale (..., N, 3) mm; quaternion (..., N, 4) w, x, y, z (unit)."""
+    """A cloud of N Gaussians, or a batch of clouds.
 
-    density: jax.Array
-    mean: jax.Array
-    scale: jax.Array
-    quaternion: jax.Array
+    Attributes:
+      density: (..., N) peak, 1/mm.
+      mean: (..., N, 3), mm.
+      scale: (..., N, 3) standard deviations along the Gaussian's own axes, mm.
+      quaternion: (..., N, 4) unit, order w, x, y, z.
+    """
+
+    density: Leaf
+    mean: Leaf
+    scale: Leaf
+    quaternion: Leaf
 
 
-def precision(gaussians):
-    """Inverse covariance (..., N, 3, 3), 1/mm^2."""
+def precision(gaussians: Gaussians) -> Float[jax.Array, "... n 3 3"]:
+    """Inverse covariance, 1/mm^2."""
     R = rigid.matrix_from_quaternion(gaussians.quaternion)
     axes = R / gaussians.scale[..., None, :]
     return _sum_outer(axes, axes)
 
 
 def _sum_outer(a, b):
-    """a b' of (..., 3, 3) as three outer products: float32 at full precision on every device.
+    """a b' of (..., 3, 3) as three outer products, at full float32 precision on every device.
 
-    Nothing here is a reduction: XLA's CPU backend (jaxlib 0.10.2, YNN fusions) crashes on those of rank 7.
+    It avoids reductions, because XLA's CPU backend (jaxlib 0.10.2, YNN fusions) crashes on reductions of rank 7.
     """
-    return sum(a[..., :, None, k] * b[..., None, :, k] for k in range(3))
+    return cast(jax.Array, sum(a[..., :, None, k] * b[..., None, :, k] for k in range(3)))
 
 
-def move(gaussians, target_from_source):
-    """The same field in another rigid frame; target_from_source (..., 4, 4). Exact, nothing is resampled."""
+def move(gaussians: Gaussians, target_from_source: Float[Array, "*batch 4 4"]) -> Gaussians:
+    """The same field in another rigid frame. Exact: nothing is resampled."""
     q = rigid.quaternion_from_matrix(target_from_source[..., :3, :3])
-    return gaussians.replace(
+    return dataclasses.replace(
+        gaussians,
         mean=rigid.apply(target_from_source, gaussians.mean),
         quaternion=rigid.multiply_quaternions(q[..., None, :], gaussians.quaternion),
     )
 
 
 def _harmless(gaussians):
-    # One bad Gaussian must not poison the gradient of a pose that all of them share: 0 * nan is nan.
+    # A pose is shared by all Gaussians, so one that is not finite would make its gradient nan, even at weight 0.
     parts = (gaussians.mean, gaussians.scale, gaussians.quaternion)
     usable = jnp.isfinite(gaussians.density) & jnp.all(jnp.stack([jnp.all(jnp.isfinite(p), -1) for p in parts]), 0)
     mean, scale, quaternion = (jnp.where(usable[..., None], p, 1.0) for p in parts)
@@ -64,15 +98,26 @@ def _congruent(matrix, symmetric_matrix):
     return symmetric.from_matrix(_sum_outer(_sum_outer(matrix, symmetric_matrix), matrix))
 
 
-def project(gaussians, camera_from_frame, intrinsics, height, width, *, implementation=None):
-    """Line integrals (..., height, width) of a cloud, differentiable in the cloud, the pose and the intrinsics.
+def project(
+    gaussians: Gaussians,
+    camera_from_frame: Float[Array, "*batch 4 4"],
+    intrinsics: Float[Array, "*batch 4"],
+    height: int,
+    width: int,
+    *,
+    implementation: Implementation = None,
+) -> Float[Array, "*batch {height} {width}"]:
+    """Line integrals of a cloud, differentiable in the cloud, the pose and the intrinsics.
 
     Gaussians with a parameter that is not finite add nothing.
 
     Args:
-      gaussians: batch axes (...) as the cameras'.
-      camera_from_frame: (..., 4, 4) rigid, the cloud's frame to the camera's.
-      intrinsics: (..., 4) fx, fy, cx, cy; height, width: static pixels; implementation: as `kernels.splat`.
+      gaussians: with the batch axes of the cameras.
+      camera_from_frame: rigid, from the cloud's frame to the camera's.
+      intrinsics: fx, fy, cx, cy in pixels.
+      height, width: static size of the image, pixels.
+      implementation: as in `kernels.splat`.
+
     Raises:
       ValueError: batch axes that do not agree, or an unknown implementation.
     """
@@ -82,8 +127,10 @@ def project(gaussians, camera_from_frame, intrinsics, height, width, *, implemen
     return splat(gaussians.density, mean, K, intrinsics, height, width, implementation=implementation)
 
 
-def voxelize(gaussians, grid, *, implementation=None):
-    """Density (..., *grid.shape) in 1/mm at the voxel centres of any affine `VoxelGrid` in the cloud's frame, differentiable.
+def voxelize(
+    gaussians: Gaussians, grid: VoxelGrid, *, implementation: Implementation = None
+) -> Float[Array, "... x y z"]:
+    """Density in 1/mm at the voxel centres of an affine grid in the cloud's frame, differentiable.
 
     Gaussians with a parameter that is not finite add nothing.
 
@@ -100,15 +147,15 @@ def voxelize(gaussians, grid, *, implementation=None):
     return voxelize_index(gaussians.density, mean, K, grid.shape, implementation=implementation)
 
 
-def blur(gaussians, sigma_mm):
-    """The field convolved with an isotropic Gaussian of `sigma_mm`: mass is kept, so a coarse grid can sample it."""
+def blur(gaussians: Gaussians, sigma_mm: float) -> Gaussians:
+    """The field convolved with an isotropic Gaussian of `sigma_mm`, for sampling on a coarse grid. Its mass is kept."""
     scale = jnp.sqrt(gaussians.scale**2 + sigma_mm**2)
     density = gaussians.density * jnp.prod(gaussians.scale / scale, -1)
-    return gaussians.replace(density=density, scale=scale)
+    return dataclasses.replace(gaussians, density=density, scale=scale)
 
 
-def views(gaussians, count):
-    """The cloud repeated along a new view axis: (..., N) -> (..., count, N), for `project` under several cameras."""
+def views(gaussians: Gaussians, count: int) -> Gaussians:
+    """The cloud repeated along a new view axis, (..., N) -> (..., count, N), for `project` with several cameras."""
 
     def repeat(array, event):
         axis = array.ndim - event
@@ -123,10 +170,10 @@ def views(gaussians, count):
     )
 
 
-def uniform_cloud(side, spacing_mm, density):
-    """side^3 isotropic Gaussians on a regular grid round the origin: the anchors of a reconstruction without a prior.
+def uniform_cloud(side: int, spacing_mm: float, density: float) -> Gaussians:
+    """side^3 isotropic Gaussians on a regular grid around the origin: the anchors of a reconstruction without a prior.
 
-    Peaks are `density`, 1/mm, standard deviations half of `spacing_mm`.
+    Every peak is `density`, 1/mm; standard deviations are half of `spacing_mm`.
     """
     axis = (np.arange(side) - 0.5 * (side - 1)) * spacing_mm
     mean = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
@@ -136,23 +183,28 @@ def uniform_cloud(side, spacing_mm, density):
     return Gaussians(*(jnp.asarray(a, jnp.float32) for a in arrays))
 
 
-def from_density(density, frame_from_index, count):
-    """Gaussians with the mass, centre and second moments of a voxel density, cell by cell.
+def from_density(
+    density: Real[np.ndarray, "x y z"], frame_from_index: Real[np.ndarray, "4 4"], count: int
+) -> Gaussians:
+    """Fits Gaussians to a voxel density, cell by cell, by mass, centre and second moments.
 
-    The density is shared out to overlapping cells of a cubic lattice by quadratic B-splines (a partition of unity) and
-    each cell's share, the voxels' own extent included, becomes the Gaussian with its mass, centre and covariance, so the
-    mass and the centre of the whole are kept. The lattice is the finest one that needs no more than `count` Gaussians.
+    Quadratic B-splines (a partition of unity) distribute the density over overlapping cells of a cubic lattice. Each cell's share,
+    including the extent of the voxels, becomes the Gaussian with the same mass, centre and covariance, so the mass and the centre
+    of the whole are kept. The cell is enlarged until at most `count` Gaussians are needed.
 
     Args:
-      density: (X, Y, Z) non-negative, 1/mm; frame_from_index: (4, 4) affine, mm; numpy arrays.
-      count: number of Gaussians, 27 or more: so many cells share a voxel, however large they are. Unused ones have density 0.
+      density: non-negative, 1/mm.
+      frame_from_index: affine, mm.
+      count: number of Gaussians, at least `CELLS_PER_POINT`. Unused ones have density 0.
+
     Returns:
       Gaussians of numpy float32 arrays, sorted by mass.
+
     Raises:
       ValueError: no positive density, or too few Gaussians.
     """
-    if count < 27:
-        raise ValueError(f"from_density: count is {count}, wanted 27 or more")
+    if count < CELLS_PER_POINT:
+        raise ValueError(f"from_density: count is {count}, wanted {CELLS_PER_POINT} or more")
     index = np.argwhere(density > 0)
     if len(index) == 0:
         raise ValueError("from_density: the density has no positive voxel")
@@ -160,10 +212,9 @@ def from_density(density, frame_from_index, count):
     voxel_mm3 = abs(np.linalg.det(frame_from_index[:3, :3]))
     points = index @ frame_from_index[:3, :3].T + frame_from_index[:3, 3]
     mass = density[tuple(index.T)].astype(np.float64) * voxel_mm3
-    # A first guess near the answer: as many cells as the volume fills, and half as many again on its surface.
-    cell = 1.15 * (np.count_nonzero(density) * voxel_mm3 / count) ** (1 / 3)
+    cell = FIRST_CELL * (np.count_nonzero(density) * voxel_mm3 / count) ** (1 / 3)
     while (used := np.count_nonzero(_heavy(_cell_sums(points, mass, cell, [np.ones_like(mass)])[0]))) > count:
-        cell *= max(1.005, (used / count) ** (1 / 3))
+        cell *= max(MIN_GROWTH, (used / count) ** (1 / 3))
     pairs = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
     sums = _cell_sums(
         points, mass, cell, [np.ones_like(mass), *points.T, *(points[:, i] * points[:, j] for i, j in pairs)]
@@ -177,27 +228,26 @@ def from_density(density, frame_from_index, count):
     covariance = second / m[:, None, None] - mean[:, :, None] * mean[:, None, :] + voxel
     variance, axes = np.linalg.eigh(covariance)
     axes[np.linalg.det(axes) < 0, :, 0] *= -1
-    scale = np.sqrt(np.maximum(variance, (0.15 * cell) ** 2))
+    scale = np.sqrt(np.maximum(variance, (MIN_SCALE * cell) ** 2))
     peak = m / ((2 * np.pi) ** 1.5 * scale.prod(1))
     n = len(m)
-    result = Gaussians(
-        np.zeros(count, np.float32),
-        np.zeros((count, 3), np.float32),
-        np.full((count, 3), 0.5 * cell, np.float32),
-        np.tile(np.float32([1, 0, 0, 0]), (count, 1)),
-    )
-    result.density[:n], result.mean[:n], result.scale[:n] = peak, mean, scale
-    result.quaternion[:n] = scipy.spatial.transform.Rotation.from_matrix(axes).as_quat(scalar_first=True)
-    return result
+    arrays: dict[str, Any] = {
+        "density": np.zeros(count, np.float32),
+        "mean": np.zeros((count, 3), np.float32),
+        "scale": np.full((count, 3), 0.5 * cell, np.float32),
+        "quaternion": np.tile(np.array([1, 0, 0, 0], np.float32), (count, 1)),
+    }
+    arrays["density"][:n], arrays["mean"][:n], arrays["scale"][:n] = peak, mean, scale
+    arrays["quaternion"][:n] = scipy.spatial.transform.Rotation.from_matrix(axes).as_quat(scalar_first=True)
+    return Gaussians(**arrays)
 
 
 def _heavy(cell_mass):
-    # Cells that a B-spline's tail barely touches are dropped: they would cost Gaussians and carry no mass.
-    return cell_mass > 1e-4 * cell_mass.max()
+    return cell_mass > MIN_CELL_MASS * cell_mass.max()
 
 
 def _cell_sums(points, mass, cell, moments):
-    """Sums of mass * moment over quadratic B-spline cells of size `cell` mm: (len(moments), cells)."""
+    """Sums of mass * moment over quadratic B-spline cells with sides of `cell` mm: (len(moments), cells)."""
     position = points / cell
     nearest = np.rint(position).astype(np.int64)
     f = position - nearest
@@ -214,13 +264,13 @@ def _cell_sums(points, mass, cell, moments):
     return sums
 
 
-def to_arrays(gaussians):
-    """Dict of numpy arrays with a format version, for `np.savez`."""
+def to_arrays(gaussians: Gaussians) -> dict[str, np.ndarray]:
+    """Numpy arrays by name, with a format version, for `np.savez`."""
     arrays = {name: np.asarray(getattr(gaussians, name)) for name in ("density", "mean", "scale", "quaternion")}
     return {"format": np.asarray(FORMAT), **arrays}
 
 
-def from_arrays(arrays):
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> Gaussians:
     """Inverse of `to_arrays`.
 
     Raises:

@@ -1,11 +1,12 @@
-"""Vertebral levels by VerSe number: their names, and how far apart they lie."""
+"""Vertebral levels by VerSe number: their names and their spacing."""
 
 import numpy as np
 
 PITCH_MM = {3: 17.0, 8: 19.0, 12: 21.0, 16: 23.5, 18: 27.0, 20: 32.5, 22: 35.5, 24: 35.5}
-"""Typical distance in an adult from a vertebra's centre to that of the next one below, by VerSe number; levels between are
-interpolated. It only says where a search looks: the coarsest level of a refinement captures 10 mm and more, so a spine that is a
-third larger or smaller is found as well."""
+"""Typical distance in an adult, mm, from a vertebra's centre to the centre of the next one below, by VerSe number; values between
+the listed levels are interpolated. Chosen by hand. It only sets where the search looks for neighbours: the coarsest level of a
+refinement captures 10 mm and more, so spines that are a third larger or smaller are covered; at half or twice the pitch the search
+would start between two vertebrae or at the wrong one."""
 
 
 def level_name(label: int) -> str:
@@ -17,6 +18,6 @@ def level_name(label: int) -> str:
 
 
 def neighbours_mm(label: int) -> tuple[float, float]:
-    """Where along the spine, in mm, the vertebrae below and above the one of VerSe number `label` lie, by `PITCH_MM`."""
+    """Positions along the spine, in mm, of the vertebrae below and above VerSe number `label`, from `PITCH_MM`; up is positive."""
     below, above = np.interp([label, label - 1], list(PITCH_MM), list(PITCH_MM.values()))
     return -below, above

@@ -15,7 +15,7 @@ jax.config.update("jax_compilation_cache_dir", str(_cache / "radgs_jax" / "xla")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-LONGEST = ("test_experiments.py", "test_models.py")
+LONGEST = ("test_training_runs.py", "test_models.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,1 +1,1 @@
-"""CTs and their labels: reading, one vertebra, the rest of the body."""
+"""CTs and their label maps: reading, extraction of single vertebrae, and the body around them."""

@@ -1,29 +1,34 @@
-"""Vertebra centres: computed from masks, and read from published JSON files."""
+"""Centres of vertebral bodies: computed from masks, and read from published JSON files."""
+
+import pathlib
 
 import numpy as np
 import scipy
 
+from data_pipelines.ct import scans
 from data_pipelines.io import files
 from radgs_jax import errors
 from radgs_jax.geometry import resample
 
 BODY_DEPTH = 0.65
-"""Of a mask's largest depth: at half of it, the pedicles of a collapsed body still count as body."""
+"""Depth, as a fraction of a mask's largest depth, above which voxels belong to the vertebral body. Chosen by hand: at half of the
+largest depth, the pedicles of a collapsed body still count; nearer to 1 only a point remains."""
 
 CENTROID_MM = 5.0
-"""How far a published centroid may lie outside the box of its mask."""
+"""Largest distance in mm of a published centroid from the bounding box of its mask. Chosen by hand: half refuses rounded centroids
+of small masks, twice lets axes be mixed up in small vertebrae."""
 
 
-def centroids(scan):
-    """Centres of the vertebral bodies, {label: (3,) CT mm}, one for each label of a scan.
+def centroids(scan: scans.Scan) -> dict[int, np.ndarray]:
+    """Centres of the vertebral bodies, (3,) in CT mm, by label.
 
-    As VerSe's own they lie in the body, not at the mask's centre of mass, which the arch draws backwards: the centre,
-    weighted by depth (mm to the mask's border), of the largest connected part deeper than BODY_DEPTH of the largest depth.
+    Like those of VerSe, they lie in the body. The mask's centre of mass lies further back, because of the arch. A centre is the
+    mean, weighted by depth (distance to the mask's border in mm), of the largest connected part that is deeper than BODY_DEPTH.
     """
     spacing = np.linalg.norm(scan.ct_from_index[:3, :3], axis=0)
     found = {}
     for label, box in scan.boxes.items():
-        # A border of one voxel: the mask ends where the scan does.
+        # Padded by one voxel, so that the scan's border is a border of the mask.
         depth = scipy.ndimage.distance_transform_edt(np.pad(scan.labels[box] == label, 1), sampling=spacing)
         parts, _ = scipy.ndimage.label(depth > BODY_DEPTH * depth.max())
         largest = np.bincount(parts.ravel())[1:].argmax() + 1
@@ -32,17 +37,21 @@ def centroids(scan):
     return found
 
 
-def read_centroids(path, scan):
-    """Centres from a VerSe centroid JSON, {label: (3,) CT mm}; one that VerSe lacks is NaN and left out.
+def read_centroids(path: pathlib.Path | str, scan: scans.Scan) -> dict[int, np.ndarray]:
+    """Centres from a VerSe centroid file, (3,) in CT mm, by label. VerSe writes NaN for unknown ones; they are left out.
 
-    VerSe is published in two layouts. By subject, an entry `direction` has the axis codes of the label map as it was stored,
-    and coordinates are its voxels; `scan` is that label map's scan, in whatever order its file is stored now. The
-    challenge's files have no such entry: coordinates are mm on a 1 mm scan with the same centre, on axes documented once as
-    P, I, R and once as I, P, L; the reading that meets the masks is taken.
+    VerSe is published in two layouts. In the layout by subject, the entry `direction` holds the axis codes of the label map
+    when the file was made, and coordinates are voxel indices along them. Files of the challenge have no such entry:
+    coordinates are mm on a 1 mm scan with the same centre, on axes that are documented once as P, I, R and once as I, P, L.
+    The interpretation that is nearer to the masks is used.
+
+    Args:
+      path: the JSON file.
+      scan: the scan of the label map, stored along any axes.
 
     Raises:
-      InputError: unreadable JSON, missing or mistyped fields, axis codes that are none, a label given twice, or a point more
-        than CENTROID_MM outside the box of its mask.
+      InputError: the JSON is unreadable, a field is missing or mistyped, axis codes are invalid, a label occurs twice, or a
+        point is more than CENTROID_MM outside the bounding box of its mask.
     """
     entries = files.read_json(path, nan=True)
     if not isinstance(entries, list) or not entries:
@@ -65,7 +74,7 @@ def read_centroids(path, scan):
                 errors.fail(path, f"[{number}].{axis}", repr(value)[:60], "a number")
         if not np.isnan(values).any():
             points[int(label)] = np.array(values, np.float64)
-    # Both at once would be two files in one; the first says how it is meant.
+    # With several direction entries, the first one counts.
     readings = readings[:1] or [("PIR", True), ("IPL", True)]
     found = [{label: _ct_point(p, *reading, scan) for label, p in points.items()} for reading in readings]
     best = min(found, key=lambda places: sum(_outside_mm(places, scan).values()))
@@ -88,7 +97,7 @@ def _axis_codes(path, direction):
 
 
 def _ct_point(point, direction, millimetres, scan):
-    """CT mm of a point in stored voxels along `direction`, or in mm of a 1 mm scan there that shares the centre."""
+    """A point in CT mm. It is given along `direction`, in voxels, or in mm on a 1 mm scan with the same centre."""
     from_stored = _index_from_stored(direction, scan.labels.shape)
     if millimetres:
         axes = np.abs(from_stored[:3, :3]).argmax(0)
@@ -99,7 +108,7 @@ def _ct_point(point, direction, millimetres, scan):
 
 
 def _outside_mm(points, scan):
-    """How far each point (CT mm) lies outside of its label's bounding box, mm."""
+    """Distance in mm of each point (CT mm) from the bounding box of its label; 0 inside."""
     spacing = np.linalg.norm(scan.ct_from_index[:3, :3], axis=0)
     index_from_ct = np.linalg.inv(scan.ct_from_index)
     distances = {}
@@ -113,7 +122,7 @@ def _outside_mm(points, scan):
 
 
 def _index_from_stored(direction, shape):
-    """(4, 4) from voxel indices along the axis codes `direction` to those in RAS order, of an array of RAS shape `shape`."""
+    """(4, 4) from voxel indices along the axis codes `direction` to RAS order; `shape` is the array's shape in RAS order."""
     import nibabel
 
     orientation = nibabel.orientations.axcodes2ornt(direction)

@@ -1,7 +1,8 @@
-"""A CT from DICOM: one series, its slices in order, in Hounsfield units; whatever would bend or tear it is refused by name.
+"""A CT from DICOM: one series with its slices in order, in Hounsfield units.
 
-pydicom parses and decodes (compressed slices through GDCM); which slices make one straight, gapless volume is decided
-here, from the position and orientation of each (DICOM PS3.3, C.7.6.2.1.1), never from numbers or names of files.
+pydicom parses and decodes (compressed slices through GDCM). Which slices form one straight volume without gaps is decided
+here, from the position and orientation of each (DICOM PS3.3, C.7.6.2.1.1), never from instance numbers or file names. Series
+that would give a distorted volume are refused.
 """
 
 import contextlib
@@ -32,18 +33,42 @@ _COMPRESSED = (
     *pydicom.uid.JPEG2000TransferSyntaxes,
 )
 TILT_DEGREES = 0.1
-"""A tilt that shears a body of 1.5 m by less than 3 mm; positions are rounded to about this."""
+"""Largest gantry tilt in degrees. It shears a body of 1.5 m by less than 3 mm. Chosen by hand: half may refuse rounded positions,
+twice doubles that shear."""
 UNEVEN_MM = 0.1
-"""How far a slice may lie from its place in an even stack."""
+"""Largest distance in mm of a slice from its place in an evenly spaced stack. Chosen by hand: half may refuse rounded positions,
+twice doubles the error of a bone's place."""
 SAME_MM = 0.01
-"""Slices nearer than this lie at one position."""
-_BESIDE_PIXELS_BYTES = 2**26
-"""What a file may hold beside its pixels: private elements, overlays, padding."""
+"""Slices that are nearer than this distance in mm are taken to be duplicates. Chosen by hand, far below any slice spacing; not
+sensitive."""
+MAX_GAP_STEPS = 1.5
+"""Distance between slices, in medians, above which a slice is missing. Half way between one step and two."""
+SAME_ORIENTATION = 1e-3
+"""Largest difference of direction cosines that count as equal, or as perpendicular unit vectors. Chosen by hand for rounding: half
+refuses cosines of three decimals, twice moves a pixel 250 mm away by half a millimetre."""
+SAME_SPACING_MM = 1e-4
+"""Largest difference in mm of pixel spacings that count as equal. Chosen by hand: at twice, a row of 512 is 0.1 mm off."""
+MAX_SLICE_PIXELS = 2**26
+"""Pixels of one slice: a bound on damaged headers. Chosen by hand; not sensitive."""
+DEFERRED_BYTES = 2**20
+"""Elements above this number of bytes are not read with the header. Chosen by hand; not sensitive."""
+_EXTRA_BYTES = 2**26
+"""Bytes of a file in addition to its pixels: private elements, overlays, padding. Chosen by hand: half may refuse files with large
+private elements, twice lets a damaged file take more memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Slice:
-    """One image: its file and frame, the header of the file, and its geometry as DICOM gives it (LPS mm)."""
+    """One image of a series.
+
+    Attributes:
+      path, frame: its file, and its number in the file from 0.
+      header: the header of the file.
+      position: (3,) ImagePositionPatient, LPS mm.
+      orientation: (2, 3) ImageOrientationPatient.
+      spacing: (2,) PixelSpacing in mm, between rows and between columns.
+      slope, intercept: HU = slope * stored + intercept.
+    """
 
     path: pathlib.Path
     frame: int
@@ -55,20 +80,24 @@ class _Slice:
     intercept: float
 
 
-def read_series(path):
-    """One CT series: HU (columns, rows, slices) float32, and its affine in RAS+ mm (DICOM's own patient axes are LPS).
+def read_series(path: pathlib.Path | str) -> tuple[np.ndarray, np.ndarray]:
+    """Reads one CT series.
 
-    Files that are not DICOM, and DICOM objects that are no CT images (reports, presentation states), are passed over.
+    Files that are not DICOM, and DICOM objects that are not CT images (reports, presentation states), are ignored.
 
     Args:
-      path: a folder (searched with its subfolders) of one series, or one file that holds a multi-frame CT.
+      path: a folder of one series, searched with its subfolders, or a file that holds a multi-frame CT.
+
+    Returns:
+      HU (columns, rows, slices) float32, and the affine (4, 4) from these indices to RAS+ mm (DICOM's patient axes are LPS).
 
     Raises:
-      InputError: no CT image; several series; localizers; slices that differ in size, orientation or spacing; a tilted
-        gantry; missing, duplicate or unevenly spaced slices; no pixel data; values that are not Hounsfield units; damage.
+      InputError: there is no CT image, or several series; an image is a localizer; slices differ in size, orientation or
+        spacing; the gantry is tilted; slices are missing, duplicate or unevenly spaced; pixel data is missing or damaged;
+        values are not Hounsfield units.
     """
     path = pathlib.Path(path)
-    # pydicom warns of every small breach of the standard; what matters here is checked below.
+    # pydicom warns about every deviation from the standard. Those that matter are checked below.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         headers = _one_series(path, _headers(path))
@@ -80,7 +109,7 @@ def read_series(path):
 
 @contextlib.contextmanager
 def _readable(path, wanted):
-    """Whatever pydicom and its decoders raise on a damaged file becomes one line that names the file."""
+    """Turns any exception of pydicom and its decoders into an InputError that names the file."""
     try:
         yield
     except errors.InputError:
@@ -92,7 +121,7 @@ def _readable(path, wanted):
 
 
 def _headers(path):
-    """[(file, header without pixels)] of all CT images in a folder, or of one file."""
+    """(file, header without pixels) of all CT images in a folder, or of one file."""
     found, other, odd = [], set(), []
     for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
         if not files.is_dicom(file):
@@ -100,16 +129,16 @@ def _headers(path):
             continue
         with _readable(file, "a complete DICOM file"):
             syntax = pydicom.filereader.read_file_meta_info(file).get("TransferSyntaxUID")
-            # pydicom would inflate it whole, whatever its size.
+            # pydicom inflates the whole dataset without a limit.
             if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:
                 errors.fail(file, "TransferSyntaxUID", "a deflated dataset", "any other transfer syntax")
-            header = pydicom.dcmread(file, stop_before_pixels=True, defer_size=2**20)
+            header = pydicom.dcmread(file, stop_before_pixels=True, defer_size=DEFERRED_BYTES)
             kind, modality = header.get("SOPClassUID"), header.get("Modality")
             if kind in CT_CLASSES or (kind is None and modality == "CT"):
                 found.append((file, header))
             else:
                 other.add(f"{modality} {pydicom.uid.UID(kind or '').name}".strip())
-    # A file that says by its name that it is a slice, and is none, would be a slice lost in silence.
+    # Ignoring a file whose name is that of a slice would lose a slice silently.
     damaged = [file for file in odd if file.suffix.lower() in (".dcm", ".ima") or file == path]
     if damaged:
         errors.fail(damaged[0], "content", "no DICOM mark at byte 128", "a complete DICOM file")
@@ -136,7 +165,7 @@ def _one_series(path, headers):
 
 
 def _numbers(path, dataset, name, count):
-    """`count` finite numbers of a data element."""
+    """`count` finite numbers in a data element."""
     value = None if dataset is None else dataset.get(name)
     if value is None or value == "":
         errors.fail(path, name, "nothing", f"{count} numbers" if count > 1 else "a number")
@@ -155,7 +184,7 @@ def _item(dataset, sequence):
 
 
 def _slices(path, header):
-    """The images of one file: one, or the frames of a multi-frame object, each with its own functional groups."""
+    """The images in one file: one, or all frames of a multi-frame object."""
     with _readable(path, "a complete DICOM file"):
         _check_image(path, header)
         if header.get("SOPClassUID") not in CT_CLASSES[1:]:
@@ -181,7 +210,7 @@ def _slices(path, header):
 
 
 def _slice(path, number, header, group):
-    """`group(sequence)` is the dataset that holds the elements of a functional group."""
+    """One image. `group(sequence)` returns the dataset with the elements of a functional group (PS3.3, C.7.6.16)."""
     kind = group("CTImageFrameTypeSequence")
     kinds = [*(header.get("ImageType") or []), *((kind.get("FrameType") if kind else None) or [])]
     if "LOCALIZER" in kinds:
@@ -196,7 +225,7 @@ def _slice(path, number, header, group):
     if slope == 0:
         errors.fail(path, "RescaleSlope", 0, "a slope other than 0")
     orientation = _numbers(path, group("PlaneOrientationSequence"), "ImageOrientationPatient", 6).reshape(2, 3)
-    if np.abs(orientation @ orientation.T - np.eye(2)).max() > 1e-3:
+    if np.abs(orientation @ orientation.T - np.eye(2)).max() > SAME_ORIENTATION:
         errors.fail(path, "ImageOrientationPatient", orientation.ravel().tolist(), "two unit vectors at a right angle")
     spacing = _numbers(path, group("PixelMeasuresSequence"), "PixelSpacing", 2)
     if spacing.min() < 1e-3 or spacing.max() > 100:
@@ -216,7 +245,7 @@ def _check_image(path, header):
             path, "PhotometricInterpretation", header.get("PhotometricInterpretation", "nothing"), "MONOCHROME2"
         )
     size = [int(_numbers(path, header, name, 1)[0]) for name in ("Rows", "Columns")]
-    if min(size) < 1 or math.prod(size) > 2**26:
+    if min(size) < 1 or math.prod(size) > MAX_SLICE_PIXELS:
         errors.fail(path, "Rows, Columns", size, "an image of 1 to 2^26 pixels")
     tilt = header.get("GantryDetectorTilt")
     if tilt not in (None, "") and abs(float(tilt)) > TILT_DEGREES:
@@ -242,8 +271,8 @@ def _stack(path, slices):
                 found = f"{piece.header.get(name)}, but {first.header.get(name)} in {first.path.name}"
                 errors.fail(piece.path, name, found, "slices of one size")
         for name, a, b, tolerance in (
-            ("ImageOrientationPatient", piece.orientation, first.orientation, 1e-3),
-            ("PixelSpacing", piece.spacing, first.spacing, 1e-4),
+            ("ImageOrientationPatient", piece.orientation, first.orientation, SAME_ORIENTATION),
+            ("PixelSpacing", piece.spacing, first.spacing, SAME_SPACING_MM),
         ):
             if np.abs(a - b).max() > tolerance:
                 found = f"{a.ravel().tolist()}, but {b.ravel().tolist()} in {first.path.name}"
@@ -259,7 +288,7 @@ def _stack(path, slices):
     _check_heights(path, slices, heights)
     along = slices[-1].position - slices[0].position
     tilt = math.degrees(math.atan2(np.linalg.norm(along - normal * (along @ normal)), along @ normal))
-    # Rounding of positions counts for little over a whole stack, and for much over a few slices.
+    # Over few slices, rounded positions alone can give a large angle, so the displacement must be large as well.
     if tilt > TILT_DEGREES and np.linalg.norm(along - normal * (along @ normal)) > UNEVEN_MM:
         _fail_tilt(path, tilt, "ImagePositionPatient")
     step = along / (len(slices) - 1)
@@ -269,7 +298,7 @@ def _stack(path, slices):
         found = f"a slice {off.max():.2f} mm from its place in an even stack of {np.linalg.norm(step):.3f} mm steps"
         errors.fail(slices[worst].path, "ImagePositionPatient", found, f"even spacing within {UNEVEN_MM} mm")
     lps_from_index = np.eye(4)
-    # Columns run along the first direction cosine, their spacing is the second PixelSpacing; rows the other way round.
+    # The column index runs along the first direction cosine, with the second PixelSpacing, and the row index vice versa.
     lps_from_index[:3, 0] = first.orientation[0] * first.spacing[1]
     lps_from_index[:3, 1] = first.orientation[1] * first.spacing[0]
     lps_from_index[:3, 2] = step
@@ -285,7 +314,7 @@ def _check_heights(path, slices, heights):
             errors.fail(path, "ImagePositionPatient", found, "every position once")
     step = float(np.median(gaps))
     for below, above, gap, height in zip(slices, slices[1:], gaps, heights):
-        if gap > 1.5 * step:
+        if gap > MAX_GAP_STEPS * step:
             missing = max(1, round(gap / step) - 1)
             found = (
                 f"{missing} missing slice{'s' * (missing > 1)} between {height:.2f} and {height + gap:.2f} mm along the"
@@ -299,7 +328,7 @@ def _name(piece):
 
 
 def _decode(slices):
-    """HU (columns, rows, slices) float32; every file is opened once, its frames decoded one at a time."""
+    """HU (columns, rows, slices) float32. Each file is opened once, and its frames are decoded one at a time."""
     rows, columns = int(slices[0].header.Rows), int(slices[0].header.Columns)
     hu = np.empty((columns, rows, len(slices)), np.float32, order="F")
     places = {}
@@ -309,7 +338,7 @@ def _decode(slices):
         with _readable(path, "pixel data that decodes"):
             frames.sort(key=lambda entry: entry[0])
             header = frames[0][2].header
-            most = rows * columns * header.BitsAllocated // 8 * len(frames) + _BESIDE_PIXELS_BYTES
+            most = rows * columns * header.BitsAllocated // 8 * len(frames) + _EXTRA_BYTES
             if files.file_size(path, "a DICOM file") > most:
                 errors.fail(
                     path, "size", f"{files.file_size(path, 'a DICOM file')} bytes", f"{most} at most for its pixels"
@@ -328,7 +357,7 @@ def _decode(slices):
 
 
 def _check_pixels(path, dataset, count):
-    """Refuses pixel data whose size differs from what its header says, before it is decoded."""
+    """Checks the size of pixel data against the header before it is decoded."""
     if not dataset.get("PixelData"):
         errors.fail(path, "PixelData", "nothing", "the pixels of a slice")
     syntax = dataset.file_meta.TransferSyntaxUID

@@ -1,6 +1,8 @@
-"""One vertebra out of a scan: its frame, density, mask, surface points and Gaussians."""
+"""Extraction of one vertebra from a scan: its frame, density, mask, surface points and Gaussians."""
 
+import collections.abc
 import dataclasses
+import pathlib
 
 import numpy as np
 import scipy
@@ -14,9 +16,19 @@ from radgs_jax.geometry import resample
 from radgs_jax.registration import prepared
 
 CLOUD_VOXEL_MM = 2.5
-"""Voxels that Gaussians are fitted to; their own extent is accounted for."""
+"""Voxel side in mm of the density that Gaussians are fitted to. Chosen by hand: half costs eight times the voxels, twice loses
+the cortex and the processes. `gaussians.from_density` accounts for the extent of the voxels themselves."""
 CUBE_SHAPE = (128, 128, 128)
-"""At 1 mm it holds any vertebra with its processes; a lumbar one with long ribs measures 100 mm."""
+"""Voxels of a cube: at 1 mm it holds any vertebra with its processes. A lumbar vertebra with long ribs measures 100 mm, so half is
+too small for lumbar vertebrae, and twice takes eight times the memory."""
+MAX_SURFACE_POINTS = 500
+"""Surface points of a vertebra. Chosen by hand: half makes distances to the surface coarser, twice doubles their cost."""
+MASK_SOFTENING_MM = 0.7
+"""Standard deviation in mm of the Gaussian that softens a cube's mask. Chosen by hand: half leaves the voxel steps of the mask
+visible, twice blurs thin processes away."""
+MIN_SPINE_MM = 1.0
+"""Distance in mm between neighbouring centroids below which they give no direction of the spine. Chosen by hand, well below the
+distance between any two vertebrae; not sensitive."""
 
 
 def _centroid(scan, label):
@@ -27,19 +39,24 @@ def _centroid(scan, label):
     return scan.ct_from_index[:3, :3] @ index + scan.ct_from_index[:3, 3]
 
 
-def ct_from_box(scan, label, path="mask"):
-    """The vertebra's own frame (4, 4): origin at the mask's centroid, +z along the spine to the head, +x to the right.
+def ct_from_box(scan: scans.Scan, label: int, path: pathlib.Path | str = "mask") -> np.ndarray:
+    """The vertebra's frame (4, 4) in CT mm: origin at the mask's centroid, +z along the spine to the head, +x to the right.
 
-    The spine's direction is taken from the neighbours' centroids; where none is labelled the CT's axes stand in. CT mm.
+    The centroids of the neighbours give the direction of the spine. Without labelled neighbours it is the CT's z axis.
+
+    Args:
+      scan: the scan.
+      label: VerSe number.
+      path: the label map's file, named in errors.
 
     Raises:
-      InputError: the label is not in the mask, whose file is `path`.
+      InputError: the label is not in the mask.
     """
     scans.find_label(scan, label, path)
     centre = _centroid(scan, label)
     above, below = _centroid(scan, label - 1), _centroid(scan, label + 1)
     up = (above if above is not None else centre) - (below if below is not None else centre)
-    z = np.array([0.0, 0, 1]) if np.linalg.norm(up) < 1.0 else up / np.linalg.norm(up)
+    z = np.array([0.0, 0, 1]) if np.linalg.norm(up) < MIN_SPINE_MM else up / np.linalg.norm(up)
     y = np.cross(z, [1.0, 0, 0])
     y /= np.linalg.norm(y)
     frame = np.eye(4)
@@ -48,13 +65,25 @@ def ct_from_box(scan, label, path="mask"):
     return frame
 
 
-def extract(scan, label, count, mask_path="mask", points=500):
-    """The `Vertebra` of VerSe number `label`, with `count` Gaussians of its density and at most `points` points.
+def extract(
+    scan: scans.Scan,
+    label: int,
+    count: int,
+    mask_path: pathlib.Path | str = "mask",
+    points: int = MAX_SURFACE_POINTS,
+) -> prepared.Vertebra:
+    """Extracts one vertebra.
+
+    Args:
+      scan: the scan.
+      label: VerSe number.
+      count: number of Gaussians that represent its density.
+      mask_path: the label map's file, named in errors.
+      points: maximum number of surface points.
 
     Raises:
-      InputError: the label is absent, or its mask, whose file is `mask_path`, touches the scan's border (it is cut) or
-        lies over nothing but air.
-      ValueError: fewer than 27 Gaussians.
+      InputError: the label is absent, or its mask touches the scan's border (the vertebra is cut) or covers only air.
+      ValueError: `count` is below 27.
     """
     box = scans.complete_box(scan, label, mask_path)
     box = tuple(slice(part.start - 1, part.stop + 1) for part in box)
@@ -79,13 +108,15 @@ def extract(scan, label, count, mask_path="mask", points=500):
 
 @dataclasses.dataclass(frozen=True)
 class Cube:
-    """One vertebra on a grid of its own, along the CT's RAS axes.
+    """One vertebra, resampled to a grid along the CT's RAS axes.
 
-    hu: (X, Y, Z) float32, with everything round the vertebra; air where the scan ends.
-    occupancy: (X, Y, Z) float32 in [0, 1], the share of the vertebra: its mask blurred by a Gaussian, so 0.5 at a flat
-      border, and in sum the mask's volume.
-    density: (X, Y, Z) float32, 1/mm: attenuation of `hu` times `occupancy`.
-    ct_from_index: (4, 4), voxel centres.
+    Attributes:
+      label: VerSe number.
+      hu: (X, Y, Z) float32, including the surroundings; air outside the scan.
+      occupancy: (X, Y, Z) float32 in [0, 1], the mask blurred by a Gaussian: 0.5 at a flat border, and its sum is the volume
+        of the mask.
+      density: (X, Y, Z) float32 in 1/mm, attenuation of `hu` times `occupancy`.
+      ct_from_index: (4, 4) in mm, of voxel centres.
     """
 
     label: int
@@ -96,24 +127,32 @@ class Cube:
 
 
 def vertebra_cube(
-    scan, label, spacing_mm=1.0, shape=CUBE_SHAPE, soften_mm=0.7, centre=None, allow_cut=False, mask_path="mask"
-):
-    """Resamples a scan to a cube round one vertebra.
+    scan: scans.Scan,
+    label: int,
+    spacing_mm: float = 1.0,
+    shape: tuple[int, int, int] = CUBE_SHAPE,
+    soften_mm: float = MASK_SOFTENING_MM,
+    centre: np.ndarray | collections.abc.Sequence[float] | None = None,
+    allow_cut: bool = False,
+    mask_path: pathlib.Path | str = "mask",
+) -> Cube:
+    """Resamples a scan to a cube around one vertebra.
 
-    Where the cube is coarser than the scan, both HU and mask are first blurred along the scan's axes by a Gaussian of
-    standard deviation sqrt(spacing^2 - scan spacing^2) / 2, which leaves 29 % of what would just begin to alias.
+    If the cube is coarser than the scan, HU and mask are first blurred along the scan's axes by a Gaussian of standard
+    deviation sqrt(spacing^2 - scan spacing^2) / 2. It attenuates the cube's Nyquist frequency to 29 %.
 
     Args:
-      spacing_mm, shape: of the cube; the default holds the widest lumbar vertebra.
-      soften_mm: standard deviation of the Gaussian that softens the mask.
-      centre: (3,) CT mm of the cube's middle; None: the middle of the mask's extent.
-      allow_cut: takes a vertebra that the scan's border cuts.
-
-    Returns:
-      A `Cube`.
+      scan: the scan.
+      label: VerSe number.
+      spacing_mm: voxel side of the cube in mm.
+      shape: number of voxels of the cube along each axis.
+      soften_mm: standard deviation in mm of the Gaussian that softens the mask.
+      centre: (3,) centre of the cube in CT mm. None: the middle of the mask's extent.
+      allow_cut: accept a vertebra that is cut by the scan's border.
+      mask_path: the label map's file, named in errors.
 
     Raises:
-      InputError: the label is absent; its mask touches the scan's border; it does not fit into the cube.
+      InputError: the label is absent, its mask touches the scan's border, or it does not fit into the cube.
     """
     box = scans.find_label(scan, label, mask_path) if allow_cut else scans.complete_box(scan, label, mask_path)
     voxels = np.argwhere(scan.labels[box] == label) + [s.start for s in box]
@@ -134,7 +173,7 @@ def vertebra_cube(
     native = np.linalg.norm(scan.ct_from_index[:3, :3], axis=0)
     coarser = np.sqrt(np.maximum(spacing_mm**2 - native**2, 0.0)) / 2
     softer = np.hypot(coarser, soften_mm)
-    # Only the part of the scan that the cube sees through its blur.
+    # Crop the scan to the cube plus four standard deviations of the blur.
     corners = np.array(np.meshgrid(*[[0, n - 1] for n in shape])).reshape(3, -1).T
     seen = resample.apply_affine(np.linalg.inv(scan.ct_from_index) @ ct_from_cube, corners)
     margin = np.ceil(4 * softer / native) + 1

@@ -1,4 +1,4 @@
-"""A CT with its vertebra labels, and one vertebra taken out of it."""
+"""A CT with its vertebra labels."""
 
 import dataclasses
 import functools
@@ -13,12 +13,19 @@ from radgs_jax import errors
 from radgs_jax import levels
 
 AIR_HU = -1000.0
-"""What surrounds a scan in a cube that reaches beyond it."""
+"""HU outside a scan: air, by the definition of the Hounsfield scale."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """hu, labels: (X, Y, Z) on one grid; ct_from_index: (4, 4) RAS+ mm; patient: an identifier."""
+    """A CT and its label map on one grid.
+
+    Attributes:
+      patient: an identifier.
+      hu: (X, Y, Z) float32.
+      labels: (X, Y, Z) uint8, VerSe numbers.
+      ct_from_index: (4, 4) RAS+ mm of voxel centres.
+    """
 
     patient: str
     hu: np.ndarray
@@ -26,24 +33,24 @@ class Scan:
     ct_from_index: np.ndarray
 
     @functools.cached_property
-    def boxes(self):
-        """Bounding box (tuple of slices) of each label that is there, found in one pass over the scan."""
+    def boxes(self) -> dict[int, tuple[slice, ...]]:
+        """Bounding box of each label in the label map, as a tuple of slices."""
         return segmentation.boxes(self.labels)
 
 
-def read_ct(path):
+def read_ct(path: pathlib.Path | str) -> tuple[np.ndarray, np.ndarray]:
     """A CT from a NIfTI file, a folder of one DICOM series, or one multi-frame DICOM file.
 
     Returns:
-      hu: (X, Y, Z) float32, axes turned to be nearest to RAS+; oblique axes stay oblique.
-      ct_from_index: (4, 4) RAS+ mm of voxel centres.
+      HU (X, Y, Z) float32, with axes permuted and flipped to be nearest to RAS+ (oblique axes stay oblique); and ct_from_index
+      (4, 4), RAS+ mm of voxel centres.
 
     Raises:
-      InputError: unreadable or damaged files, voxels that are not finite; of DICOM also what `dicom_series.read_series` names.
+      InputError: a file is unreadable or damaged, voxels are not finite, or `dicom_series.read_series` refuses the series.
     """
     path = pathlib.Path(path)
     if path.is_dir() or files.is_dicom(path):
-        from data_pipelines.ct import dicom_series  # which brings pydicom, half a second, for one kind of file
+        from data_pipelines.ct import dicom_series  # here, since importing pydicom takes half a second
 
         hu, ct_from_index = nifti.to_canonical(*dicom_series.read_series(path))
     else:
@@ -55,17 +62,24 @@ def read_ct(path):
     return hu.astype(np.float32, copy=False), ct_from_index
 
 
-def read_scan(ct_path, mask_path, patient=None, label_map=None):
-    """The `Scan` of a CT (NIfTI or DICOM, see `read_ct`) and its label map, stored in any orientation.
+def read_scan(
+    ct_path: pathlib.Path | str,
+    mask_path: pathlib.Path | str,
+    patient: str | None = None,
+    label_map: str | None = None,
+) -> Scan:
+    """Reads a CT and its label map, each stored along any axes.
 
     Args:
-      patient: an identifier; None: the CT's path.
-      label_map: which numbers the mask holds, as `segmentation.read_labels`; None finds out or refuses.
+      ct_path: as for `read_ct`.
+      mask_path: the label map, NIfTI.
+      patient: an identifier. None: the CT's path.
+      label_map: numbering of the mask, as for `segmentation.read_labels`.
 
     Raises:
-      InputError: as `read_ct` and `segmentation.read_labels`, or different grids.
+      InputError: as `read_ct` and `segmentation.read_labels`, or the grids differ.
     """
-    # Grids are compared before the label map's voxels are read: it then is no larger than a CT that is there.
+    # Grids are compared before the label map's voxels are read, so it cannot be larger than the CT.
     grid = nifti.read_nifti_grid(mask_path)
     hu, ct_from_index = read_ct(ct_path)
     segmentation.check_grid(mask_path, *grid, hu.shape, ct_from_index)
@@ -73,8 +87,8 @@ def read_scan(ct_path, mask_path, patient=None, label_map=None):
     return Scan(patient or str(ct_path), hu, labels, ct_from_index)
 
 
-def find_label(scan, label, path):
-    """Bounding box of a label, as a tuple of slices.
+def find_label(scan: Scan, label: int, path: pathlib.Path | str) -> tuple[slice, ...]:
+    """Bounding box of a label, as a tuple of slices. `path` is the label map's file, named in errors.
 
     Raises:
       InputError: the label is not in the mask.
@@ -85,8 +99,8 @@ def find_label(scan, label, path):
     return box
 
 
-def complete_box(scan, label, path):
-    """Bounding box of a label whose vertebra the scan shows whole, as a tuple of slices.
+def complete_box(scan: Scan, label: int, path: pathlib.Path | str) -> tuple[slice, ...]:
+    """`find_label` of a vertebra that must be completely inside the scan.
 
     Raises:
       InputError: the label is not in the mask, or its mask touches the scan's border (the vertebra is cut).

@@ -1,7 +1,7 @@
-"""Vertebra masks: which numbers a label map holds, and TotalSegmentator where there is no mask yet.
+"""Vertebra masks: reading label maps in any known numbering, and running TotalSegmentator to make one.
 
-TotalSegmentator (Wasserthal et al., Radiology: AI 2023) is run by its command line where it is installed and never
-imported (`experiments.segment` is the command).
+TotalSegmentator (Wasserthal et al., Radiology: AI 2023) is run by its command line and never imported, so it need not be
+installed. The command is `experiments.segment`.
 """
 
 import dataclasses
@@ -27,39 +27,48 @@ _NAMES = (
     + [f"vertebrae_L{n}" for n in range(1, 6)]
 )
 VERSE_BY_NAME = {**{name: number for number, name in enumerate(_NAMES, 1)}, "sacrum": 26, "vertebrae_S1": 26}
-"""VerSe numbers by TotalSegmentator's class names; it splits the sacrum, which VerSe does not."""
+"""VerSe numbers by TotalSegmentator's class names. It separates S1 from the sacrum, VerSe does not."""
 VERSE_LARGEST = 28
-"""C1 to C7 are 1 to 7, T1 to T12 8 to 19, L1 to L6 20 to 25, sacrum 26, coccyx 27, T13 28."""
+"""Largest VerSe number. C1 to C7 are 1 to 7, T1 to T12 8 to 19, L1 to L6 20 to 25, sacrum 26, coccyx 27, T13 28."""
+LARGEST_LEVEL = 25
+"""VerSe number of L6, the last one that counts from the head down."""
+GRID_TOLERANCE_MM = 0.1
+"""Largest distance in mm between the corners of a label map's grid and its CT's. Chosen by hand: half may refuse affines rounded on
+writing, twice adds as much error to every pose."""
 LABEL_MAPS = {
     "verse": {number: number for number in range(256)},
-    # `total_v1` and `total` in TotalSegmentator's map_to_binary.py: both count vertebrae from L5 up to C1.
+    # `total_v1` and `total` in TotalSegmentator's map_to_binary.py. Both count vertebrae from L5 up to C1.
     "totalsegmentator_v1": {**{18 + i: 24 - i for i in range(24)}, 92: 26},
     "totalsegmentator": {**{27 + i: 24 - i for i in range(24)}, 25: 26, 26: 26},
 }
-"""VerSe number by label value; what is not listed becomes 0. `totalsegmentator` is the task `total` of version 2."""
+"""VerSe number by label value; values that are not listed become 0. `totalsegmentator` is the task `total` of version 2."""
 INSTALL = "pip install TotalSegmentator"
 
 
-def to_verse(values, label_map):
-    """Label values (any shape, whole numbers 0 to 255) as VerSe numbers, uint8; `label_map` is one of LABEL_MAPS' dicts."""
+def to_verse(values: np.ndarray, label_map: dict[int, int]) -> np.ndarray:
+    """Converts label values (any shape, integers 0 to 255) to VerSe numbers, uint8. `label_map` is a value of LABEL_MAPS."""
     table = np.zeros(256, np.uint8)
     for value, number in label_map.items():
         table[value] = number
     return table[values]
 
 
-def read_labels(path, label_map=None):
-    """A label map in VerSe numbers: (X, Y, Z) uint8, axes nearest to RAS+, and its affine (4, 4) in mm.
+def read_labels(path: pathlib.Path | str, label_map: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a label map in VerSe numbers.
 
     Args:
-      label_map: a name of LABEL_MAPS; None finds out: by the table of names that TotalSegmentator writes into its files,
-        or else VerSe's, if all values are VerSe numbers and, where there are several, they count from the head down
-        (TotalSegmentator counts up). Where neither is so, the file is refused and not guessed at.
+      path: a NIfTI file.
+      label_map: a key of LABEL_MAPS. None recognises the numbering: by the table of names that TotalSegmentator writes into its
+        files; or else it is VerSe's, provided that all values are VerSe numbers and that they increase from the head down
+        (those of TotalSegmentator increase upwards). Any other file is refused.
+
+    Returns:
+      Labels (X, Y, Z) uint8 with axes nearest to RAS+, and their affine (4, 4) in mm.
 
     Raises:
-      InputError: unreadable or damaged files, values that are not whole numbers from 0 to 255, no vertebra, a numbering
-        that is not known for certain.
-      ValueError: a `label_map` that is none.
+      InputError: the file is unreadable or damaged, its values are not whole numbers from 0 to 255, it shows no vertebra, or
+        its numbering is not recognised.
+      ValueError: `label_map` is not a key of LABEL_MAPS.
     """
     if label_map is not None and label_map not in LABEL_MAPS:
         raise ValueError(f"label_map is {label_map!r}, wanted one of {', '.join(LABEL_MAPS)}")
@@ -78,82 +87,107 @@ def read_labels(path, label_map=None):
     heights = _heights(numbers, affine)
     if not heights:
         errors.fail(path, "labels", "an empty mask" if high == 0 else "no vertebra", "one labelled vertebra or more")
-    steps = np.sign(np.diff([heights[label] for label in sorted(heights) if label <= 25]))
+    steps = np.sign(np.diff([heights[label] for label in sorted(heights) if label <= LARGEST_LEVEL]))
     if not label_map and steps.sum() > 0:
         errors.fail(path, "labels", "numbers that count from the feet up", wanted)
     return numbers, affine
 
 
 def _named(path):
-    """VerSe number by label value from the file's own table of names; empty if it names no vertebra."""
+    """VerSe number by label value, from the table of names in the file. Empty if it names no vertebra."""
     names = read_nifti_label_names(path)
     found = {value: VERSE_BY_NAME[name] for value, name in names.items() if name in VERSE_BY_NAME and 0 < value < 256}
     return found if any(names[value].startswith("vertebrae_") for value in found) else {}
 
 
-def boxes(labels):
-    """Bounding box (tuple of slices) of each label above 0 in an array of an integer type, found in one pass: {label: box}."""
-    # Along the order in memory, which for axes turned on reading is not C's: six times faster.
+def boxes(labels: np.ndarray) -> dict[int, tuple[slice, ...]]:
+    """Bounding box, as a tuple of slices, of each label above 0 in an integer array."""
+    # In memory order, which differs from C order once axes were permuted: six times faster.
     order = np.argsort(np.abs(labels.strides))[::-1]
     found = enumerate(scipy.ndimage.find_objects(labels.transpose(order)), 1)
     back = np.argsort(order)
     return {label: tuple(box[axis] for axis in back) for label, box in found if box is not None}
 
 
-def complete_labels(labels):
-    """The labels of a map (X, Y, Z) whose voxels stay clear of the scan's border: wholly seen, as far as the scan can tell."""
+def complete_labels(labels: np.ndarray) -> tuple[int, ...]:
+    """The labels of a map (X, Y, Z) that do not touch the scan's border, so that their vertebrae are taken to be complete."""
     return tuple(label for label, box in boxes(labels).items() if border_axis(box, labels.shape) is None)
 
 
-def border_axis(box, shape):
-    """The first axis on which a bounding box touches the border of an array of that shape; None where the box is clear of it."""
+def border_axis(box: tuple[slice, ...], shape: tuple[int, ...]) -> int | None:
+    """The first axis on which a bounding box touches the border of an array of the given shape, or None."""
     touched = (axis for axis, (part, size) in enumerate(zip(box, shape)) if part.start == 0 or part.stop == size)
     return next(touched, None)
 
 
 def _heights(numbers, affine):
-    """Height (mm, to the head) of the middle of each label's bounding box."""
+    """Height in mm of the centre of each label's bounding box, along the axis to the head."""
     return {label: affine[2, :3] @ [0.5 * (s.start + s.stop - 1) for s in box] for label, box in boxes(numbers).items()}
 
 
-def check_grid(path, shape, affine, ct_shape, ct_from_index):
-    """Refuses a label map (at `path`) whose grid is not its CT's.
+def check_grid(
+    path: pathlib.Path | str,
+    shape: tuple[int, ...],
+    affine: np.ndarray,
+    ct_shape: tuple[int, ...],
+    ct_from_index: np.ndarray,
+) -> None:
+    """Checks that a label map is on its CT's grid.
+
+    Args:
+      path: the label map's file, named in errors.
+      shape, affine: (3,) and (4, 4) in mm, of the label map.
+      ct_shape, ct_from_index: the same of the CT.
 
     Raises:
-      InputError: another shape, or a corner more than 0.1 mm away.
+      InputError: the shapes differ, or a corner is more than GRID_TOLERANCE_MM away.
     """
     if tuple(shape) != tuple(ct_shape):
         errors.fail(path, "shape in RAS order", tuple(shape), f"the CT's {tuple(ct_shape)}")
     difference = ct_from_index - affine
     corners = np.array(np.meshgrid(*[[0, n - 1] for n in shape])).reshape(3, -1).T
     apart = np.abs(corners @ difference[:3, :3].T + difference[:3, 3]).max()
-    if apart > 0.1:
+    if apart > GRID_TOLERANCE_MM:
         errors.fail(path, "affine", f"a grid {apart:.2f} mm away from the CT's", "the CT's grid within 0.1 mm")
 
 
 @dataclasses.dataclass(frozen=True)
 class SegmentOptions:
-    """How TotalSegmentator is run. fast: its 3 mm model; device: its --device, None for its own choice."""
+    """How TotalSegmentator is run.
+
+    Attributes:
+      fast: use its 3 mm model.
+      device: its option --device. None: its default.
+    """
 
     fast: bool = False
     device: str | None = None
 
 
-def segment(ct_path, output_path, mask_path=None, label_map=None, options=SegmentOptions()):
-    """Writes the label map of a CT in VerSe numbers, and a JSON of the same name that says how it was made.
+def segment(
+    ct_path: pathlib.Path | str,
+    output_path: pathlib.Path | str,
+    mask_path: pathlib.Path | str | None = None,
+    label_map: str | None = None,
+    options: SegmentOptions = SegmentOptions(),
+) -> dict:
+    """Writes the label map of a CT in VerSe numbers, and a JSON file of the same name that records how it was made.
 
-    A mask that is there is used; otherwise TotalSegmentator is run. Both files appear whole or not at all.
+    Each file is written atomically.
 
     Args:
-      ct_path: as `scans.read_ct`; output_path: NIfTI; mask_path: a label map on the CT's grid, or None.
-      label_map: what numbers `mask_path` holds, as `read_labels`.
+      ct_path: as for `scans.read_ct`.
+      output_path: the NIfTI file to write.
+      mask_path: a label map on the CT's grid. None runs TotalSegmentator.
+      label_map: numbering of `mask_path`, as for `read_labels`.
+      options: how TotalSegmentator is run.
 
     Returns:
-      What the JSON holds.
+      The content of the JSON file.
 
     Raises:
-      InputError: an output that is not named as a NIfTI, unreadable files, a mask on another grid, TotalSegmentator absent,
-        failing, or finding no vertebra.
+      InputError: the output's name is not a NIfTI's, a file is unreadable, the mask is on another grid, or TotalSegmentator is
+        not installed, fails, or finds no vertebra.
     """
     output_path = pathlib.Path(output_path)
     if not output_path.name.endswith((".nii.gz", ".nii")):
@@ -179,7 +213,7 @@ def segment(ct_path, output_path, mask_path=None, label_map=None, options=Segmen
 
 
 def _as_nifti(ct_path, folder, convert):
-    """(path of a NIfTI, shape, affine) of a CT; a DICOM series is written to `folder` if `convert`."""
+    """(NIfTI file, shape, affine) of a CT. A DICOM series is converted to a file in `folder` if `convert` is set."""
     ct_path = pathlib.Path(ct_path)
     if not (ct_path.is_dir() or files.is_dicom(ct_path)):
         return ct_path, *read_nifti_grid(ct_path)
@@ -205,7 +239,7 @@ def _run_totalsegmentator(ct, output, options):
 
 
 def _call(command):
-    """What a program prints; if it fails, the last line that it wrote is the error."""
+    """Output of a command. If it fails, its last line is the error."""
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "nothing said").splitlines()[-1]

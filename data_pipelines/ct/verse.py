@@ -1,6 +1,6 @@
-"""VerSe'19/20, or any folder of CTs with label maps, as a tensorflow-datasets builder that writes array_record without tensorflow.
+"""VerSe'19/20, or any folder of CTs with label maps, as a tensorflow-datasets builder. It writes array_record without tensorflow.
 
-VerSe is published in two layouts (https://github.com/anjany/verse), and both are read as they are, zips unpacked:
+VerSe is published in two layouts (https://github.com/anjany/verse). Both are read as they are, once the zips are unpacked:
 
   by subject    dataset-verse20training/dataset-01training/rawdata/sub-gl003/sub-gl003_dir-ax_ct.nii.gz
                                                     .../derivatives/sub-gl003/sub-gl003_dir-ax_seg-vert_msk.nii.gz
@@ -8,22 +8,24 @@ VerSe is published in two layouts (https://github.com/anjany/verse), and both ar
   challenge     01_training/verse512/verse512_CT-iso.nii.gz, verse512_CT-iso_seg.nii.gz, verse512_CT-iso_iso-ctd.json
                 training/verse004.nii.gz, verse004_seg.nii.gz, verse004_ctd.json
 
-A patient scanned twice is `sub-verse400_split-verse090` or `verse400_verse090`: the first number is the patient's. The
-challenge's files of 2019 do not say which scans belong together. Splits are the published folders. Without such folders (a
-hospital's own data: `X_ct.nii.gz` with `X_mask.nii.gz` or `X_seg-vert_msk.nii.gz`) the patient is what stands before the
-first `_`, and a digest of it decides: 80 % training, 10 % validation, 10 % test, the same on every machine and whatever else
-lies in the folder.
+The name of a second scan of a patient is `sub-verse400_split-verse090` or `verse400_verse090`; the first number identifies the
+patient. The files of the 2019 challenge do not show which scans belong together. Splits are the published folders. Other
+folders (a hospital's data: `X_ct.nii.gz` with `X_mask.nii.gz` or `X_seg-vert_msk.nii.gz`) have no splits. Then the patient is
+the part of the name before the first `_`, and a digest of it chooses the split, independently of the other files: 80 %
+training, 10 % validation, 10 % test.
 
-In every layout a scan's CT may also be a folder `X_ct` with one DICOM series, read as `scans.read_ct` reads it; the label map
-stays a NIfTI on the CT's grid. A folder of that name in which other CTs lie is a folder as any other.
+In every layout, a CT may also be a folder `X_ct` with one DICOM series, read by `scans.read_ct`. The label map is always a
+NIfTI file on the CT's grid. A folder of that name that contains other CTs is an ordinary folder.
 
 Labels are VerSe's: C1-7 = 1..7, T1-12 = 8..19, L1-6 = 20..25, T13 = 28.
 """
 
+import collections.abc
 import dataclasses
 import hashlib
 import pathlib
 import re
+import typing
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -40,9 +42,12 @@ SPLITS = ("training", "validation", "test")
 LUMBAR = tuple(range(20, 26))
 SPINE = tuple(range(1, 26)) + (28,)
 PAPER_CASES, PAPER_SCANS, PAPER_VERTEBRAE = 300, 253, 1280
-"""The paper's lumbar selection of VerSe'20: 253 scans with 1,280 vertebrae, extracted from 300 cases."""
+"""The paper's lumbar selection of VerSe'20: 253 scans with 1,280 vertebrae, from 300 cases."""
 MARGIN_MM = 10.0
-"""What a vertebra's crop keeps around its mask."""
+"""Margin in mm around the mask in the crop of a vertebra. Chosen by hand: half cuts off soft tissue that the blur of a cube needs,
+twice makes the dataset larger."""
+SPLIT_PERCENT = (80, 90)
+"""Percentiles of the patients' digests at which the validation and the test split begin. Chosen by hand, as is common."""
 
 _SPLIT_FOLDER = re.compile(r"(?:dataset-?)?(?:verse)?\d*[-_]?(training|validation|test)", re.IGNORECASE)
 _VERSE_ID = re.compile(r"((?:verse|gl)\d+)(?![0-9a-z])", re.IGNORECASE)
@@ -52,9 +57,15 @@ _CENTROID_ENDS = ("_seg-subreg_ctd", "_seg-vb_ctd", "_iso-ctd", "_ctd")
 
 @dataclasses.dataclass(frozen=True)
 class ScanFiles:
-    """One CT series: its patient, its own name, its split, and where its files lie.
+    """The files of one scan.
 
-    ct: a NIfTI file or a folder of DICOM files; centroids: None without.
+    Attributes:
+      patient: identifier of the patient.
+      name: name of the scan.
+      split: one of SPLITS.
+      ct: a NIfTI file or a folder of DICOM files.
+      mask: the label map.
+      centroids: the published centroids, or None.
     """
 
     patient: str
@@ -65,20 +76,20 @@ class ScanFiles:
     centroids: pathlib.Path | None
 
 
-def find_scans(folder):
-    """The CT series of a folder in any of the layouts above, as `ScanFiles`, by name; nothing is opened.
+def find_scans(folder: pathlib.Path | str) -> list[ScanFiles]:
+    """The scans of a folder in any of the layouts above. Only names are read.
 
-    Masks without a CT, which the challenge's files have, are left out (the builder warns of them).
+    Masks without a CT, which occur in the challenge's files, are left out; the builder warns of them.
 
     Raises:
-      InputError: no CT at all, a CT without a mask, one name twice, files inside and outside of split folders, or a patient
-        in two splits.
+      InputError: there is no CT, a CT has no mask, a name occurs twice, files are both inside and outside of split folders, or a
+        patient is in two splits.
     """
     return _find(pathlib.Path(folder))[0]
 
 
 def _find(folder):
-    """The `ScanFiles` of a folder, and its masks without a CT."""
+    """The scans of a folder, and the paths of masks without a CT."""
     cts, masks, centroids = {}, {}, {}
     paths = sorted(folder.rglob("*"))
     series = _series(paths)
@@ -118,23 +129,23 @@ def _find(folder):
     return found, [path for key, path in masks.items() if key not in cts]
 
 
-def patient_of(name):
+def patient_of(name: str) -> str:
     """The patient in a scan's name: 'sub-verse400_split-verse090' -> 'verse400', 'GL003_CT_ax' -> 'gl003', 'p7_b' -> 'p7'."""
     name = name.removeprefix("sub-")
     verse = _VERSE_ID.match(name)
     return verse[1].lower() if verse else name.split("_")[0]
 
 
-def split_of(patient):
-    """The split, one of SPLITS, of a patient where none is published: a function of the identifier alone."""
+def split_of(patient: str) -> str:
+    """The split, one of SPLITS, of a patient without a published one. It depends on the identifier alone."""
     place = int(hashlib.sha256(patient.encode()).hexdigest(), 16) % 100
-    return SPLITS[0 if place < 80 else 1 if place < 90 else 2]
+    return SPLITS[0 if place < SPLIT_PERCENT[0] else 1 if place < SPLIT_PERCENT[1] else 2]
 
 
 def _series(paths):
-    """The folders X_ct among sorted paths that are DICOM series: those without a CT inside."""
+    """The folders X_ct in a sorted list of paths that are DICOM series, that is, contain no other CT."""
     inside, found = set(), set()
-    # Backwards, so that what a folder holds comes before it.
+    # In reverse, so that the content of a folder comes before the folder.
     for path in reversed(paths):
         named = path.name.endswith("_ct") and not path.name.startswith(".") and path not in inside and path.is_dir()
         if named:
@@ -145,7 +156,7 @@ def _series(paths):
 
 
 def _kind(file_name):
-    """(kind, scan's name) of a file: 'ct', 'mask', 'centroids', or None for what is none of them."""
+    """(kind, name of the scan) of a file; the kind is 'ct', 'mask', 'centroids', or None for other files."""
     if file_name.startswith("."):
         return None, None
     if file_name.endswith(".json"):
@@ -158,7 +169,7 @@ def _kind(file_name):
     for end in _MASK_ENDS:
         if stem.endswith(end):
             return "mask", stem.removesuffix(end)
-    # Other label maps of the by-subject layout, such as vertebrae's parts.
+    # Other label maps of the layout by subject, such as parts of vertebrae.
     if stem.endswith("_msk"):
         return None, None
     return "ct", stem.removesuffix("_ct")
@@ -172,24 +183,26 @@ def _published_split(folder, path):
 
 
 def _fingerprint(found):
-    """Digest of which scans a folder holds, by name, split and sizes."""
+    """Digest of the names, splits and file sizes of scans."""
     lines = [f"{s.split} {s.name} {_bytes(s.ct)} {_bytes(s.mask)}" for s in found]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
 def _bytes(path):
-    """Size of a file, or of all files in a folder: what a folder's own size is depends on where it lies."""
+    """Size of a file, or the sum over the files in a folder (the size of a folder itself depends on the file system)."""
     inside = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
     return sum(p.stat().st_size for p in inside)
 
 
-def figures(complete):
-    """What a selection holds, beside the paper's figures.
+def selection_summary(complete: collections.abc.Mapping[ScanFiles, tuple[int, ...]]) -> dict[str, typing.Any]:
+    """Counts of a selection of vertebrae, compared with those of the paper.
 
     Args:
-      complete: {ScanFiles: complete labels that are wanted} of every scan of the folder.
+      complete: selected labels of complete vertebrae, for each scan of a folder.
+
     Returns:
-      plain values: cases, patients, scans, vertebrae, by_split, whole (as many cases as the paper's), agrees, and a line to report.
+      Plain values: cases, patients, scans and vertebrae (numbers), by_split (scans per split), whole (there are at least as
+      many cases as in the paper), agrees (scans and vertebrae are as many), line (a sentence for the log).
     """
     chosen = {scan: labels for scan, labels in complete.items() if labels}
     vertebrae = sum(map(len, chosen.values()))
@@ -200,7 +213,7 @@ def figures(complete):
     if agrees:
         line += f": {paper}"
     elif whole:
-        line += f": {len(chosen) - PAPER_SCANS:+d} scans and {vertebrae - PAPER_VERTEBRAE:+d} vertebrae beside {paper}"
+        line += f": {len(chosen) - PAPER_SCANS:+d} scans and {vertebrae - PAPER_VERTEBRAE:+d} vertebrae compared with {paper}"
     else:
         line += f"; not to be held against {paper}: the folder has fewer"
     return {
@@ -217,14 +230,19 @@ def figures(complete):
 
 @dataclasses.dataclass(eq=False)
 class VerseConfig(tfds.core.BuilderConfig):
-    """What an example is: labels, the vertebrae that count; whole_scans, one example a scan instead of one a vertebra."""
+    """What one example is.
 
-    labels: tuple = LUMBAR
+    Attributes:
+      labels: VerSe numbers of the selected vertebrae.
+      whole_scans: one example per scan instead of one per vertebra.
+    """
+
+    labels: tuple[int, ...] = LUMBAR
     whole_scans: bool = False
 
 
 def _volume(dtype):
-    # 'bytes': array_record compresses by itself.
+    # 'bytes', since array_record compresses anyway.
     return tfds.features.Tensor(shape=(None, None, None), dtype=dtype, encoding="bytes")
 
 
@@ -233,12 +251,20 @@ def _numbers(*shape):
 
 
 class Verse(tfds.core.GeneratorBasedBuilder):
-    """Vertebrae or whole scans at the scan's own spacing, reoriented to RAS+ and otherwise untouched.
+    """Vertebrae or whole scans at the scan's own spacing, with axes nearest to RAS+. Nothing is resampled.
 
-    Every example: `hu` (X, Y, Z) int16, rounded and clipped if the file has more; `labels` (X, Y, Z) uint8, all of them;
-    `ct_from_index` (4, 4), CT RAS mm of this array; `patient`, `scan`. Vertebrae, cropped 10 mm round the mask: `label`,
-    `ct_from_box` (4, 4), the vertebra's frame by its neighbours' centroids, and `centroid` (3,), the published one in CT mm or NaN.
-    Scans: `complete` (n,), the chosen labels wholly in sight, and `centroids` (n, 3) of theirs.
+    Features of every example:
+      hu: (X, Y, Z) int16, rounded and clipped.
+      labels: (X, Y, Z) uint8, all labels.
+      ct_from_index: (4, 4) RAS+ mm of this array.
+      patient, scan: identifiers.
+    Features of vertebrae, which are cropped MARGIN_MM around the mask:
+      label: VerSe number.
+      ct_from_box: (4, 4) the vertebra's frame, see `extraction.ct_from_box`.
+      centroid: (3,) the published one in CT mm, or NaN.
+    Features of whole scans:
+      complete: (n,) selected labels whose vertebrae are complete.
+      centroids: (n, 3) of these.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -279,7 +305,7 @@ class Verse(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         wanted = self.builder_config.labels
-        # Names first, then masks: what is wrong with a folder, and the figures, should not show after hours of reading CTs.
+        # Names and masks are read before CTs, so that faults of a folder show at once and not after hours.
         found, alone = _find(pathlib.Path(dl_manager.manual_dir))
         for path in alone:
             logging.warning("%s: a mask without a CT, left out", path)
@@ -287,10 +313,10 @@ class Verse(tfds.core.GeneratorBasedBuilder):
         for scan in found:
             labels, _ = segmentation.read_labels(scan.mask)
             complete[scan] = tuple(label for label in segmentation.complete_labels(labels) if label in wanted)
-        held = figures(complete)
+        held = selection_summary(complete)
         if not held["scans"]:
             errors.fail(dl_manager.manual_dir, "vertebrae", "none complete", f"one of {wanted} in one scan at least")
-        # The paper's figures are those of its lumbar selection.
+        # The paper's numbers are for its lumbar selection.
         if wanted == LUMBAR:
             (logging.warning if held["whole"] and not held["agrees"] else logging.info)("verse: %s", held["line"])
         self.info.metadata.update(held, fingerprint=_fingerprint(complete))
@@ -345,34 +371,34 @@ def _arrays(scan, box, member):
     }
 
 
-def prepare(folder, data_dir, config="lumbar"):
-    """Builds the dataset where it is not there yet.
+def prepare(folder: pathlib.Path | str, data_dir: pathlib.Path | str, config: str = "lumbar") -> Verse:
+    """Builds the dataset unless it exists.
 
     Args:
-      folder: the unpacked download, or any folder in a layout above; data_dir: where datasets lie.
-      config: a name of Verse.BUILDER_CONFIGS.
+      folder: the unpacked download, or any folder in a layout above.
+      data_dir: the folder of datasets.
+      config: name of one of Verse.BUILDER_CONFIGS.
+
     Returns:
-      the builder: `as_data_source(split)` gives random access, `info.metadata` the selection's figures.
+      The builder. `as_data_source(split)` gives random access, and `info.metadata` holds `selection_summary`.
+
     Raises:
-      InputError: see `find_scans`, `centroid_files.read_centroids` and `scans.read_scan`; no vertebra that counts; data_dir
-        holds the dataset of another folder.
+      InputError: as `find_scans`, `centroid_files.read_centroids` and `scans.read_scan`; or no selected vertebra is complete, or
+        `data_dir` holds the dataset of another folder.
     """
     if not pathlib.Path(folder).is_dir():
         errors.fail(folder, "folder", "nothing", "a folder of CTs and masks")
     builder = Verse(data_dir=str(data_dir), config=config, file_format="array_record")
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(folder)))
-    # What is there already is not made again, so it could be another folder's.
+    # An existing dataset is not built again, so it could be that of another folder.
     built, given = builder.info.metadata["fingerprint"], _fingerprint(find_scans(folder))
     if built != given:
         errors.fail(builder.data_dir, "scans", f"those of another folder ({built})", f"those of {folder} ({given})")
     return builder
 
 
-def as_scan(example):
-    """An example, whole or a vertebra's crop, as the `scans.Scan` that the rest of the project works on.
-
-    hu: (X, Y, Z) float32, HU; labels: (X, Y, Z) uint8; ct_from_index: (4, 4), mm, of the example's own array.
-    """
+def as_scan(example: collections.abc.Mapping[str, typing.Any]) -> scans.Scan:
+    """An example, whether a whole scan or the crop of a vertebra, as a `scans.Scan`."""
     patient = example["patient"]
     patient = patient.decode() if isinstance(patient, bytes) else str(patient)
     return scans.Scan(

@@ -1,36 +1,45 @@
-"""The rest of the body at a coarse resolution, and the two parts that refinement moves."""
+"""The body without one vertebra at a coarse resolution, and the two rigid parts that an X-ray is modelled with."""
 
 import numpy as np
 
+from data_pipelines.ct import scans
 from radgs_jax import attenuation
 from radgs_jax.geometry import resample
 from radgs_jax.registration import prepared
 
 FILL_HU = 40.0
-"""What fills a vertebra's hole in the rest of the body: muscle."""
+"""HU that replaces a vertebra in the body: muscle. Chosen by hand: half or twice changes the attenuation by a few percent,
+which the vertebra's excess takes up."""
 END_MM = 60.0
-"""How far a scan's end slices are repeated: the body goes on where the scan stops."""
+"""Length in mm by which the end slices of a scan are repeated, since the body continues beyond the scan. Chosen by hand: half lets
+oblique rays at the end of a scan leave the body, twice costs memory."""
 BODY_MM = 2.0
-"""Voxels of the rest of the body that poses are refined with."""
-PART_MM = 1.0
-"""And of the vertebra."""
+"""Largest voxel side in mm of the surroundings that poses are refined with. Chosen by hand: half takes eight times the memory,
+twice blurs the neighbours' edges over more than a pixel."""
 PART_REACH_MM = 130.0
-"""How far along the body rays through a vertebra's window leave its level."""
+"""Length in mm of the surroundings above and below a vertebra that rays through its window may cross. Chosen by hand: half cuts off
+rays of steep views, twice doubles the memory."""
+SHAPE_MULTIPLE = 16
+"""Shapes of parts are padded to multiples of this number of voxels, so that few programs are compiled. Chosen by hand: half
+compiles more programs, twice pads more."""
 
 
 class WholeBody:
-    """A scan's attenuation on a coarser grid, its end slices repeated for 60 mm, from which single vertebrae can be taken.
+    """A scan's attenuation on a coarser grid, its end slices repeated for END_MM, from which single vertebrae can be removed.
 
-    Averaging is linear, so taking a vertebra out costs a small patch, not a pass over the scan.
+    Averaging is linear, so removing a vertebra changes a small patch only and does not need a pass over the scan.
+
+    Attributes:
+      ct_from_index: (4, 4) in mm, of the coarser grid.
     """
 
-    def __init__(self, scan, spacing_mm):
+    def __init__(self, scan: scans.Scan, spacing_mm: float):
         self._spacing_mm, self._grid = spacing_mm, scan.ct_from_index
         mu = attenuation.from_hounsfield(scan.hu)
         self._mu, self.ct_from_index, self._repeat = coarse_body(mu, scan.ct_from_index, spacing_mm)
 
-    def without(self, vertebra):
-        """Attenuation (X, Y, Z) in 1/mm on the grid `ct_from_index`, muscle in the vertebra's place."""
+    def without(self, vertebra: prepared.Vertebra) -> np.ndarray:
+        """Attenuation (X, Y, Z) in 1/mm on the grid `ct_from_index`, with muscle in place of the vertebra."""
         factor = resample.block_factors(self._grid, self._spacing_mm)
         start = np.linalg.solve(self._grid[:3, :3], vertebra.ct_from_index[:3, 3] - self._grid[:3, 3])
         start = np.rint(start).astype(int)
@@ -43,37 +52,40 @@ class WholeBody:
         return rest
 
 
-def coarse_body(array, ct_from_index, spacing_mm):
-    """A scan's array (X, Y, Z) averaged over blocks (`block_average`), its end slices repeated for END_MM.
+def coarse_body(array: np.ndarray, ct_from_index: np.ndarray, spacing_mm: float) -> tuple[np.ndarray, np.ndarray, int]:
+    """Averages a scan's array (X, Y, Z) over blocks (`resample.block_average`) and repeats its end slices for END_MM.
 
     Returns:
-      the array, its affine (4, 4) in mm, and how often each end slice was repeated.
+      The array, its affine (4, 4) in mm, and the number of times that each end slice was repeated.
     """
-    # The last block is filled up with the end slice: filled with air, it would be what is repeated.
+    # The last block is completed with the end slice. Padded with zeros, its mean would be too low, and it is the one
+    # that is repeated.
     fill = -array.shape[2] % resample.block_factors(ct_from_index, spacing_mm)[2]
     array = np.pad(array, ((0, 0), (0, 0), (0, fill)), mode="edge")
     array, affine = resample.block_average(array, ct_from_index, spacing_mm)
-    # The scan axis is the one nearest to the body's length; after reorientation to RAS that is the last one.
+    # The axis along the body is the last one, since axes are nearest to RAS+.
     repeat = int(round(END_MM / np.linalg.norm(affine[:3, 2])))
     affine[:3, 3] -= affine[:3, 2] * repeat
     return np.pad(array, ((0, 0), (0, 0), (repeat, repeat)), mode="edge"), affine, repeat
 
 
-def moving_parts(whole, vertebra):
-    """The `Parts` of a `WholeBody` and one `Vertebra` of its scan, in sizes that few vertebrae differ in."""
+def moving_parts(whole: WholeBody, vertebra: prepared.Vertebra) -> prepared.Parts:
+    """The two parts of a body and one vertebra of its scan, padded so that most vertebrae have the same shapes."""
     box_from_ct = np.linalg.inv(vertebra.ct_from_box)
-    excess, ct_from_excess = resample.block_average(excess_over_fill(vertebra), vertebra.ct_from_index, PART_MM)
+    excess, ct_from_excess = resample.block_average(
+        excess_over_fill(vertebra), vertebra.ct_from_index, prepared.PART_MM
+    )
     rest, grid = whole.without(vertebra), whole.ct_from_index
     along = np.linalg.norm(grid[:3, 2])
     middle = resample.apply_affine(np.linalg.inv(grid), vertebra.ct_from_box[None, :3, 3])[0, 2]
     first = max(0, int(middle - PART_REACH_MM / along))
     rest = rest[:, :, first : int(middle + PART_REACH_MM / along) + 2]
     ct_from_rest = resample.part_from_index(grid, [0, 0, first])
-    arrays = [np.pad(a, [(0, -n % 16) for n in a.shape]).astype(np.float16) for a in (excess, rest)]
+    arrays = [np.pad(a, [(0, -n % SHAPE_MULTIPLE) for n in a.shape]).astype(np.float16) for a in (excess, rest)]
     return prepared.Parts(arrays[0], box_from_ct @ ct_from_excess, arrays[1], box_from_ct @ ct_from_rest)
 
 
-def excess_over_fill(vertebra):
-    """Attenuation (X, Y, Z), 1/mm, that a `Vertebra` has above the muscle that fills its hole, on its own grid."""
+def excess_over_fill(vertebra: prepared.Vertebra) -> np.ndarray:
+    """Attenuation (X, Y, Z) in 1/mm of a vertebra above the muscle that replaces it, on the vertebra's own grid."""
     fill = attenuation.from_hounsfield(np.array(FILL_HU, np.float32))
     return np.where(vertebra.mask, vertebra.density - fill, 0.0).astype(np.float32)

@@ -1,1 +1,1 @@
-"""Files: reading with one clear error line, atomic writing, NIfTI, cameras in JSON."""
+"""Reading files with one-line errors, atomic writing, NIfTI volumes, cameras in JSON, and checks of compressed images."""

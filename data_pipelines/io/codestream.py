@@ -1,17 +1,19 @@
-"""What can be told of a compressed image before its decoder sees it."""
+"""Checks of a compressed image before it is decoded."""
 
+import collections.abc
 import contextlib
 import os
+import pathlib
 import sys
 
 from radgs_jax import errors
 
 
 @contextlib.contextmanager
-def silent():
-    """A context that keeps what a decoder in C prints of a damaged image off standard error, the whole process's.
+def silent() -> collections.abc.Iterator[None]:
+    """Discards what the whole process writes to standard error, such as a C decoder's messages about a damaged image.
 
-    The exception that the decoder raises says it too.
+    Decoders raise an exception as well, so nothing is lost.
     """
     sys.stderr.flush()
     kept = os.dup(2)
@@ -24,15 +26,16 @@ def silent():
         os.close(kept)
 
 
-def check(path, frame, wanted):
-    """Refuses a JPEG, JPEG-LS or JPEG 2000 stream that is cut, or whose own size is not `wanted` (rows, columns).
-
-    A decoder allocates by the stream's size, and prints what it thinks of a cut one.
+def check(path: pathlib.Path | str, frame: bytes, wanted: tuple[int, int]) -> None:
+    """Checks a JPEG, JPEG-LS or JPEG 2000 stream: decoders allocate memory by the size in its header.
 
     Args:
-      path: the file to name; frame: the stream's bytes.
+      path: the file named in errors.
+      frame: bytes of the stream.
+      wanted: (rows, columns) of the image.
+
     Raises:
-      InputError: as said; other kinds of bytes too.
+      InputError: the stream is truncated, of another size, or of another kind.
     """
     size = shape(frame)
     if size is None or not frame.rstrip(b"\0").endswith(b"\xff\xd9"):
@@ -41,8 +44,8 @@ def check(path, frame, wanted):
         errors.fail(path, "PixelData", f"a compressed image of {size}", f"{tuple(wanted)} as Rows and Columns say")
 
 
-def shape(frame):
-    """(rows, columns) in the header of a JPEG, JPEG-LS (ISO 10918-1 B.2.2) or JPEG 2000 (15444-1 A.5.1) stream, else None."""
+def shape(frame: bytes) -> tuple[int, int] | None:
+    """(rows, columns) in the header of a JPEG or JPEG-LS (ISO 10918-1 B.2.2) or JPEG 2000 (15444-1 A.5.1) stream, or None."""
     if frame[:2] == b"\xff\xd8":
         at = 2
         while at + 9 <= len(frame) and frame[at] == 0xFF:

@@ -1,5 +1,6 @@
-"""Reading with one clear line on bad input, and writing that never leaves a half-written file."""
+"""Reading that reports bad input in one line, and writing that never leaves a half-written file."""
 
+import collections.abc
 import contextlib
 import hashlib
 import io
@@ -9,42 +10,53 @@ import os
 import pathlib
 import stat
 import tempfile
+import typing
 import zipfile
 
 import numpy as np
 
 from radgs_jax import errors
 
-# What a file may claim to hold. Claims are checked before anything of their size is allocated or inflated.
+# Limits on what a header may declare; each is checked before memory is allocated. All are chosen by hand: half of one refuses
+# the largest real files that it names, and twice that lets a hostile file claim twice the memory.
 MAX_VOXELS = 2**29
-"""512 x 512 x 2048: a whole body is 512 x 512 x 1500."""
+"""Voxels of one volume: 512 x 512 x 2048. A whole-body CT has 512 x 512 x 1500."""
 MAX_VOLUME_BYTES = 2**31
-"""As stored: the largest volume at 32 bits a voxel."""
+"""Bytes of one volume as stored: MAX_VOXELS at 32 bits each."""
 MAX_ARRAY_BYTES = 2**29
-"""Of one array in an npy or npz file: 8 X-rays of 4096 x 4096 at 32 bits a pixel."""
+"""Bytes of one array in an npy or npz file: 8 X-rays of 4096 x 4096 pixels at 32 bits each."""
 MAX_JSON_BYTES = 2**24
-"""40,000 cases; Python's objects take up to 40 times the text."""
+"""Bytes of a JSON file: about 40,000 cases. The Python objects take up to 40 times that."""
 MAX_HEADER_BYTES = 2**20
-"""In front of a NIfTI's voxels, its extensions included."""
+"""Bytes in front of a NIfTI's voxels, extensions included."""
 DEFLATE_RATIO = 1032
-"""Deflate never shrinks by more: a match of 258 bytes takes 2 bits."""
+"""Upper bound of deflate's compression: a match of 258 bytes takes at least 2 bits (RFC 1951)."""
 LABELS_BYTES = 2**29
-"""Of a volume of MAX_VOXELS at 8 bits a voxel."""
-TIGHT_RATIO, TIGHT_AFTER_BYTES = 50, 2**27
-"""A CT packs 2 to 10 times; only labels pack more than 50 times over so long a stretch, and 8 bits a voxel do for them."""
-_CHUNK, PACKED_CHUNK = 2**20, 2**14
+"""Bytes of a volume of MAX_VOXELS at 8 bits each. Volumes up to this size may be compressed by any ratio."""
+TIGHT_RATIO = 50
+"""Largest compression ratio of a volume above LABELS_BYTES. Chosen by hand: a CT compresses 2 to 10 times, label maps more, but
+these fit into 8 bits per voxel. Half would be close to a CT with wide margins of air; twice doubles what a bomb inflates to."""
+TIGHT_AFTER_BYTES = 2**27
+"""Inflated bytes before TIGHT_RATIO applies, since a stretch of air compresses well. Chosen by hand: half might refuse a scan that
+begins with air; twice inflates a bomb twice as far."""
+_CHUNK = 2**20
+"""Bytes read at once into an array. Chosen by hand: less costs calls, more touches memory beyond the end of a cut file."""
+PACKED_CHUNK = 2**14
+"""Compressed bytes passed to the inflater at once. Chosen by hand: less costs calls, more costs copies of the unconsumed rest."""
 VOXEL_MM = (1e-3, 1e3)
+"""Smallest and largest voxel spacing in mm that an affine may have. Chosen by hand to catch wrong units; not sensitive."""
 REACH_MM = 1e6
+"""Largest coordinate in mm of a volume's corner. Chosen by hand to catch damaged affines; not sensitive."""
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Yields a temporary path in the same folder that becomes `path` when the block ends without an error.
+def replacing(path: pathlib.Path | str) -> collections.abc.Iterator[pathlib.Path]:
+    """Yields a temporary path in the same folder, which becomes `path` when the block ends without an error.
 
-    The folder is made if need be. After an error, also one in the block, `path` is as it was and nothing else is left.
+    A missing folder is created. After an error, `path` is unchanged and the temporary file is removed.
 
     Raises:
-      OSError: a folder that cannot be made or written to.
+      OSError: the folder cannot be created or written to.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,25 +71,26 @@ def replacing(path):
             os.unlink(temporary)
 
 
-def write_json(path, value):
+def write_json(path: pathlib.Path | str, value: object) -> None:
     """Writes `value` as JSON, atomically.
 
     Raises:
-      ValueError, TypeError: numbers that are not finite, or what JSON has no form for.
+      ValueError: a number is not finite.
+      TypeError: JSON cannot represent a value.
     """
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def write_npz(path, **arrays):
-    """Writes a compressed npz of named arrays of numbers or text, of any shape, atomically; `read_npz` reads them back."""
+def write_npz(path: pathlib.Path | str, **arrays: np.ndarray) -> None:
+    """Writes a compressed npz file of named arrays of numbers or text, atomically; `read_npz` reads them back."""
     with replacing(path) as temporary:
         with open(temporary, "wb") as stream:
             np.savez_compressed(stream, **arrays)
 
 
-def is_dicom(path):
-    """Whether a file has the DICOM mark behind its preamble; False for what cannot be read."""
+def is_dicom(path: pathlib.Path | str) -> bool:
+    """Whether a file has "DICM" after its 128-byte preamble (DICOM PS3.10, 7.1). False if it cannot be read."""
     try:
         with open(path, "rb") as stream:
             return stream.read(132)[128:] == b"DICM"
@@ -85,11 +98,11 @@ def is_dicom(path):
         return False
 
 
-def file_size(path, wanted):
-    """Size in bytes of a regular file; `wanted` says in a word what it should be.
+def file_size(path: pathlib.Path | str, wanted: str) -> int:
+    """Size of a regular file in bytes. `wanted` is the kind of file that the error message asks for.
 
     Raises:
-      InputError: nothing there, a folder, or a device or pipe (which could be endless).
+      InputError: the path does not exist, or is a folder, device or pipe (the last two could be endless).
     """
     try:
         status = os.stat(path)
@@ -102,12 +115,12 @@ def file_size(path, wanted):
     return status.st_size
 
 
-def read_json(path, nan=False):
-    """The JSON value of a file; with `nan`, a NaN, which JSON does not know, is let pass.
+def read_json(path: pathlib.Path | str, nan: bool = False) -> typing.Any:
+    """The value in a JSON file. `nan` allows NaN, which is not part of JSON.
 
     Raises:
-      InputError: missing, unreadable, not JSON, nested too deep, longer than MAX_JSON_BYTES, or a number that is not
-        finite or, if whole, beyond 64 bits.
+      InputError: the file is missing, unreadable, not JSON, too deeply nested or longer than MAX_JSON_BYTES, or holds a
+        number that is not finite, or a whole number beyond 64 bits.
     """
     size = file_size(path, "a JSON file")
     if size > MAX_JSON_BYTES:
@@ -126,7 +139,7 @@ def read_json(path, nan=False):
 def _check_numbers(path, value, nan):
     pending = [("", "", value)]
     while pending:
-        # `place` names a number, `field` the outermost list of numbers that it stands in: a matrix is named, not its cell.
+        # `place` is the path to the value. `field` is the outermost list around it: errors name a matrix, not one cell of it.
         field, place, value = pending.pop()
         if isinstance(value, dict):
             for key, inner in value.items():
@@ -142,12 +155,12 @@ def _check_numbers(path, value, nan):
             errors.fail(path, field or "content", "a whole number beyond 64 bits", "numbers of 64 bits")
 
 
-def read_npz(path, *names):
-    """The named arrays of an npz file, as a dict.
+def read_npz(path: pathlib.Path | str, *names: str) -> dict[str, np.ndarray]:
+    """The arrays `names` of an npz file, by name.
 
     Raises:
-      InputError: missing or damaged file, a missing array, one that is not of plain numbers or text, one larger than
-        MAX_ARRAY_BYTES, or a header that does not fit what the file holds.
+      InputError: the file is missing or damaged, or an array is missing, holds anything but numbers or text, is larger than
+        MAX_ARRAY_BYTES, or has a header that does not match its data.
     """
     wanted = "a complete npz file of plain arrays"
     file_size(path, "an npz file")
@@ -160,12 +173,12 @@ def read_npz(path, *names):
             return {name: _read_member(path, archive, members[name], name) for name in names}
     except errors.InputError:
         raise
-    except Exception as error:  # zipfile, zlib and numpy each raise their own kinds on damaged files
+    except Exception as error:  # zipfile, zlib and numpy raise different exceptions on damaged files
         errors.fail(path, "content", f"{type(error).__name__}: {error}", wanted)
 
 
 def _read_member(path, archive, info, name):
-    # What any other method inflates to is bounded as it is read, by the size that the array's own header declares.
+    # For other compression methods, reading stops at the size that the array's own header declares.
     if info.compress_type == zipfile.ZIP_DEFLATED and info.file_size > (info.compress_size + 1) * DEFLATE_RATIO:
         found = f"{info.file_size} bytes in {info.compress_size}"
         errors.fail(path, f"'{name}': size", found, "a size that deflate can reach")
@@ -173,12 +186,12 @@ def _read_member(path, archive, info, name):
         return _read_array(path, f"'{name}'", stream, info.file_size)
 
 
-def read_npy(path):
-    """The array of an npy file.
+def read_npy(path: pathlib.Path | str) -> np.ndarray:
+    """The array in an npy file.
 
     Raises:
-      InputError: missing, truncated, larger than MAX_ARRAY_BYTES, a header that does not fit the file, or an array that
-        is not of plain numbers or text.
+      InputError: the file is missing or truncated, or its array is larger than MAX_ARRAY_BYTES, has a header that does not
+        match the data, or holds anything but numbers or text.
     """
     size = file_size(path, "an npy file")
     try:
@@ -191,7 +204,7 @@ def read_npy(path):
 
 
 def _read_array(path, field, stream, size):
-    """The array of an npy stream of `size` bytes; numpy parses the header, nothing is allocated before it is checked."""
+    """The array in an npy stream of `size` bytes. The header is checked before memory is allocated."""
     start = stream.read(8)
     if start[:7] not in (b"\x93NUMPY\x01", b"\x93NUMPY\x02"):
         errors.fail(path, f"{field}: first bytes", start, "those of an npy file of version 1 or 2")
@@ -221,8 +234,13 @@ def _read_array(path, field, stream, size):
     return raw.view(dtype).reshape(shape, order="F" if fortran else "C") if held else np.empty(shape, dtype)
 
 
-def fill_array(stream, array):
-    # In pieces, so that memory is touched only as far as the stream really goes.
+def fill_array(stream: typing.Any, array: np.ndarray) -> None:
+    """Fills a byte array from a stream that has `readinto`.
+
+    Raises:
+      EOFError: the stream ends first.
+    """
+    # In chunks, so that a short stream does not touch all of the allocated memory.
     view = memoryview(array)
     done = 0
     while done < len(view):
@@ -232,11 +250,11 @@ def fill_array(stream, array):
         done += count
 
 
-def sha256(path):
-    """Hex digest of a file, or of the names and contents of all files in a folder (a DICOM series).
+def sha256(path: pathlib.Path | str) -> str:
+    """Hex digest of a file, or of the names and contents of all files in a folder (such as a DICOM series).
 
     Raises:
-      InputError: a missing file.
+      InputError: the file is missing or unreadable.
     """
     path = pathlib.Path(path)
     if path.is_dir():

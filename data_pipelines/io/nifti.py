@@ -1,4 +1,4 @@
-"""NIfTI volumes, read with every declared size checked against the file before memory is allocated."""
+"""NIfTI volumes. Every declared size is checked against the file before memory is allocated."""
 
 import contextlib
 import gzip
@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import os
+import pathlib
 import warnings
 import xml.etree.ElementTree
 import zlib
@@ -15,14 +16,19 @@ import numpy as np
 from data_pipelines.io import files
 from radgs_jax import errors
 
+MIN_AXIS_DETERMINANT = 1e-3
+"""Smallest determinant of an affine's unit axes. Chosen by hand: 1 is a right angle, 0 a singular affine; not sensitive."""
 
-def write_nifti(path, array, affine):
-    """Writes a NIfTI volume, gzip level 1, atomically; the same bytes for the same volume.
+
+def write_nifti(path: pathlib.Path | str, array: np.ndarray, affine: np.ndarray) -> None:
+    """Writes a gzipped NIfTI volume, atomically. Equal volumes give equal bytes.
 
     Args:
-      array: (X, Y, Z) numbers of a type that NIfTI has; affine: (4, 4) from voxel indices to RAS+ mm.
+      path: the file to write.
+      array: (X, Y, Z), of a type that NIfTI supports.
+      affine: (4, 4) from voxel indices to RAS+ mm.
     """
-    import nibabel  # a third of a second, for one kind of file
+    import nibabel  # here, since importing it takes a third of a second
 
     image = nibabel.Nifti1Image(np.asarray(array), np.asarray(affine, np.float64))
     image.header.set_xyzt_units("mm")
@@ -31,7 +37,10 @@ def write_nifti(path, array, affine):
 
 
 class _Gunzip(io.RawIOBase):
-    """The content of a gzip file, inflated only as far as it is asked for."""
+    """The content of a gzip file, inflated only as far as it is read.
+
+    may_be_tight: False applies files.TIGHT_RATIO.
+    """
 
     def __init__(self, path, stream):
         self._path, self._stream, self._inflate, self._input = path, stream, zlib.decompressobj(31), b""
@@ -44,7 +53,7 @@ class _Gunzip(io.RawIOBase):
     def readinto(self, target):
         while not self._inflate.eof:
             if not self._input:
-                # Little at a time: what a call leaves over is copied.
+                # In small chunks, since zlib copies the input that a call does not consume.
                 self._input = self._stream.read(files.PACKED_CHUNK)
                 if not self._input:
                     raise EOFError("the compressed data is cut off")
@@ -65,14 +74,14 @@ class _Gunzip(io.RawIOBase):
 
 @contextlib.contextmanager
 def _nifti(path, axes=3, most=files.MAX_VOXELS):
-    """Yields (header, shape, the file's first bytes, stream of the rest) of a NIfTI file whose claims are checked.
+    """Yields (header, shape, first bytes of the file, stream of the remaining bytes) of a NIfTI file with a checked header.
 
-    The volume has `axes` axes, 2 or 3, any further ones of length 1, and `most` voxels at most. The first bytes end with the
-    header's extensions or, as they are read in one piece, a few voxels further on.
+    The volume has `axes` axes, 2 or 3, and any others have length 1; it has at most `most` voxels. The first bytes hold the
+    header with its extensions, and may hold a few voxels.
     """
     size = files.file_size(path, "a NIfTI file")
     try:
-        # What nibabel and numpy warn of in a damaged header becomes an error below, or is of no account.
+        # Warnings of nibabel and numpy about a damaged header are either errors below or harmless.
         with open(path, "rb") as stream, warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
             packed = stream.read(2) == b"\x1f\x8b"
@@ -101,13 +110,13 @@ def _nifti(path, axes=3, most=files.MAX_VOXELS):
         raise
     except MemoryError:
         errors.fail(path, "shape", "more than fits into memory", "a smaller volume")
-    # nibabel, zlib and numpy each raise their own kinds on damaged files; HeaderDataError is an Exception only.
+    # nibabel, zlib and numpy raise different exceptions on damaged files; HeaderDataError derives from Exception itself.
     except Exception as error:
         errors.fail(path, "content", f"{type(error).__name__}: {error}", "a complete NIfTI volume")
 
 
 def _read(stream, count):
-    """Up to `count` bytes: fewer only where the stream ends."""
+    """The next `count` bytes, or fewer if the stream ends."""
     data = b""
     buffer = bytearray(max(count, 0))
     while len(data) < count:
@@ -130,14 +139,14 @@ def _nifti_header(path, block, axes):
                 errors.fail(path, "sizeof_hdr", header["sizeof_hdr"], kind.sizeof_hdr)
             if axes == 3 and not header["sform_code"] and not (header["pixdim"][1:4] > 0).all():
                 errors.fail(path, "pixdim", header["pixdim"][1:4].tolist(), "a positive spacing (no sform stands in)")
-            # nibabel mends small faults and logs each; what it cannot mend it raises.
+            # nibabel repairs and logs small faults, and raises for others; the log is discarded.
             header.check_fix(logger=logging.Logger("nifti", logging.CRITICAL + 1), error_level=40)
             return header
     errors.fail(path, "content", f"a file that begins with {block[:8]}", "a complete NIfTI volume")
 
 
 def _nifti_claims(path, header, axes, most):
-    """(shape, offset of the voxels, bytes of the whole file) as the header declares them, within what is accepted."""
+    """(shape, offset of the voxels, size of the whole file in bytes) as the header declares them, within the limits."""
     rank, wanted = int(header["dim"][0]), f"{'two' if axes == 2 else 'three'} axes"
     if not axes <= rank <= 7:
         errors.fail(path, "shape", f"{rank} axes", wanted)
@@ -173,15 +182,15 @@ def _nifti_affine(path, header):
         not np.isfinite(affine).all()
         or spacing.min() < files.VOXEL_MM[0]
         or spacing.max() > files.VOXEL_MM[1]
-        or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3
+        or abs(np.linalg.det(affine[:3, :3] / spacing)) < MIN_AXIS_DETERMINANT
         or np.abs(affine[:3, 3]).max() > files.REACH_MM
     ):
         errors.fail(path, "affine", affine.tolist(), f"a finite, invertible 4x4 matrix, voxels of {files.VOXEL_MM} mm")
     return affine
 
 
-def to_canonical(array, affine):
-    """An array (X, Y, Z) and its affine with axes turned and flipped to be nearest to RAS+; oblique axes stay oblique."""
+def to_canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An array (X, Y, Z) and its affine (4, 4), with axes permuted and flipped to be nearest to RAS+. Nothing is resampled."""
     import nibabel
 
     orientation = nibabel.io_orientation(affine)
@@ -192,23 +201,23 @@ def to_canonical(array, affine):
     )
 
 
-def read_nifti_grid(path):
-    """Shape (3,) and affine (4, 4) as `read_nifti` gives them, without reading the voxels.
+def read_nifti_grid(path: pathlib.Path | str) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape (3,) and affine (4, 4) as `read_nifti` returns them, without reading the voxels.
 
     Raises:
-      InputError: as `read_nifti`, of the header.
+      InputError: as `read_nifti`, for faults of the header.
     """
     with _nifti(path) as (header, shape, _, _):
-        # An array of the shape that takes no memory goes through the same turn as the voxels.
+        # A broadcast array has the shape, and takes no memory.
         stand_in, affine = to_canonical(np.broadcast_to(np.uint8(0), shape), _nifti_affine(path, header))
         return stand_in.shape, affine
 
 
-def read_nifti_label_names(path):
-    """Names by label value (dict int -> str) from the label table that TotalSegmentator leaves in a NIfTI; empty without one.
+def read_nifti_label_names(path: pathlib.Path | str) -> dict[int, str]:
+    """Names by label value, from the label table that TotalSegmentator writes into a NIfTI header. Empty if there is none.
 
     Raises:
-      InputError: as `read_nifti`, of the header, or a table that cannot be read.
+      InputError: as `read_nifti`, for faults of the header, or the table cannot be read.
     """
     import nibabel
 
@@ -226,15 +235,18 @@ def read_nifti_label_names(path):
     return {}
 
 
-def read_nifti(path):
-    """A NIfTI volume in RAS+ order: array (X, Y, Z) as stored or, scaled, float32; and its 4x4 affine in mm.
+def read_nifti(path: pathlib.Path | str) -> tuple[np.ndarray, np.ndarray]:
+    """A NIfTI volume with axes nearest to RAS+.
 
-    NIfTI-1 and -2 in one file, gzipped or not, by content and not by name. Nothing of the declared size is allocated or
-    inflated before the declaration is checked against the file's size and, compressed, its gzip trailer.
+    Reads NIfTI-1 and -2 in a single file. Gzip is recognised by content, not by name. The declared size
+    is checked against the file's size and gzip trailer before memory is allocated.
+
+    Returns:
+      The array (X, Y, Z), of the stored type, or float32 if the header scales it; and its affine (4, 4) in mm.
 
     Raises:
-      InputError: missing, truncated or damaged; not 3D; not real numbers; more than MAX_VOXELS or MAX_VOLUME_BYTES; a
-        length other than declared; no or no usable affine.
+      InputError: the file is missing, truncated or damaged; it is not 3D; its voxels are not real numbers; it exceeds
+        MAX_VOXELS or MAX_VOLUME_BYTES; its length is not the declared one; it has no usable affine.
     """
     with _nifti(path) as (header, shape, start, source):
         affine = _nifti_affine(path, header)
@@ -242,21 +254,21 @@ def read_nifti(path):
     return to_canonical(array, affine)
 
 
-def read_nifti_image(path, most):
-    """A NIfTI file that holds one image: array (X, Y) in the file's own axes, as stored or, scaled, float32.
+def read_nifti_image(path: pathlib.Path | str, most: int) -> np.ndarray:
+    """The image (X, Y) in a NIfTI file, in the file's own axes; of the stored type, or float32 if the header scales it.
 
-    Read with the care of `read_nifti`, but an affine is neither wanted nor followed: it must not turn an X-ray.
+    The affine is ignored: it must not rotate an X-ray.
 
     Raises:
-      InputError: missing, truncated or damaged; more than two axes longer than one; not real numbers; more than `most`
-        pixels; a length other than declared.
+      InputError: the file is missing, truncated or damaged; more than two axes are longer than 1; its pixels are not real
+        numbers, or more than `most`; its length is not the declared one.
     """
     with _nifti(path, 2, most) as (header, shape, start, source):
         return _nifti_voxels(path, header, shape, start, source)
 
 
 def _nifti_voxels(path, header, shape, start, source):
-    """The array that follows a checked header, in the file's own axes; what `_nifti` yields goes in."""
+    """The array after a checked header, in the file's own axes. Takes what `_nifti` yields."""
     dtype = header.get_data_dtype()
     offset = int(header["vox_offset"]) or header.single_vox_offset
     raw = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
@@ -271,7 +283,7 @@ def _nifti_voxels(path, header, shape, start, source):
     slope, intercept = header.get_slope_inter()
     if slope is not None and (slope, intercept) != (1.0, 0.0):
         array = array.astype(np.float32)
-        # What overflows here is not finite, and refused as such by whoever needs numbers.
+        # Callers that need finite numbers check for overflow.
         array *= np.float32(slope)
         array += np.float32(intercept)
     return array

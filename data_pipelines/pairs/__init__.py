@@ -1,1 +1,1 @@
-"""Training pairs: what they are, their stores on disk, and batches of them."""
+"""Training pairs: how they are made, their stores on disk, and batches of them."""

@@ -1,4 +1,4 @@
-"""Batches for training, and the three stores that they come from."""
+"""Batches of pairs for training, and the three stores that they are read from."""
 
 import dataclasses
 import functools
@@ -7,22 +7,29 @@ import jax
 import numpy as np
 
 from data_pipelines.pairs import examples
+from data_pipelines.pairs import loader
 from data_pipelines.pairs import pair_store
 from radgs_jax import gaussians
 from radgs_jax.training.batches import CtBatch
 from radgs_jax.training.batches import PairBatch
 
 
-class Batches(pair_store.Loader):
-    """Endless batches in numpy, this process's part of each, as `pair_store.Loader` deals them out."""
+class Batches(loader.Loader):
+    """Endless batches of numpy arrays: this process's share of each, joined with the Gaussians of its vertebrae."""
 
-    def __init__(self, source, clouds, seed, batch):
-        """source: of pairs or of CT pairs; clouds: their vertebrae's Gaussians (vertebrae, N)."""
+    def __init__(self, source: pair_store.Source, clouds: gaussians.Gaussians, seed: int, batch: int) -> None:
+        """Starts the reading threads.
+
+        Args:
+          source: pairs or CT pairs.
+          clouds: Gaussians of their vertebrae, (vertebrae, N).
+          seed, batch: as in `loader.Loader`.
+        """
         super().__init__(source, seed, batch, jax.process_index(), jax.process_count())
         self._clouds = clouds
 
-    def __next__(self):
-        """A `batches.PairBatch` or a `batches.CtBatch`."""
+    def __next__(self) -> PairBatch | CtBatch:
+        """The next batch, of the kind of the store's examples."""
         values = super().__next__()
         cloud = jax.tree.map(lambda a: a[values["owner"]], self._clouds)
         if "motion" in values:
@@ -34,33 +41,42 @@ class Batches(pair_store.Loader):
 
 @dataclasses.dataclass(frozen=True)
 class PairSet:
-    """Pairs on disk: `pair_store.Source`s of the pairs, of the CT pairs, and of the vertebrae that both show."""
+    """Pairs on disk.
+
+    Attributes:
+      source: the pairs.
+      moved: the CT pairs.
+      vertebrae: the vertebrae that both show, by the pairs' `owner`.
+    """
 
     source: pair_store.Source
     moved: pair_store.Source
     vertebrae: pair_store.Source
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.source)
 
     @functools.cached_property
-    def clouds(self):
-        """The vertebrae's Gaussians (vertebrae, N), box frame."""
+    def clouds(self) -> gaussians.Gaussians:
+        """Gaussians of the vertebrae, (vertebrae, N), box frame."""
         records = [self.vertebrae[index] for index in range(len(self.vertebrae))]
         return gaussians.Gaussians(**{name: np.stack([record[name] for record in records]) for name in examples.CLOUD})
 
-    def batches(self, seed, batch, module="rec"):
-        """`Batches` of `batch` pairs over all processes, of CT pairs for the module stage 'reg'; close them when done.
+    def batches(self, seed: int, batch: int, module: str = "rec") -> Batches:
+        """Endless batches, to be closed after use.
 
         Args:
-          seed: of the shuffles; module: 'rec', 'reg' or 'joint'.
+          seed: of the shuffles.
+          batch: number of pairs per step over all processes.
+          module: the phase of training: 'reg' takes CT pairs, 'rec' and 'joint' take pairs.
+
         Raises:
-          ValueError: a batch that does not divide by jax's processes.
+          ValueError: a batch that does not divide by the number of jax's processes.
         """
         return Batches(self.moved if module == "reg" else self.source, self.clouds, seed, batch)
 
-    def mean_shapes(self):
-        """Mean density by VerSe label, and under key 0 that of all: {label: MEAN_SHAPE array}, 1/mm, vertebra's frame."""
+    def mean_shapes(self) -> dict[int, np.ndarray]:
+        """Mean density of the vertebrae by VerSe number, and of all of them under 0: MEAN_SHAPE, 1/mm, box frame, float16."""
         by_label = {}
         for index in range(len(self.vertebrae)):
             record = self.vertebrae[index]

@@ -1,7 +1,8 @@
-"""Training pairs: X-rays of one vertebra with the truth, simulated from scans or measured at known poses, and their batches.
+"""Makers of training examples: pairs of X-rays with the truth, CT pairs, and the vertebrae that both show.
 
-Pairs, CT pairs and the vertebrae that both show lie in three `pair_store`s (`build` writes them), named by content: a scan is
-the digest of its files, wherever they lie.
+A pair is X-rays of one vertebra, simulated from a scan or measured at a known pose. A CT pair is a motion of the vertebra's
+Gaussians. Each kind has a store of its own, which `build` writes. Scans are named by the digest of their files, wherever the
+files are.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import numpy as np
 from data_pipelines import cases
 from data_pipelines import simulation
 from data_pipelines.ct import extraction
+from data_pipelines.pairs import codec
 from data_pipelines.pairs import identity
 from data_pipelines.pairs import pair_store
 from data_pipelines.simulation import posture
@@ -22,18 +24,25 @@ from radgs_jax.models import trained
 
 IMAGES = ("rest", "excess", "vertebra", "measured")
 ARRAYS = (*IMAGES, "valid", "intrinsics", "camera_from_world", "world_from_box", "simulated")
-"""Of a pair, as `batches.PairBatch` has them; IMAGES are stored as float16. Its `owner` is the vertebra's number."""
+"""Arrays of a pair, as in `radgs_jax.training.batches.PairBatch`; IMAGES are stored as float16. A pair also has `owner`, the
+index of its vertebra."""
 CLOUD = tuple(field.name for field in dataclasses.fields(gaussians.Gaussians))
+"""Arrays of a vertebra's Gaussians."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PairConfig:
     """How pairs are made.
 
-    geometry: cameras and images, whose window is wider than the network's crop; preset: postures, beams and detectors.
-    poses: exposures of each posture, the target elsewhere in each; rest_mm, vertebra_mm: voxels of what is projected.
-    ct_turn_deg, ct_shift_mm: largest turn about and shift along each axis of a CT pair; ct_near: share of CT pairs whose
-    ranges are both narrowed by a random factor, since what iterations leave over is small.
+    Attributes:
+      geometry: cameras and images, whose window is wider than the network's crop.
+      preset: ranges of postures, beams and panels.
+      poses: number of exposures of each posture, with the target at another pose in each. They share the rendering of the rest
+        of the body, so more of them are faster and less varied. Chosen by hand.
+      rest_mm, vertebra_mm: voxel sides of what is projected, chosen by hand; see `simulation.ArticulatedBody`.
+      ct_turn_deg, ct_shift_mm: largest turn about and shift along each axis of a CT pair. The paper's are 20 degrees and 50 mm.
+      ct_near: fraction of CT pairs whose two ranges are narrowed by a random factor, since only small motions remain after the
+        first iterations. Chosen by hand; 0 trains on the full ranges alone.
     """
 
     geometry: simulation.Geometry = simulation.Geometry(window=112)
@@ -48,40 +57,50 @@ class PairConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Vertebrae:
-    """Which vertebrae: ((digest of the scan, VerSe number), ...), each as `gaussians` Gaussians."""
+    """A choice of vertebrae.
 
-    names: tuple
+    Attributes:
+      names: (digest of the scan, VerSe number) of each.
+      gaussians: number of Gaussians of each.
+    """
+
+    names: tuple[tuple[str, int], ...]
     gaussians: int
 
 
 @dataclasses.dataclass(frozen=True)
 class OfEach:
-    """Simulated pairs or CT pairs: `count` of each vertebra, one vertebra after the other."""
+    """Simulated pairs or CT pairs: `count` of each vertebra, ordered by vertebra."""
 
     vertebrae: Vertebrae
     count: int
     config: PairConfig
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.count * len(self.vertebrae.names)
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Pairs of real (or realistic) X-rays of known pose, one of each scene.
+    """Pairs of measured X-rays of known pose, one of each scene.
 
-    cases: digest of the case file; scenes: ((name, number of its vertebra, digest of its X-rays), ...); variant: which array of
-    the X-ray files; pixel_mm: what X-rays are binned to, at the isocentre.
+    Attributes:
+      vertebrae: that the scenes show.
+      cases: digest of the case file.
+      scenes: (name, index of its vertebra, digest of its X-rays) of each.
+      variant: array of the X-ray files.
+      pixel_mm: pixel size that X-rays are binned to, at the isocentre.
+      config: how pairs are made.
     """
 
     vertebrae: Vertebrae
     cases: str
-    scenes: tuple
+    scenes: tuple[tuple[str, int, str], ...]
     variant: str
     pixel_mm: float
     config: PairConfig
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.scenes)
 
 
@@ -94,7 +113,7 @@ def _body(archive, digest, rest_mm, vertebra_mm):
 
 
 def _rng(which, seed, owner, *numbers):
-    """The generator of a vertebra's random things; the patient's number keeps two patients from sharing draws."""
+    """The generator of a vertebra; it depends on the patient's index, so that two patients share no draws."""
     digest, label = which.vertebrae.names[owner]
     patients = list(dict.fromkeys(name for name, _ in which.vertebrae.names))
     return np.random.default_rng([seed, patients.index(digest), label, *numbers])
@@ -107,8 +126,8 @@ def _stance(archive, which, seed, owner, number):
 
 
 @pair_store.named("pairs.simulated/1", "data_pipelines.pairs.simulated")
-def simulated(which, seed, index, archive):
-    """Pair `index` of an `OfEach`, a function of (which, seed, index) and of what the scans hold: ARRAYS and owner.
+def simulated(which: OfEach, seed: int, index: int, archive: identity.Archive) -> codec.Arrays:
+    """Pair `index`: ARRAYS and owner, a function of (which, seed, index) and the content of the scans.
 
     Raises:
       InputError: an unreadable scan, an absent or cut vertebra.
@@ -121,11 +140,11 @@ def simulated(which, seed, index, archive):
 
 
 @pair_store.named("pairs.moved/1", "data_pipelines.pairs.moved")
-def moved(which, seed, index, archive):
-    """CT pair `index` of an `OfEach`: owner and motion (4, 4), which carries the CT to the pose that is to be found, box frame.
+def moved(which: OfEach, seed: int, index: int, archive: identity.Archive | None) -> codec.Arrays:
+    """CT pair `index`: owner and motion (4, 4), which moves the CT to the pose that is to be found, box frame.
 
     Args:
-      archive: the `Archive`; a motion needs none of it.
+      archive: unused.
     """
     owner, number = divmod(index, which.count)
     rng, config = _rng(which, seed, owner, number), which.config
@@ -135,12 +154,13 @@ def moved(which, seed, index, archive):
 
 
 def _pair(owner, valid, simulated, **values):
+    """A pair in the types in which it is stored."""
     typed = {name: np.asarray(v, np.float16 if name in IMAGES else np.float32) for name, v in values.items()}
     return {**typed, "valid": np.asarray(valid, bool), "simulated": np.bool_(simulated), "owner": np.int32(owner)}
 
 
 def _window(intrinsics, camera_from_world, centre, size):
-    """Intrinsics of a window of `size` pixels that shows a world point in its middle, at whole pixels of the detector."""
+    """Intrinsics (4,) of a window of `size` pixels at whole pixels of the image, with a world point in its middle."""
     p = camera_from_world[:3, :3] @ centre + camera_from_world[:3, 3]
     middle = intrinsics[:2] * p[:2] / p[2] + intrinsics[2:]
     moved = intrinsics.copy()
@@ -149,13 +169,15 @@ def _window(intrinsics, camera_from_world, centre, size):
 
 
 @pair_store.named("pairs.measured/1", "data_pipelines.pairs.measured")
-def measured(which, seed, index, archive):
-    """Pair `index` of a `Measured`: ARRAYS and owner.
+def measured(which: Measured, seed: int, index: int, archive: identity.Archive) -> codec.Arrays:
+    """Pair `index`: ARRAYS and owner.
 
-    The vertebra alone is the CT projected at the true pose, since no real X-ray shows it; `rest` and `excess` are 0.
+    No real X-ray shows the vertebra alone, so that `vertebra` is the CT projected at the true pose; `rest` and `excess` are 0.
 
     Args:
-      seed: nothing here is random; archive: the `Archive`, with scenes.
+      seed: unused.
+      archive: has the scenes.
+
     Raises:
       InputError: unreadable files, an absent or cut vertebra.
     """
@@ -189,11 +211,12 @@ def measured(which, seed, index, archive):
 
 
 @pair_store.named("pairs.vertebra/1", "data_pipelines.pairs.vertebra")
-def vertebra(which, seed, index, archive):
-    """Vertebra `index` of a `Vertebrae`: its label, its Gaussians (N,) in the box frame, its density on the mean-shape grid.
+def vertebra_record(which: Vertebrae, seed: int, index: int, archive: identity.Archive) -> codec.Arrays:
+    """Vertebra `index`: its label, its Gaussians (N,) in the box frame, and its density on the grid of mean shapes.
 
     Args:
-      seed: nothing here is random; archive: the `Archive`.
+      seed: unused.
+
     Raises:
       InputError: an unreadable scan, an absent or cut vertebra.
     """

@@ -1,24 +1,41 @@
-"""Names of scans and configurations by content, and where the files lie that such names stand for."""
+"""Digests that name scans and configurations by their content, and the files that such names refer to."""
 
 import dataclasses
 import hashlib
 import json
+import pathlib
+from collections.abc import Callable
+from collections.abc import Hashable
+from collections.abc import Mapping
+from typing import TypeVar
 
+import numpy as np
+
+from data_pipelines import cases
 from data_pipelines.ct import scans
 from data_pipelines.io import files
 
+Made = TypeVar("Made")
 
-def content_hash(config, format):
-    """Short digest of a configuration, a dataclass or plain values, the same on every machine; another one in another `format`.
+
+HASH_FORMAT = "radgs-pairs/2"
+"""Part of each `config_hash`: another format of pair sets gets other names."""
+
+
+def content_hash(config: object, format: str) -> str:
+    """Short digest of a configuration and a format's name, the same on every machine.
+
+    Args:
+      config: a dataclass or plain values.
 
     Raises:
-      TypeError, ValueError: values that JSON has no form for, or numbers that are not finite.
+      TypeError, ValueError: values that JSON cannot represent, or numbers that are not finite.
     """
     return hashlib.sha256(json.dumps([format, plain_values(config)], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def plain_values(value):
-    """A dataclass or plain values as what JSON gives back of them, so that what is compared is what a manifest holds.
+def plain_values(value: object) -> object:
+    """A dataclass or plain values as they are after a round trip through JSON, for comparison with a manifest.
 
     Raises:
       TypeError, ValueError: as `content_hash`.
@@ -27,33 +44,45 @@ def plain_values(value):
     return json.loads(json.dumps(plain, sort_keys=True, allow_nan=False))
 
 
-FORMAT = "radgs-pairs/2"
-
-
 class Archive:
-    """Where the files lie that sets of pairs name by content.
+    """Finds the files that sets of pairs name by content.
 
-    What neighbouring examples share stays: of each thing made from scans, the last one. Other processes are sent the file
-    names only.
+    It caches the most recent result of each factory, since neighbouring examples share it. Only the file names are sent to
+    other processes.
+
+    Attributes:
+      scans: {digest: (patient, CT path, mask path, label map or None)}.
+      scenes: {name: (scene, world_from_ct (4, 4))}.
     """
 
-    def __init__(self, scans, scenes=None):
-        """scans: {digest: (patient, ct path, mask path, label map or None)}; scenes: {name: (`cases.Scene`, world_from_ct)}."""
+    def __init__(
+        self,
+        scans: Mapping[str, tuple[str, pathlib.Path | str, pathlib.Path | str, str | None]],
+        scenes: Mapping[str, tuple[cases.Scene, np.ndarray]] | None = None,
+    ) -> None:
         self.scans, self.scenes, self._kept = scans, scenes, {}
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return Archive, (self.scans, self.scenes)
 
-    def keep(self, make, *key):
-        """make(self, *key), or what the last call with the same arguments gave."""
+    def keep(self, make: Callable[..., Made], *key: Hashable) -> Made:
+        """make(self, *key), or its cached result where the last call had the same key."""
         if self._kept.get(make, (None, None))[0] != key:
-            self._kept.pop(make, None)  # first, or two scans would be in memory
+            self._kept.pop(make, None)  # before the call, so that only one result is in memory
             self._kept[make] = (key, make(self, *key))
         return self._kept[make][1]
 
 
-def scan_digest(ct_path, mask_path, label_map=None, digest=files.sha256):
-    """What a scan is called wherever its files lie; read with another `label_map` it is another one. `digest` gives a file's.
+def scan_digest(
+    ct_path: pathlib.Path | str,
+    mask_path: pathlib.Path | str,
+    label_map: str | None = None,
+    digest: Callable[[pathlib.Path | str], str] = files.sha256,
+) -> str:
+    """Digest of a scan's files and of the label map that its mask is read with.
+
+    Args:
+      digest: returns the digest of a file; a caller may pass a cache.
 
     Raises:
       InputError: a missing file.
@@ -61,8 +90,8 @@ def scan_digest(ct_path, mask_path, label_map=None, digest=files.sha256):
     return config_hash("scan", [digest(ct_path), digest(mask_path), *([label_map] if label_map else [])])
 
 
-def scan(archive, digest):
-    """The `scans.Scan` of that digest in an `Archive`.
+def scan(archive: Archive, digest: str) -> scans.Scan:
+    """Reads the scan of a digest.
 
     Raises:
       InputError: unreadable files.
@@ -71,6 +100,6 @@ def scan(archive, digest):
     return scans.read_scan(ct, mask, patient, label_map)
 
 
-def config_hash(*configs):
-    """Short digest of frozen dataclasses and plain values, for cache keys and reuse checks; raises as `identity.content_hash`."""
-    return content_hash([dataclasses.asdict(c) if dataclasses.is_dataclass(c) else c for c in configs], FORMAT)
+def config_hash(*configs: object) -> str:
+    """Short digest of frozen dataclasses and plain values, for names of caches; raises as `content_hash`."""
+    return content_hash([dataclasses.asdict(c) if dataclasses.is_dataclass(c) else c for c in configs], HASH_FORMAT)

@@ -1,130 +1,49 @@
-"""Examples on disk: array_record shards with a manifest, made once, read at random by grain.
+"""Stores of examples on disk: array_record shards with a manifest, written once and read in any order.
 
-An example is a dict of numeric arrays, a function of (config, seed, index) alone, and all examples of a store have the
-same names, types and shapes. So a store holds the same records however many processes made it and however often it was
-interrupted, and a batch is a function of (seed, step) alone, however many processes read it.
+An example is a dict of numeric arrays and a function of (config, seed, index) alone; all examples of a store have the same
+names, types and shapes. A store therefore holds the same records whatever number of processes made it and however often it was
+interrupted.
 
-A store is a folder: `manifest.json` and its shards. A shard appears under its name once it is whole, never before.
-
-A record is `RGPR`, the header's length as uint32, a JSON header {name: [type, shape]} filled up with spaces, then the
-arrays in the header's order, little-endian, in C order, each at a multiple of 16 bytes from the record's start.
+A store is a folder with `manifest.json` and shards of records (`codec`). A shard gets its name when it is complete.
 """
 
 import concurrent.futures
 import functools
 import hashlib
 import importlib.metadata
-import json
-import math
 import multiprocessing
 import os
 import pathlib
 import platform
-import time
+from collections.abc import Callable
 
 import numpy as np
 from array_record.python import array_record_data_source
 from array_record.python import array_record_module
 
 from data_pipelines.io import files
+from data_pipelines.pairs import codec
 from data_pipelines.pairs.identity import content_hash
 from data_pipelines.pairs.identity import plain_values
 from radgs_jax import errors
 
 FORMAT = "radgs-pair-store/1"
-STATE_FORMAT = "radgs-loader/1"
 MANIFEST = "manifest.json"
 LIBRARIES = ("radgs_jax", "numpy", "scipy", "jax", "jaxlib", "array_record")
-"""Whose versions a manifest names, where installed: examples are the same bit for bit only where these are."""
+"""Libraries whose versions a manifest records, where installed: examples are equal to the last bit only if these are."""
 WRITER = "group_size:1,zstd:1"
-"""One record a chunk, as random access wants it; every chunk carries its own checksums."""
-ALIGN = 16
-MAGIC = b"RGPR"
-BUFFERED_BATCHES = 4
-"""Batches made ahead of the training step."""
+"""Options of array_record: one record per chunk, so that a random access decompresses one record. Each chunk has checksums."""
+
+Maker = Callable[..., codec.Arrays]
+"""make_example(config, seed, index) or make_example(config, seed, index, context), see `write`."""
 
 
-class Codec:
-    """Turns examples of one kind into records and back.
-
-    arrays: {name: {"dtype": numpy's name such as "<f2", "shape": [...]}}; size: bytes of a record.
-    """
-
-    def __init__(self, arrays):
-        self.arrays = {name: arrays[name] for name in sorted(arrays)}
-        header = json.dumps(
-            {n: [a["dtype"], a["shape"]] for n, a in self.arrays.items()}, separators=(",", ":")
-        ).encode()
-        header += b" " * (-(len(header) + 8) % ALIGN)
-        self.prefix = MAGIC + len(header).to_bytes(4, "little") + header
-        self._fields, position = [], len(self.prefix)
-        for name, array in self.arrays.items():
-            dtype, shape = np.dtype(array["dtype"]), tuple(array["shape"])
-            self._fields.append((name, dtype, shape, position))
-            position += dtype.itemsize * math.prod(shape)
-            position += -position % ALIGN
-        self.size = position
-
-    @classmethod
-    def of(cls, example):
-        """The codec of an example.
-
-        Raises:
-          ValueError: no arrays, or one that does not hold plain numbers.
-        """
-        arrays = {}
-        for name, value in example.items():
-            value = np.asarray(value)
-            if value.dtype.kind not in "biuf":
-                raise ValueError(f"array '{name}': found type {value.dtype}, wanted booleans, integers or floats")
-            arrays[name] = {"dtype": value.dtype.newbyteorder("<").str, "shape": list(value.shape)}
-        if not arrays:
-            raise ValueError("an example without arrays")
-        return cls(arrays)
-
-    @classmethod
-    def of_record(cls, record):
-        """The codec that the header of a record, as `encode` makes it, describes.
-
-        Raises:
-          ValueError: a header that is not JSON.
-        """
-        length = int.from_bytes(record[len(MAGIC) : len(MAGIC) + 4], "little")
-        header = json.loads(record[len(MAGIC) + 4 : len(MAGIC) + 4 + length])
-        return cls({name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in header.items()})
-
-    def encode(self, example):
-        """The record of an example that has this codec's names, types and shapes; numpy casts and broadcasts what differs.
-
-        Raises:
-          KeyError, ValueError: an array that is missing, or of a shape that does not broadcast.
-        """
-        record = bytearray(self.size)
-        record[: len(self.prefix)] = self.prefix
-        for name, dtype, shape, position in self._fields:
-            np.frombuffer(record, dtype, math.prod(shape), position).reshape(shape)[...] = example[name]
-        return bytes(record)
-
-    def decode(self, record):
-        """The arrays of a record: read-only views of its bytes.
-
-        Raises:
-          ValueError: a record of another kind.
-        """
-        if len(record) != self.size or not record.startswith(self.prefix):
-            raise ValueError(f"{len(record)} bytes that start with {record[:48]!r}")
-        return {
-            name: np.frombuffer(record, dtype, math.prod(shape), position).reshape(shape)
-            for name, dtype, shape, position in self._fields
-        }
-
-
-def named(name, *aliases):
-    """A decorator that gives a maker of examples the name that manifests know it by, which stays when code moves.
+def named(name: str, *aliases: str) -> Callable[[Maker], Maker]:
+    """A decorator that names a maker of examples in manifests, independently of the module that it is defined in.
 
     Args:
-      name: such as 'examples.simulated/1'; a new number says that other examples are made.
-      aliases: what manifests written before called it.
+      name: such as 'pairs.simulated/1'; its number is raised when the maker's examples change.
+      aliases: names in older manifests.
     """
 
     def mark(make_example):
@@ -135,32 +54,38 @@ def named(name, *aliases):
 
 
 def write(
-    folder,
-    make_example,
-    count,
-    config,
-    seed=0,
-    processes=None,
-    shard_size=128,
-    process_index=0,
-    process_count=1,
-    on_done=lambda records: None,
-    context=None,
-):
-    """Makes the shards that are not there yet, and the manifest once all are.
+    folder: pathlib.Path | str,
+    make_example: Maker,
+    count: int,
+    config: object,
+    seed: int | list[int] = 0,
+    processes: int | None = None,
+    shard_size: int = 128,
+    process_index: int = 0,
+    process_count: int = 1,
+    on_done: Callable[[int], object] = lambda records: None,
+    context: object = None,
+) -> "Source | None":
+    """Makes the shards that are missing, and completes the manifest when all exist.
 
     Args:
-      folder: the store's; made if need be.
-      make_example: make_example(config, seed, index) -> dict of numeric arrays, a function of its arguments alone, `named`, and
-        of a module, since other processes import it. Within a shard indices come in order: what neighbours share may be kept.
-      count: how many examples; config: a frozen dataclass or a dict of plain values; seed: an integer or a list of them.
-      processes: how many work here, all cores if None; shard_size: examples a file.
-      process_index, process_count: for several hosts with one file system: this one makes every process_count-th shard.
-      on_done: called with the number of examples of every shard of this host's share that is there.
-      context: what else make_example takes, as its fourth argument, where the store's content does not depend on it: where
-        the files lie that `config` names by their digests, say. It is sent to every worker with every shard.
+      folder: of the store; created if missing.
+      make_example: a `named` function of a module, which worker processes import. It returns a dict of numeric arrays that
+        depends on its arguments alone. Within a shard it is called with increasing indices, so that it may cache what
+        neighbouring examples share.
+      count: number of examples.
+      config: a frozen dataclass or a dict of plain values.
+      processes: number of processes on this host; None for all cores.
+      shard_size: number of examples per shard.
+      process_index, process_count: this host and the number of hosts that share the file system; each makes every
+        process_count-th shard.
+      on_done: called with the number of examples of each of this host's shards, when it exists.
+      context: fourth argument of make_example, if not None. The store's content must not depend on it; it may say where the
+        files are that `config` names by their digests. It is sent to the workers with each shard.
+
     Returns:
-      the opened `Source`; None while shards of other hosts are missing.
+      The opened store, or None while shards of other hosts are missing.
+
     Raises:
       InputError: the folder holds another store, one begun with other library versions, or shards without a manifest.
       ValueError: examples of different kinds.
@@ -177,7 +102,7 @@ def write(
         "versions": _versions(),
     }
     manifest = folder / MANIFEST
-    stray = next(folder.glob("*.array_record"), None)  # looked for first: another host writes the manifest, then shards
+    stray = next(folder.glob("*.array_record"), None)  # before the manifest, which other hosts write first
     if manifest.exists():
         found = _read_manifest(manifest)
         if found["example"] in make_example.store_aliases:
@@ -203,19 +128,19 @@ def write(
         arrays = entries[0]["arrays"]
         shards = [{key: entry[key] for key in ("file", "records", "bytes", "sha256")} for entry in entries]
         files.write_json(manifest, {**plan, "arrays": arrays, "shards": shards})
-        for leftover in folder.glob(".*.array_record"):  # of a process that was killed
+        for leftover in folder.glob(".*.array_record"):  # from a process that was killed
             leftover.unlink(missing_ok=True)
         return open(folder)
     return None
 
 
-def usable_cores():
-    """Cores that this process may use; of all the machine's where the system cannot say."""
+def usable_cores() -> int:
+    """Number of cores that this process may use, or of all cores where the system does not tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open(folder):
-    """The `Source` of a finished store.
+def open(folder: pathlib.Path | str) -> "Source":
+    """Opens a finished store.
 
     Raises:
       InputError: no store, an unfinished one, a damaged manifest, a shard that is missing or cut short.
@@ -234,11 +159,11 @@ def open(folder):
     return Source(folder, manifest)
 
 
-def verify(source):
-    """Reads every byte of a store and compares it with the manifest's digests, after a copy from elsewhere say.
+def verify(source: "Source") -> None:
+    """Reads a whole store and compares it with the digests in the manifest, for example after it was copied.
 
     Raises:
-      InputError: a shard that is not what was written.
+      InputError: a shard that differs from what was written.
     """
     for shard in source.manifest["shards"]:
         found = files.sha256(source.folder / shard["file"])
@@ -247,24 +172,27 @@ def verify(source):
 
 
 class Source:
-    """A finished store as a random-access sequence of examples, as `grain.MapDataset.source` takes it.
+    """A finished store as a random-access sequence of examples, which `grain.MapDataset.source` accepts.
 
-    folder, manifest: where it lies, what it says; arrays: {name: {"dtype", "shape"}} of every example.
+    Attributes:
+      folder: of the store.
+      manifest: content of its manifest.
+      arrays: {name: {"dtype", "shape"}} of each example.
     """
 
-    def __init__(self, folder, manifest):
+    def __init__(self, folder: pathlib.Path, manifest: dict) -> None:
         self.folder, self.manifest, self.arrays = folder, manifest, manifest["arrays"]
-        self._codec = Codec(self.arrays)
-        # A range in the name spares the library from opening every file at once.
+        self._codec = codec.Codec(self.arrays)
+        # With a range in the name, the library need not open all files at once.
         self._records = array_record_data_source.ArrayRecordDataSource(
             [f"{folder / shard['file']}[0:{shard['records']}]" for shard in manifest["shards"]]
         )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.manifest["count"]
 
-    def __getitem__(self, index):
-        """The example `index` as a dict of read-only arrays.
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """The example `index`, whose arrays are read-only.
 
         Raises:
           IndexError: an index outside [0, len).
@@ -278,109 +206,13 @@ class Source:
             shard = self.manifest["shards"][index // self.manifest["shard_size"]]["file"]
             errors.fail(self.folder / shard, f"example {index}", error, "an intact record")
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Source({str(self.folder)!r})"
 
-    def identity(self):
-        """What tells this store from others, for states that must not be used with another one."""
+    def identity(self) -> str:
+        """Digest of the store's content."""
         digests = [shard["sha256"] for shard in self.manifest["shards"]]
         return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
-
-
-class Loader:
-    """Endless batches of a store, made ahead by threads: an iterator whose place can be saved and restored.
-
-    The batch of a step is a function of (store, seed, batch, step): every epoch is a new shuffle of all examples, epochs
-    follow one another without a gap, and process p of P holds every P-th example of the batch. P may change at a restart.
-    """
-
-    def __init__(self, source, seed, batch, process_index=0, process_count=1, workers=2):
-        import grain  # a second to import, and needed for training only
-
-        if batch < 1 or batch % process_count:
-            raise ValueError(f"batch {batch} does not divide by {process_count} processes")
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process {process_index} of {process_count}")
-        self._identity = {"format": STATE_FORMAT, "store": source.identity(), "seed": int(seed), "batch": int(batch)}
-        self.batch = batch // process_count
-        # Grain counts a shuffle's seed up by one each epoch: mixed first, neighbouring seeds do not share epochs.
-        mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        self._iterator = iter(
-            grain.MapDataset.source(source)
-            .shuffle(seed=mixed)
-            .repeat()[process_index::process_count]
-            .batch(self.batch, drop_remainder=True)
-            .to_iter_dataset(grain.ReadOptions(num_threads=workers, prefetch_buffer_size=BUFFERED_BATCHES))
-        )
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        """Dict of arrays (batch / process_count, ...) of the store's types."""
-        return next(self._iterator)
-
-    def get_state(self):
-        """The place in the stream as plain JSON values: what to keep in a checkpoint."""
-        return {**self._identity, "step": int(self._iterator.get_state()["next_index"])}
-
-    def set_state(self, state):
-        """Goes to a place from `get_state`, of this loader or of one with another process count.
-
-        Raises:
-          InputError: a state of another store, seed or batch, or not a state at all.
-        """
-        wanted = {**self._identity, "step": 0}
-        if not isinstance(state, dict) or set(state) != set(wanted):
-            errors.fail("loader state", "content", state, f"the keys {sorted(wanted)}")
-        for key, value in self._identity.items():
-            if state[key] != value:
-                errors.fail("loader state", key, state[key], value)
-        if type(state["step"]) is not int or state["step"] < 0:
-            errors.fail("loader state", "step", state["step"], "a whole number from 0 up")
-        self._iterator.set_state({"next_index": state["step"]})
-
-    def close(self):
-        """Ends the threads."""
-        self._iterator.close()
-
-
-def loader(source, seed, batch, process_index=0, process_count=1, workers=2):
-    """Endless training batches of a store.
-
-    Args:
-      source: what `open` gave; seed: of the shuffles; batch: examples a step over all processes.
-      process_index, process_count: which part of every batch is wanted here, as jax.process_index() and
-        jax.process_count() say.
-      workers: reading threads.
-    Returns:
-      a `Loader`.
-    Raises:
-      ValueError: a batch that does not divide by the processes.
-    """
-    return Loader(source, seed, batch, process_index, process_count, workers)
-
-
-def measure(batches, steps, step=lambda batch: None):
-    """How fast batches come, and whether a training step waits for them.
-
-    Args:
-      batches: an iterator of dicts of arrays; steps: how many to take, after one that starts the threads.
-      step: what is done with each batch; the training step, to see whether the loader starves it.
-    Returns:
-      {"examples_per_s", "waiting_share"}: with everything counted, and the part of the time spent in waiting for a batch.
-    """
-    examples, waited = 0, 0.0
-    step(next(batches))
-    start = time.perf_counter()
-    for _ in range(steps):
-        asked = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - asked
-        examples += len(next(iter(batch.values())))
-        step(batch)
-    seconds = time.perf_counter() - start
-    return {"examples_per_s": examples / seconds, "waiting_share": waited / seconds}
 
 
 def _versions():
@@ -420,31 +252,34 @@ def _run(task, jobs, processes):
 
 
 def _make_shard(job, make_example, config, seed, more):
+    """Writes one shard unless it exists."""
     path, first, last = job
     if path.exists() and _reader(path).num_records() == last - first:
         return
-    codec = None
+    first_codec = None
     with files.replacing(path) as temporary:
         writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER)
         try:
             for index in range(first, last):
                 example = make_example(config, seed, index, *more)
-                codec = codec or Codec.of(example)
-                if Codec.of(example).arrays != codec.arrays:
-                    raise ValueError(f"example {index}: arrays {Codec.of(example).arrays}, before it {codec.arrays}")
-                writer.write(codec.encode(example))
+                own = codec.Codec.of(example)
+                first_codec = first_codec or own
+                if own.arrays != first_codec.arrays:
+                    raise ValueError(f"example {index}: arrays {own.arrays}, before it {first_codec.arrays}")
+                writer.write(first_codec.encode(example))
         finally:
             writer.close()
 
 
 def _describe(job):
+    """A shard's entry in the manifest, and the arrays of its first record."""
     path, first, last = job
     return {
         "file": path.name,
         "records": last - first,
         "bytes": path.stat().st_size,
         "sha256": files.sha256(path),
-        "arrays": Codec.of_record(_reader(path).read([0])[0]).arrays,
+        "arrays": codec.Codec.of_record(_reader(path).read([0])[0]).arrays,
     }
 
 
@@ -453,7 +288,7 @@ def _reader(path):
 
 
 def _same_plan(path, found, plan):
-    """Refuses to go on with a store that would not become what `plan` says."""
+    """Refuses to continue a store whose manifest differs from the plan."""
     hint = "the store is another one: name another folder, or delete this one"
     for key, value in plan.items():
         if key == "versions" and found["shards"] is not None:
@@ -468,7 +303,7 @@ def _same_plan(path, found, plan):
 
 
 def _read_manifest(path):
-    """The manifest, checked as far as later code relies on it."""
+    """Reads a manifest and checks everything that later code relies on."""
     manifest = files.read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
@@ -485,12 +320,13 @@ def _read_manifest(path):
 
 
 def _check_shards(path, manifest):
+    """Checks the entries of shards and arrays of a finished store."""
     wanted = _jobs(pathlib.Path(), manifest["count"], manifest["shard_size"])
     shards = manifest["shards"]
     if not isinstance(shards, list) or len(shards) != len(wanted):
         errors.fail(path, "shards", len(shards) if isinstance(shards, list) else shards, f"a list of {len(wanted)}")
     for number, (shard, (name, first, last)) in enumerate(zip(shards, wanted)):
-        # The name is fixed by the format, so a manifest cannot point outside its folder.
+        # The format fixes the names, so a manifest cannot refer to files outside its folder.
         fixed = {"file": str(name), "records": last - first}
         if not isinstance(shard, dict) or any(shard.get(key) != value for key, value in fixed.items()):
             errors.fail(path, f"shards[{number}]", shard, fixed)

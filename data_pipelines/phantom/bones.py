@@ -1,20 +1,36 @@
-"""Vertebrae, sacrum, ribs and ilia as solids."""
+"""Vertebrae, sacrum, ribs and ilia as solids.
+
+The lengths (mm) and fractions that place the processes were drawn by hand on adult shapes. They shape the phantoms only;
+their tests check volumes, an open canal and closed surfaces.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from data_pipelines.phantom import anatomy
 from data_pipelines.phantom import solids
+from data_pipelines.phantom import transforms
+from data_pipelines.phantom import trunk as trunks
 
 
 def _facet(table, upper, side, above):
-    """Articular plate of the joint below vertebra `upper` in its disc frame: (top, bottom, across, half_width, radius).
+    """One articular plate of the facet joint below a vertebra.
 
-    above: of the upper partner (inferior process), else of the lower one (superior process).
+    Args:
+      table: sizes by VerSe number.
+      upper: VerSe number of the vertebra above the joint.
+      side: 1 right, -1 left.
+      above: the plate of the upper vertebra (its inferior process), else that of the lower one (superior process).
+
+    Returns:
+      top, bottom (3,), across (3,), half_width, radius: arguments of `Solid.plate`, mm in the frame of the disc.
     """
     v = table[upper]
     thoracic = upper < anatomy.T12
     angle = np.radians(v.facet_deg)
-    # From the upper partner's process towards the lower one's: outwards in the lumbar spine, forwards in the thoracic.
+    # The normal points from the upper vertebra's plate to the lower one's: laterally in the lumbar spine, anteriorly in the
+    # thoracic.
     normal = np.array([side * np.cos(angle), np.sin(angle), 0.0])
     across = np.array([side * -np.sin(angle), np.cos(angle), 0.0])
     radius = 3.1 if thoracic else 3.5 + 0.02 * (v.facet_deg - 20)
@@ -26,8 +42,24 @@ def _facet(table, upper, side, above):
     return centre + tilt * high, centre + tilt * low, across, half_width, radius
 
 
-def make_vertebra(rng, grid, label, table, scan_from_disc, scan_from_vertebra, config):
-    """_Solid of one vertebra, facets still overlapping those of its neighbours."""
+def make_vertebra(
+    rng: np.random.Generator,
+    grid: Sequence[np.ndarray],
+    label: int,
+    table: dict[int, anatomy.LevelSize],
+    scan_from_disc: dict[int, np.ndarray],
+    scan_from_vertebra: dict[int, np.ndarray],
+    asymmetry: float,
+) -> solids.Solid:
+    """The solid of one vertebra, whose facets still overlap those of its neighbours.
+
+    Args:
+      grid: coordinates of the scan's voxels, (X,), (Y,), (Z,).
+      label: VerSe number.
+      table: sizes by VerSe number.
+      scan_from_disc, scan_from_vertebra: (4, 4) by VerSe number, as `anatomy.place_levels` returns them.
+      asymmetry: largest relative deviation of the processes' lengths and positions, drawn for each side.
+    """
     v = table[label]
     pose = scan_from_vertebra[label]
     lumbar = label >= anatomy.L1
@@ -36,16 +68,16 @@ def make_vertebra(rng, grid, label, table, scan_from_disc, scan_from_vertebra, c
     solid.body(pose, v.width, v.depth, v.height, v.wedge_deg, np.clip((21 - label) / 5, 0, 1))
 
     def vary():
-        return 1 + config.asymmetry * rng.uniform(-1, 1)
+        return 1 + asymmetry * rng.uniform(-1, 1)
 
     def place(p):
-        return solids.apply_affine(pose, p)
+        return transforms.apply_affine(pose, p)
 
     def turn(d):
         return pose[:3, :3] @ np.asarray(d, np.float64)
 
     def process(p, upper):
-        return solids.apply_affine(scan_from_disc[upper], p)
+        return transforms.apply_affine(scan_from_disc[upper], p)
 
     wall = -v.depth / 2 + 1.6
     canal_y = wall - v.canal_depth / 2
@@ -70,7 +102,7 @@ def make_vertebra(rng, grid, label, table, scan_from_disc, scan_from_vertebra, c
             solid.plate(top, bottom, across, (half * 0.85, half), (radius * 0.9, radius * 1.1), 2.5)
             solid.plate(bottom, pillar, right_x, (6.0, 6.0), (4.6, 4.6), 4.0)
             if lumbar or label == anatomy.T12:
-                # Mammillary process: the knob on the back of the superior process.
+                # Mammillary process, on the back of the superior process.
                 knob = 0.45 * top + 0.55 * bottom + turn([side * 1.5, -half * 0.75, 0])
                 solid.plate(knob, knob + turn([0, -0.5, 1.5]), right_x, (2.8, 2.8), (2.8, 2.8), 3.0)
         top, bottom, across, half, radius = _facet(table, label, side, above=True)
@@ -80,7 +112,7 @@ def make_vertebra(rng, grid, label, table, scan_from_disc, scan_from_vertebra, c
         solid.plate(top, bottom, across, (half * 0.95, half * 0.8), (radius, radius * 0.95), 2.5)
         solid.plate(pillar, top, right_x, (6.5, 6.0), (4.4, 4.2), 4.0)
 
-        # Lamina: shingled, its lower border further back.
+        # Lamina, tilted so that its lower border lies further back.
         outer = 0.45 * pillar + 0.55 * top + turn([-side * 1.0, 1.0 if lumbar else -1.0, -1.0])
         shingle = turn([0, 0.28, 1])
         height = (0.33 if lumbar else 0.48) * v.height
@@ -103,7 +135,7 @@ def make_vertebra(rng, grid, label, table, scan_from_disc, scan_from_vertebra, c
             solid.plate(base, waist, up_z, (7.0, 5.2), (5.0, 3.9), 4.0)
             solid.plate(waist, tip, up_z, (5.2, club + 0.8), (3.9, club), 4.0)
 
-    # Spinous process: a hatchet in the lumbar spine, a slanting spike in the thoracic.
+    # Spinous process: a broad blade in the lumbar spine, slanting and thin in the thoracic.
     behind, tip_z, root_half, tip_half = v.spinous
     tip = np.array([rng.uniform(-1.2, 1.2), -v.depth / 2 - behind, tip_z])
     thick = 3.4 if lumbar else 2.9
@@ -124,17 +156,29 @@ def make_vertebra(rng, grid, label, table, scan_from_disc, scan_from_vertebra, c
     return solid
 
 
-def make_sacrum(grid, table, scale, scan_from_disc, scan_from_sacrum):
-    """_Solid of the sacrum: five fused bodies on a curve, alae, foramina, canal, crest."""
+def make_sacrum(
+    grid: Sequence[np.ndarray],
+    table: dict[int, anatomy.LevelSize],
+    scale: float,
+    scan_from_disc: dict[int, np.ndarray],
+    scan_from_sacrum: np.ndarray,
+) -> solids.Solid:
+    """The solid of the sacrum: five fused bodies on a curve, alae, foramina, canal and crest.
+
+    Args:
+      grid, table, scan_from_disc: as in `make_vertebra`.
+      scale: of the patient, 1 for the mean.
+      scan_from_sacrum: (4, 4), origin at the centre of the S1 endplate.
+    """
     solid = solids.Solid(grid, [-75 * scale, -110 * scale, -130 * scale], [75 * scale, 50 * scale, 40 * scale])
     last = table[anatomy.L5]
     width, depth = last.width * 1.02, last.depth * 0.97
     right = scan_from_sacrum[:3, 0]
 
     def place(p):
-        return solids.apply_affine(scan_from_sacrum, np.asarray(p, np.float64))
+        return transforms.apply_affine(scan_from_sacrum, np.asarray(p, np.float64))
 
-    # Centre line: the first body hangs from the endplate, the others curve forwards.
+    # Centre line from the S1 endplate downwards; each body is tilted 14 degrees further forwards than the one above.
     points, behind = [np.zeros(3)], []
     for k, length in enumerate((29.0, 24.0, 21.0, 18.0, 15.0)):
         angle = np.radians(-9 + 14 * k)
@@ -145,7 +189,7 @@ def make_sacrum(grid, table, scale, scan_from_disc, scan_from_sacrum):
     half_depth = scale * np.array([16.0, 11.5, 8.5, 6.5, 5, 4.0])
     flank = scale * np.array([50, 45, 38, 30, 23, 12.0])
     flank_depth = scale * np.array([11, 10.5, 9, 7, 5, 3.5])
-    first = scan_from_sacrum @ solids.rotation(0, 3) @ solids.translation(0, -2, -13.4 * scale)
+    first = scan_from_sacrum @ transforms.rotation(0, 3) @ transforms.translation(0, -2, -13.4 * scale)
     solid.body(first, width, depth, 26 * scale, 3, 0.0)
     for k in range(5):
         a, b = (points[i] + behind[i] * 2.0 * scale for i in (k, k + 1))
@@ -180,7 +224,7 @@ def make_sacrum(grid, table, scale, scan_from_disc, scan_from_sacrum):
             )
         top, bottom, across, half, radius = _facet(table, anatomy.L5, side, above=False)
         pose = scan_from_disc[anatomy.L5]
-        top, bottom = solids.apply_affine(pose, top), solids.apply_affine(pose, bottom)
+        top, bottom = transforms.apply_affine(pose, top), transforms.apply_affine(pose, bottom)
         solid.plate(top, bottom, pose[:3, :3] @ across, (half * 0.85, half), (radius * 0.9, radius * 1.1), 2.5)
         foot = place([side * 25 * scale, -24 * scale, -20 * scale])
         solid.plate(bottom, foot, right, (7 * scale, 9 * scale), (5 * scale, 6 * scale), 5.0)
@@ -207,16 +251,26 @@ def make_sacrum(grid, table, scale, scan_from_disc, scan_from_sacrum):
     return solid
 
 
-def make_rib(grid, label, table, scan_from_vertebra, trunk):
-    """_Solids of both ribs of a thoracic vertebra: head, neck, tubercle, shaft along the inside of the trunk wall."""
+def make_ribs(
+    grid: Sequence[np.ndarray],
+    label: int,
+    table: dict[int, anatomy.LevelSize],
+    scan_from_vertebra: dict[int, np.ndarray],
+    trunk: trunks.Trunk,
+) -> list[solids.Solid]:
+    """The solids of both ribs of a thoracic vertebra: head, neck, tubercle, and a shaft along the inside of the trunk's wall.
+
+    Arguments as in `make_vertebra`; trunk: the body contour that the shafts follow.
+    """
     v, pose = table[label], scan_from_vertebra[label]
+    # By level: the angle round the trunk at which the rib ends, degrees, and its descent per horizontal length.
     last = {15: 125, 16: 112, 17: 104, 18: 84, 19: 52}[label]
     drop = {15: 0.62, 16: 0.62, 17: 0.62, 18: 0.66, 19: 0.72}[label]
     out = []
     for side in (1, -1):
-        head = solids.apply_affine(pose, [side * (v.width / 2 + 1.0), -v.depth / 2 + 5.0, 0.28 * v.height])
+        head = transforms.apply_affine(pose, [side * (v.width / 2 + 1.0), -v.depth / 2 + 5.0, 0.28 * v.height])
         tip_x, behind, tip_z = v.transverse
-        tubercle = solids.apply_affine(pose, [side * (tip_x + 1.0), -v.depth / 2 - behind + 9.5, tip_z + 1.0])
+        tubercle = transforms.apply_affine(pose, [side * (tip_x + 1.0), -v.depth / 2 - behind + 9.5, tip_z + 1.0])
         neck = 0.5 * (head + tubercle) + [0, -1.5, 0]
         path = [head, neck, tubercle]
         half_x, half_y, y0 = trunk.cage(tubercle[2])
@@ -238,8 +292,15 @@ def make_rib(grid, label, table, scan_from_vertebra, trunk):
     return out
 
 
-def make_ilium(grid, side, scale):
-    """_Solid of one iliac wing: a bowl ruled between the arcuate line and the crest."""
+def make_ilium(grid: Sequence[np.ndarray], side: int, scale: float) -> solids.Solid:
+    """The solid of one iliac wing: a bowl between the arcuate line and the iliac crest.
+
+    Args:
+      grid: as in `make_vertebra`.
+      side: 1 right, -1 left.
+      scale: of the patient, 1 for the mean.
+    """
+    # Points of the right wing in scan mm.
     crest = [
         (40, -65, -42),
         (51, -62, -14),
@@ -261,7 +322,7 @@ def make_ilium(grid, side, scale):
     brim = [(44, -54, -66), (53, -36, -58), (59, -16, -52), (70, 0, -58), (86, 16, -75), (99, 33, -88), (108, 46, -86)]
     mirror = np.array([side * scale, scale, scale])
     crest, waist, brim = (solids.smooth_curve(np.array(line) * mirror, 26, 1.4) for line in (crest, waist, brim))
-    # Rows of a surface that is quadratic from brim through waist to crest.
+    # Five rows of points on a surface that is quadratic from the brim through the waist to the crest.
     at = np.linspace(0, 1, 5)[:, None, None]
     rows = (1 - at) * (1 - 2 * at) * brim + 4 * at * (1 - at) * waist + at * (2 * at - 1) * crest
     thickness = (6.0, 3.4, 2.6, 2.6, 3.6)

@@ -1,36 +1,51 @@
-"""Phantoms on disk, in the layout of VerSe."""
+"""Phantoms on disk: CT, label map and centroids of each subject in the layout of VerSe."""
 
 import concurrent.futures
 import multiprocessing
 import pathlib
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 
 from data_pipelines.io import files
 from data_pipelines.io import nifti
 from data_pipelines.phantom import generate
-from data_pipelines.phantom import solids
+from data_pipelines.phantom import transforms
 
 ORIENTATIONS = ("RAS", "LPS", "PIR", "LAS")
-"""Storage orders that phantoms are written in, in turn: everything downstream must cope with any."""
+"""Storage orders of the arrays; subjects use them in turn, so that readers meet several."""
 
 
-def scan_paths(folder, subject):
-    """Paths (ct, mask) of a subject in the VerSe layout; nothing is opened."""
+def scan_paths(folder: pathlib.Path | str, subject: str) -> tuple[pathlib.Path, pathlib.Path]:
+    """Paths of a subject's CT and mask in the VerSe layout; nothing is opened."""
     return (
         pathlib.Path(folder) / f"sub-{subject}_ct.nii.gz",
         pathlib.Path(folder) / f"sub-{subject}_seg-vert_msk.nii.gz",
     )
 
 
-def phantoms(folder, seeds, config, on_done=lambda: None):
-    """Writes the phantoms that are not there yet, on all cores; returns [(subject, ct path, mask path)].
+def phantoms(
+    folder: pathlib.Path | str,
+    seeds: Iterable[int],
+    config: generate.PhantomConfig,
+    on_done: Callable[[], object] = lambda: None,
+) -> list[tuple[str, pathlib.Path, pathlib.Path]]:
+    """Writes the phantoms that are missing from a folder, on all cores.
 
-    The centroid JSON is written last, so its presence means that a subject is complete, of whatever config: names tell
-    seeds only.
+    The centroid JSON is written last, so a subject that has one is complete. Names contain only the seed: phantoms of another
+    config in the same folder are kept and not replaced.
 
     Args:
-      folder: made if need be; seeds: one a subject; config: `generate.PhantomConfig`; on_done: called after each subject.
+      folder: created if missing.
+      seeds: one per subject.
+      on_done: called after each subject.
+
+    Returns:
+      (subject, CT path, mask path) of each seed.
+
     Raises:
       ValueError: a config that makes no spine.
     """
@@ -56,10 +71,20 @@ def phantoms(folder, seeds, config, on_done=lambda: None):
     return [(subject, *scan_paths(folder, subject)) for subject in subjects]
 
 
-def write_verse(phantom, folder, subject, axcodes="RAS"):
-    """Write the VerSe files of a phantom, arrays stored along `axcodes`; returns {'ct', 'mask', 'centroids'} paths.
+def write_verse(
+    phantom: generate.Phantom, folder: pathlib.Path | str, subject: str, axcodes: str = "RAS"
+) -> dict[str, pathlib.Path]:
+    """Writes the VerSe files of a phantom.
 
-    The folder is made if missing. Raises ValueError if axcodes does not name each anatomical axis once.
+    Args:
+      folder: created if missing.
+      axcodes: directions in which the stored axes run, such as 'PIR'.
+
+    Returns:
+      Paths of 'ct', 'mask' and 'centroids'.
+
+    Raises:
+      ValueError: axis codes that do not name each anatomical axis once.
     """
     import nibabel as nib
 
@@ -83,25 +108,32 @@ def write_verse(phantom, folder, subject, axcodes="RAS"):
     return paths
 
 
-def write_centroids(path, points, ras_from_stored, axcodes):
-    """Writes {label: (3,) RAS+ mm} as a VerSe centroid JSON, atomically: voxels of a label map, to a thousandth.
+def write_centroids(
+    path: pathlib.Path | str, points: Mapping[int, np.ndarray], ras_from_stored: np.ndarray, axcodes: Sequence[str]
+) -> None:
+    """Writes centroids as a VerSe JSON file, atomically: voxel coordinates of a label map to a thousandth.
 
     Args:
-      ras_from_stored: (4, 4) from that map's voxels, as they are stored along the three axis codes `axcodes`, to mm.
+      points: (3,) RAS+ mm by VerSe number.
+      ras_from_stored: (4, 4) from the label map's voxels, as stored, to mm.
+      axcodes: directions in which the label map's stored axes run.
+
     Raises:
       ValueError: a point that is not finite.
     """
     stored_from_ras = np.linalg.inv(ras_from_stored)
     entries = [{"direction": list(axcodes)}]
     for label in sorted(points):
-        voxel = solids.apply_affine(stored_from_ras, points[label])
+        voxel = transforms.apply_affine(stored_from_ras, points[label])
         entries.append({"label": int(label), **{axis: round(float(c), 3) for axis, c in zip("XYZ", voxel)}})
     files.write_json(path, entries)
 
 
-def make_and_write(seed, config, folder, subject, axcodes):
-    """`make_phantom`, then `write_verse`: one job for a worker process, which then imports neither jax nor a network.
+def make_and_write(
+    seed: int, config: generate.PhantomConfig, folder: pathlib.Path | str, subject: str, axcodes: str
+) -> dict[str, pathlib.Path]:
+    """Makes and writes one phantom; returns and raises as `generate.make_phantom` and `write_verse` do.
 
-    Returns and raises what they do.
+    It is one job of a worker process, in a module that imports neither jax nor a network, which keeps workers quick to start.
     """
     return write_verse(generate.make_phantom(seed, config), folder, subject, axcodes)

@@ -1,46 +1,34 @@
-"""Signed distances: the solids that bones are built from, and how neighbours are kept apart."""
+"""Solids as signed distance fields: the primitives that bones are built from, and joint spaces between neighbours.
+
+Distances are in mm, negative inside. The coefficients of the vertebral body's surface were drawn by hand.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import scipy
 
 _FAR_MM = 20.0
-BLUR_MM = 1.5
-
-
-def rotation(axis, degrees):
-    """(4, 4) rotation about coordinate axis 0, 1 or 2."""
-    i, j = [(1, 2), (2, 0), (0, 1)][axis]
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    out = np.eye(4)
-    out[i, i], out[i, j], out[j, i], out[j, j] = c, -s, s, c
-    return out
-
-
-def translation(x, y, z):
-    out = np.eye(4)
-    out[:3, 3] = x, y, z
-    return out
-
-
-def apply_affine(a_from_b, p):
-    return a_from_b[:3, :3] @ np.asarray(p, np.float64) + a_from_b[:3, 3]
+"""Distance that an empty solid starts from, mm: larger than any width over which solids are blended."""
 
 
 def _union(a, b, k):
-    """Smooth minimum: the seam is filled over a width of k mm."""
+    """Union by a smooth minimum: the seam is filled over a width of k mm."""
     h = np.maximum(k - np.abs(a - b), 0.0)
     return np.minimum(a, b) - h * h / (4.0 * k)
 
 
-def cut(a, b, k):
-    """Smooth maximum: the edge is rounded over a width of k mm."""
+def cut(a: np.ndarray, b: np.ndarray, k: float) -> np.ndarray:
+    """Intersection of two distance fields by a smooth maximum: the edge is rounded over a width of k mm."""
     return -_union(-a, -b, k)
 
 
 def _plate(p, a, b, up, half_height, radius):
-    """Distance to a tapered plate from a to b: a stadium section, along `up` half_height and across it radius in mm.
+    """Distance to a tapered plate from a to b with a stadium as cross-section.
 
-    half_height and radius are pairs (at a, at b); with both equal it is a capsule.
+    The section measures `half_height` along `up` and `radius` across it, in mm; both are pairs (at a, at b). Where the two
+    are equal the plate is a capsule.
     """
     length = np.linalg.norm(b - a)
     e = (b - a) / length
@@ -58,17 +46,27 @@ def _plate(p, a, b, up, half_height, radius):
 
 
 class Solid:
-    """A bone: distance field `f` on a window of the grid (three coordinate vectors in scan mm)."""
+    """A distance field on a box-shaped window of the scan grid.
 
-    def __init__(self, grid, low, high):
+    Attributes:
+      grid: coordinates of the scan's voxels along x, y and z, (X,), (Y,), (Z,), scan mm.
+      start: index of the window's first voxel along each axis.
+      slices: the window in arrays of the scan's shape.
+      f: signed distance on the window, mm, float32.
+    """
+
+    def __init__(
+        self, grid: Sequence[np.ndarray], low: Sequence[float] | np.ndarray, high: Sequence[float] | np.ndarray
+    ) -> None:
+        """An empty solid whose window covers the box from `low` to `high`, (3,) scan mm."""
         self.grid = grid
         self.start = [int(np.searchsorted(g, lo)) for g, lo in zip(grid, low)]
         stop = [max(int(np.searchsorted(g, hi)), s) for g, hi, s in zip(grid, high, self.start)]
         self.slices = tuple(slice(s, e) for s, e in zip(self.start, stop))
         self.f = np.full([e - s for s, e in zip(self.start, stop)], _FAR_MM, np.float32)
 
-    def window(self, low, high):
-        """Local slices of the box low..high and its open mesh of scan coordinates."""
+    def window(self, low: np.ndarray, high: np.ndarray) -> tuple[tuple[slice, ...], list[np.ndarray]]:
+        """Slices of `f` for the box from `low` to `high`, (3,) scan mm, and the open mesh of its coordinates."""
         local, mesh = [], []
         for axis, (g, s) in enumerate(zip(self.grid, self.slices)):
             g = g[s]
@@ -77,16 +75,40 @@ class Solid:
             mesh.append(g[local[-1]].reshape([-1 if k == axis else 1 for k in range(3)]))
         return tuple(local), mesh
 
-    def plate(self, a, b, up, half_height, radius, k=3.0, carve=False):
-        """Unite with a plate, or carve it out; the points and `up` are in scan mm."""
+    def plate(
+        self,
+        a: np.ndarray,
+        b: np.ndarray,
+        up: npt.ArrayLike,
+        half_height: Sequence[float] | np.ndarray,
+        radius: Sequence[float] | np.ndarray,
+        k: float = 3.0,
+        carve: bool = False,
+    ) -> None:
+        """Unites the solid with a tapered plate, or carves the plate out of it.
+
+        Args:
+          a, b: (3,) ends of the plate's centre line, scan mm.
+          up: (3,) direction in which the plate is high; its part along the centre line is ignored.
+          half_height, radius: at a and at b: half the height along `up`, half the thickness across it, mm.
+          k: width over which the seam is rounded, mm.
+          carve: removes the plate.
+        """
         reach = max(*half_height, *radius) + 6.0
         local, mesh = self.window(np.minimum(a, b) - reach, np.maximum(a, b) + reach)
         if self.f[local].size:
             d = _plate(mesh, np.asarray(a), np.asarray(b), np.asarray(up), half_height, radius)
             self.f[local] = cut(self.f[local], -d, k) if carve else _union(self.f[local], d, k)
 
-    def in_frame(self, scan_from_frame, low, high):
-        """Local slices that cover the box low..high of a frame, and the coordinates in that frame there."""
+    def in_frame(
+        self, scan_from_frame: np.ndarray, low: Sequence[float] | np.ndarray, high: Sequence[float] | np.ndarray
+    ) -> tuple[tuple[slice, ...], list[np.ndarray]]:
+        """Slices of `f` that cover a box of another frame, and that frame's x, y and z of their voxels.
+
+        Args:
+          scan_from_frame: (4, 4) rigid.
+          low, high: (3,) corners of the box, mm in the frame.
+        """
         corners = np.array([[x, y, z] for x in (low[0], high[0]) for y in (low[1], high[1]) for z in (low[2], high[2])])
         corners = corners @ scan_from_frame[:3, :3].T + scan_from_frame[:3, 3]
         local, mesh = self.window(corners.min(0), corners.max(0))
@@ -94,8 +116,17 @@ class Solid:
         d = [m - o for m, o in zip(mesh, t)]
         return local, [d[0] * r[0, i] + d[1] * r[1, i] + d[2] * r[2, i] for i in range(3)]
 
-    def body(self, scan_from_body, width, depth, height, wedge_deg, heart):
-        """Unite with a vertebral body; heart in 0..1 narrows the front, as in thoracic bodies."""
+    def body(
+        self, scan_from_body: np.ndarray, width: float, depth: float, height: float, wedge_deg: float, heart: float
+    ) -> None:
+        """Unites the solid with a vertebral body: a superellipse with a waist, a hollow back and concave endplates.
+
+        Args:
+          scan_from_body: (4, 4) frame at the body's centre.
+          width, depth, height: mm.
+          wedge_deg: angle between the endplates.
+          heart: 0 to 1; narrows the front to the heart shape of thoracic bodies.
+        """
         margin = np.array([width / 2 + 5, depth / 2 + 5, height / 2 + 7])
         local, (x, y, z) = self.in_frame(scan_from_body, -margin, margin)
         a, b = width / 2, depth / 2
@@ -104,7 +135,7 @@ class Solid:
         n = 2.35 - 0.2 * heart
         q = (np.abs(x) / flank) ** n
         q = (q + (np.abs(y) / np.where(y < 0, back, b)) ** n) ** (1 / n)
-        # Rim, waist and back to the rim: the lip is confined to the outer quarter of the height.
+        # The waist is widest at mid height; the exponent confines the lip to the outer quarter of the height.
         waist = 1 - 0.115 * np.maximum(1 - np.abs(2 * z / height) ** 2.5, 0)
         side = (q - waist) * np.hypot(x, y) / np.maximum(q, 1e-3)
         bowl = np.maximum(1 - np.square(q / 0.86), 0)
@@ -115,8 +146,17 @@ class Solid:
         self.f[local] = np.minimum(self.f[local], f)
 
 
-def smooth_curve(points, count, smooth):
-    """Resample a polyline (N, 3) to `count` points at equal arc length, corners rounded."""
+def smooth_curve(points: npt.ArrayLike, count: int, smooth: float) -> np.ndarray:
+    """Resamples a polyline to points at equal arc length and rounds its corners.
+
+    Args:
+      points: (N, 3).
+      count: number of points of the result.
+      smooth: standard deviation of the rounding, in points of the result.
+
+    Returns:
+      (count, 3).
+    """
     points = np.asarray(points, np.float64)
     arc = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))])
     at = np.linspace(0, arc[-1], count)
@@ -125,21 +165,21 @@ def smooth_curve(points, count, smooth):
 
 
 def _overlap(a, b):
-    """Local slices of two solids on the voxels that both windows cover."""
+    """Slices of two solids' fields for the voxels that both windows cover."""
     low = [max(p, q) for p, q in zip(a.start, b.start)]
     high = [max(min(p.stop, q.stop), lo) for p, q, lo in zip(a.slices, b.slices, low)]
     return tuple(tuple(slice(lo - s, hi - s) for lo, hi, s in zip(low, high, solid.start)) for solid in (a, b))
 
 
-def keep_apart(a, b, gap):
-    """Separate two bones along the surface of equal distance, with a joint space of gap mm."""
+def keep_apart(a: Solid, b: Solid, gap: float) -> None:
+    """Separates two bones along the surface of equal distance, with a joint space of `gap` mm."""
     in_a, in_b = _overlap(a, b)
     difference = (a.f[in_a] - b.f[in_b]) / 2
     a.f[in_a] = np.maximum(a.f[in_a], difference + gap / 2)
     b.f[in_b] = np.maximum(b.f[in_b], gap / 2 - difference)
 
 
-def give_way(a, b, gap):
-    """Cut bone a back until it keeps gap mm from bone b."""
+def give_way(a: Solid, b: Solid, gap: float) -> None:
+    """Cuts bone a back until it keeps `gap` mm from bone b."""
     in_a, in_b = _overlap(a, b)
     a.f[in_a] = np.maximum(a.f[in_a], gap - b.f[in_b])

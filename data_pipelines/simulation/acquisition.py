@@ -1,71 +1,81 @@
-"""One simulated acquisition of a scan: geometry, posture, projections by material, and the detector's images."""
+"""One simulated acquisition of a scan: geometry, posture, projections by material, and the images of the panel."""
 
 import dataclasses
-import functools
-import math
+from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.ct import extraction
-from data_pipelines.ct import segmentation
-from data_pipelines.ct import whole_body
 from data_pipelines.simulation import beam
 from data_pipelines.simulation import carm
 from data_pipelines.simulation import hardware
 from data_pipelines.simulation import materials
 from data_pipelines.simulation import panel
 from data_pipelines.simulation import posture
-from kernels.drr import drr
-from radgs_jax import attenuation
+from data_pipelines.simulation.articulated_body import ArticulatedBody
 from radgs_jax import errors
-from radgs_jax.geometry import resample
 
 LABELS = 29
-"""Length of per-label arrays: VerSe numbers up to 28 index them."""
-VERTEBRAE = (*range(1, 20), 28, *range(20, 26))
-"""VerSe numbers from head to feet; T13 stands below T12. The sacrum belongs to the rest of the body."""
-MARGIN_MM = 16.0
-"""How far a body may sway out of its scan's cross-section."""
-_SHAPE_STEP, _WINDOW_STEP, _SLICE_STEP = 8, 8, 32  # sizes are rounded up to these: few shapes, few compilations
-_DIRECTIONS = np.stack(np.meshgrid(*[np.linspace(-1.0, 1.0, 5)] * 3)).reshape(3, -1)
+"""Length of arrays that are indexed by VerSe number, the highest of which is 28."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Ranges (low, high) of everything that is drawn; those that span a factor of ten or more are drawn by their logarithm.
+    """Ranges (low, high) of everything that is drawn for an acquisition, and two probabilities.
 
-    The strengths of the parts of `detector` with 0 as both ends switch a part off; `chance_*` are probabilities.
+    A range that spans a factor of ten or more is drawn log-uniformly, others uniformly. (0, 0) switches an effect off. The
+    defaults were chosen by hand to cover fluoroscopy to radiography; a test holds them to the ranges that were asked for.
+    Wider ranges make the pairs harder and more varied.
+
+    Attributes:
+      flexion_deg, lateral_bend_deg, twist_deg: largest angle between neighbouring vertebrae.
+      jitter_deg, jitter_mm: largest turn about and shift along each axis of a single vertebra, beyond the spine's bend.
+      kvp: peak voltage of the tube, kV.
+      aluminium_mm, copper_mm: filters.
+      scatter_to_primary: ratio of the two signals behind the body.
+      quanta_per_mm2: quanta detected without a body.
+      electronic_quanta: standard deviation of the electronic noise, in quanta per pixel.
+      focal_blur_mm, detector_blur_mm: full widths at half maximum of the two blurs, in the panel's plane.
+      gain_ramp: relative difference of the gain across the image.
+      vignetting: relative loss of gain in the corners.
+      offset_drift: largest drift of the dark level, relative to the mean signal.
+      air_value: relative error of the air value.
+      collimation: strength of `panel.collimator`.
+      chance_collimator, chance_hardware: probabilities of a collimator, drawn for each view, and of implants.
     """
 
-    flexion_deg: tuple = (0.0, 2.5)  # largest angle between neighbouring vertebrae
-    lateral_bend_deg: tuple = (0.0, 2.0)
-    twist_deg: tuple = (0.0, 1.5)
-    jitter_deg: tuple = (0.0, 6.0)  # largest motion of a vertebra of its own about each axis
-    jitter_mm: tuple = (0.0, 3.0)
-    kvp: tuple = (70.0, 120.0)
-    aluminium_mm: tuple = (2.5, 4.0)
-    copper_mm: tuple = (0.0, 0.3)
-    scatter_to_primary: tuple = (0.1, 2.0)
-    quanta_per_mm2: tuple = (2e4, 2e6)  # detected without a body: fluoroscopy to radiography
-    electronic_quanta: tuple = (2.0, 20.0)
-    focal_blur_mm: tuple = (0.2, 1.5)  # full widths at half maximum, in the detector's plane
-    detector_blur_mm: tuple = (0.2, 1.5)
-    gain_ramp: tuple = (0.0, 0.1)
-    vignetting: tuple = (0.0, 0.15)
-    offset_drift: tuple = (0.0, 0.05)  # of the mean signal
-    air_value: tuple = (0.0, 0.2)
-    collimation: tuple = (0.2, 1.0)
+    flexion_deg: tuple[float, float] = (0.0, 2.5)
+    lateral_bend_deg: tuple[float, float] = (0.0, 2.0)
+    twist_deg: tuple[float, float] = (0.0, 1.5)
+    jitter_deg: tuple[float, float] = (0.0, 6.0)
+    jitter_mm: tuple[float, float] = (0.0, 3.0)
+    kvp: tuple[float, float] = (70.0, 120.0)
+    aluminium_mm: tuple[float, float] = (2.5, 4.0)
+    copper_mm: tuple[float, float] = (0.0, 0.3)
+    scatter_to_primary: tuple[float, float] = (0.1, 2.0)
+    quanta_per_mm2: tuple[float, float] = (2e4, 2e6)
+    electronic_quanta: tuple[float, float] = (2.0, 20.0)
+    focal_blur_mm: tuple[float, float] = (0.2, 1.5)
+    detector_blur_mm: tuple[float, float] = (0.2, 1.5)
+    gain_ramp: tuple[float, float] = (0.0, 0.1)
+    vignetting: tuple[float, float] = (0.0, 0.15)
+    offset_drift: tuple[float, float] = (0.0, 0.05)
+    air_value: tuple[float, float] = (0.0, 0.2)
+    collimation: tuple[float, float] = (0.2, 1.0)
     chance_collimator: float = 0.4
     chance_hardware: float = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Cameras and images: `window` pixels a side of `binning` detector pixels each, the target within `aim_mm` of the middle.
+    """Cameras and images.
 
-    vertebra_step_mm, rest_step_mm: sample distances of the projections.
+    Attributes:
+      device: the C-arm.
+      window: pixels along each side of an image.
+      binning: panel pixels along each side of an image's pixel.
+      aim_mm: largest distance between the target and the image's centre along each axis, at the target's depth.
+      vertebra_step_mm, rest_step_mm: sample distances along rays through vertebrae and through the rest of the body. Half of
+        them take twice the time; twice of them blur the vertebrae along the rays.
     """
 
     device: carm.CArm = carm.CArm()
@@ -78,14 +88,20 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One acquisition of V views of S x S pixels. Line integrals are at 70 keV, but for `measured`.
+    """One acquisition of V views of S x S pixels. All line integrals except `measured` are at 70 keV.
 
-    rest, excess: everything but the target vertebra, and what the target adds (their sum is the clean X-ray);
-    vertebra: the target alone; metal: implants (in neither); all (V, S, S).
-    measured: -log of the flat-field corrected signal; valid: (V, S, S) bool, inside the collimator and above the noise floor.
-    intrinsics: (V, 4); camera_from_world: (V, 4, 4); world_from_box: (4, 4) the target's true pose.
-    centroids: (V, 29, 2) pixel coordinates u, v of every articulated vertebra's centroid by VerSe number, 0 where absent;
-    in_sight: (V, 29) bool, present and inside the image.
+    Attributes:
+      rest: (V, S, S) line integrals of everything except the target vertebra.
+      excess: (V, S, S) what the target adds to `rest`; their sum is the clean X-ray.
+      vertebra: (V, S, S) line integrals of the target alone.
+      metal: (V, S, S) line integrals of implants, which are in none of the above.
+      measured: (V, S, S) -log of the flat-field corrected signal.
+      valid: (V, S, S) bool, inside the collimator and above the noise floor.
+      intrinsics: (V, 4) fx, fy, cx, cy in pixels.
+      camera_from_world: (V, 4, 4).
+      world_from_box: (4, 4) the target's true pose.
+      centroids: (V, LABELS, 2) pixel coordinates u, v of each movable vertebra's centroid by VerSe number, 0 where absent.
+      in_sight: (V, LABELS) bool, present and inside the image.
     """
 
     rest: np.ndarray
@@ -101,160 +117,22 @@ class Sample:
     in_sight: np.ndarray
 
 
-class ArticulatedBody:
-    """A scan in parts that move: every complete vertebra on a fine crop, and the rest, muscle in their place, on a coarse grid.
-
-    Vertebrae that the scan cuts stay with the rest. Where a moved vertebra meets more than the muscle that it is an excess
-    over (another vertebra, a rib) attenuations add; where it meets lung, muscle comes short.
-    """
-
-    def __init__(self, scan, rest_mm=3.0, vertebra_mm=1.5):
-        """rest_mm, vertebra_mm: largest voxel sides of the two; whole voxels of the scan are averaged.
-
-        Raises:
-          InputError: a scan without a complete vertebra.
-        """
-        whole = segmentation.complete_labels(scan.labels)
-        labels = [label for label in VERTEBRAE if label in whole]
-        if not labels:
-            errors.fail(scan.patient, "labels", sorted(scan.boxes), "a complete vertebra among them")
-        frames = np.stack([extraction.ct_from_box(scan, label) for label in labels])
-        self.spine = posture.Spine(tuple(labels), frames)
-        mu = attenuation.from_hounsfield(scan.hu)
-        bone = materials.bone_from_hounsfield(scan.hu)
-        fill = float(attenuation.from_hounsfield(np.array(whole_body.FILL_HU, np.float32)))
-        crops, self.extents = [], []
-        for label, frame in zip(labels, frames):
-            box = tuple(slice(s.start - 1, s.stop + 1) for s in scan.boxes[label])
-            mask = scan.labels[box] == label
-            crop_from = resample.part_from_index(scan.ct_from_index, [s.start for s in box])
-            parts = [
-                resample.block_average(np.where(mask, a, 0), crop_from, vertebra_mm) for a in (mu[box], bone[box], 1)
-            ]
-            ct = np.argwhere(mask) @ crop_from[:3, :3].T + crop_from[:3, 3]
-            self.extents.append(np.percentile((ct - frame[:3, 3]) @ frame[:3, :3], [1, 99], axis=0))
-            outermost = ct[np.unique(np.argmax(ct @ _DIRECTIONS, axis=0))]
-            crops.append(([volume.astype(np.float32) for volume, _ in parts], parts[0][1], outermost))
-            mu[box][mask], bone[box][mask] = fill, 0.0
-        self._crops = []
-        for (alone, bony, filled), affine, outermost in crops:
-            volumes = [alone - fill * filled, bony, alone]
-            padded = [np.pad(v, [(0, -n % _SHAPE_STEP) for n in v.shape]) for v in volumes]
-            self._crops.append((tuple(jnp.asarray(v) for v in padded), affine, outermost))
-        (rest, self.ct_from_index), (rest_bone, _) = (_coarse(a, scan.ct_from_index, rest_mm) for a in (mu, bone))
-        self._rest = jnp.asarray(rest), jnp.asarray(rest_bone)
-
-    def render_rest(self, smooth, world_from_ct, intrinsics, camera_from_world, size, step_mm=2.5):
-        """Line integrals at 70 keV of the rest of the body in a posture: two arrays (V, S, S), all of it and its bone.
-
-        Args:
-          smooth: (K, 4, 4) motions of `posture.Posture`; world_from_ct: (4, 4).
-          intrinsics: (V, 4); camera_from_world: (V, 4, 4); size: S; step_mm: sample distance.
-        Raises:
-          ValueError: as `posture.pull_back`.
-        """
-        spacing = np.linalg.norm(self.ct_from_index[:3, :3], axis=0)
-        margin = int(MARGIN_MM / spacing[:2].max())
-        X, Y, _ = self._rest[0].shape
-        first, count = self._slices_in_sight(world_from_ct, intrinsics, camera_from_world, size, margin)
-        affines = posture.pull_back(self.spine, smooth, self.ct_from_index, first, count)
-        volumes = posture.warp(self._rest, jnp.asarray(affines, jnp.float32), (X + 2 * margin, Y + 2 * margin), margin)
-        ct_from_warped = resample.part_from_index(self.ct_from_index, [-margin, -margin, first])
-        voxel_from_camera = np.linalg.inv(camera_from_world @ world_from_ct @ ct_from_warped)[:, :3]
-        images = _project(volumes, *_float32(voxel_from_camera, intrinsics), size, step_mm, 1)
-        return tuple(np.asarray(image) for image in images)
-
-    def _slices_in_sight(self, world_from_ct, intrinsics, camera_from_world, size, margin):
-        """First and number of the rest's slices that the images' rays meet, rounded up to few different numbers."""
-        X, Y, Z = self._rest[0].shape
-        u, v = np.meshgrid(*[np.linspace(-0.5, size - 0.5, 3)] * 2)
-        low, high = [], []
-        for k, E in zip(intrinsics, camera_from_world):
-            index_from_camera = np.linalg.inv(E @ world_from_ct @ self.ct_from_index)
-            d = np.stack([(u.ravel() - k[2]) / k[0], (v.ravel() - k[3]) / k[1], np.ones(9)], 1)
-            depth = np.linspace(0.0, 2.0 * E[2, 3], 129)[1:, None, None]
-            index = (depth * d) @ index_from_camera[:3, :3].T + index_from_camera[:3, 3]
-            sides = (index[..., :2] > -margin - 1) & (index[..., :2] < [X + margin, Y + margin])
-            place = index[..., 2][sides.all(-1)]
-            if len(place):
-                low.append(place.min())
-                high.append(place.max())
-        first = int(np.clip(math.floor(min(low, default=0)) - 2, 0, Z - 2))
-        last = int(np.clip(math.ceil(max(high, default=0)) + 2, first + 2, Z))
-        count = min(_round_up(last - first, _SLICE_STEP), Z)
-        return min(first, Z - count), count
-
-    def render_vertebra(self, label, world_from_ct, intrinsics, camera_from_world, size, step_mm=1.5, alone=True):
-        """Line integrals of one vertebra at its pose: excess over muscle, its bone, and (if `alone`) itself; (V, S, S) each.
-
-        Each pixel is the mean of four rays, as a detector integrates.
-
-        Args:
-          label: VerSe number; world_from_ct: (4, 4), of the vertebra; the rest as in `render_rest`.
-        Raises:
-          ValueError: a label that the body has no complete vertebra of.
-        """
-        volumes, ct_from_index, outermost = self._crops[self.spine.labels.index(label)]
-        volumes = volumes if alone else volumes[:2]
-        camera_from_ct = camera_from_world @ world_from_ct
-        points = camera_from_ct[:, :3, :3] @ outermost.T + camera_from_ct[:, :3, 3:]
-        uv = points[:, :2] / points[:, 2:] * intrinsics[:, :2, None] + intrinsics[:, 2:, None]
-        # Interpolation reaches a voxel beyond the outermost voxels' centres, block averages half a voxel more.
-        reach = 2.0 * np.linalg.norm(ct_from_index[:3, :3], axis=0).max() * intrinsics[:, 0] / points[:, 2].min(-1) + 1
-        corner = np.floor(uv.min(-1) - reach[:, None]).astype(int)
-        side = _round_up(np.ceil(uv.max(-1) + reach[:, None] - corner).max() + 1, _WINDOW_STEP)
-        if side >= _round_up(size, _WINDOW_STEP):
-            side, corner = _round_up(size, _WINDOW_STEP), np.zeros_like(corner)
-        if (corner >= size).any(1).all() or (corner + side <= 0).any(1).all():
-            return [np.zeros((len(intrinsics), size, size), np.float32) for _ in volumes]
-        moved = np.array(intrinsics, np.float64)
-        moved[:, 2:] -= corner
-        index_from_camera = np.linalg.inv(camera_from_ct @ ct_from_index)[:, :3]
-        windows = _project(volumes, *_float32(index_from_camera, moved), side, step_mm, 2)
-        return [_place(np.asarray(window), corner, size) for window in windows]
-
-
-def _place(windows, corners, size):
-    """Windows (V, side, side) with their corners (V, 2) in images (V, size, size) that are 0 elsewhere."""
-    images = np.zeros((len(corners), size, size), np.float32)
-    for image, window, (column, row) in zip(images, windows, corners):
-        window = window[max(-row, 0) :, max(-column, 0) :]
-        target = image[max(row, 0) :, max(column, 0) :][: window.shape[0], : window.shape[1]]
-        target += window[: target.shape[0], : target.shape[1]]
-    return images
-
-
-def _float32(*arrays):
-    return tuple(jnp.asarray(a, jnp.float32) for a in arrays)
-
-
-def _round_up(n, step):
-    return -(-int(n) // step) * step
-
-
-def _coarse(array, ct_from_index, spacing_mm):
-    """`whole_body.coarse_body` with a voxel of air around its cross-section, and its affine."""
-    array, affine, _ = whole_body.coarse_body(array, ct_from_index, spacing_mm)
-    affine[:3, 3] -= affine[:3, :3] @ [1, 1, 0]
-    return np.pad(array, ((1, 1), (1, 1), (0, 0))).astype(np.float32, copy=False), affine
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _project(volumes, voxel_from_camera, intrinsics, size, step_mm, oversample):
-    """Line integrals (V, size, size) of each volume, each pixel the mean of oversample^2 rays."""
-    scale = jnp.asarray([oversample] * 4, jnp.float32)
-    fine = intrinsics * scale + 0.5 * (oversample - 1) * jnp.asarray([0.0, 0.0, 1.0, 1.0])
-    side = size * oversample
-    images = [drr(volume, voxel_from_camera, fine, side, side, step_mm=step_mm) for volume in volumes]
-    return tuple(i.reshape(-1, size, oversample, size, oversample).mean((2, 4)) for i in images)
-
-
 @dataclasses.dataclass(frozen=True)
 class Stance:
-    """A body in a posture before a C-arm: what exposures share that differ in the target's own place, the beam and the detector.
+    """A body in a posture in front of a C-arm: what several exposures share.
 
-    target: the vertebra's place in `body.spine.labels`; jitter: largest turn and shift of its own, degrees and mm.
-    rest, bone: (V, S, S) line integrals at 70 keV of everything but the target, all of it and its bone.
+    They differ in the target's own motion, the beam, the implants and the panel.
+
+    Attributes:
+      body: the body.
+      target: index of the target vertebra in `body.spine.labels`.
+      preset, geometry: as given to `stand`.
+      intrinsics: (V, 4).
+      camera_from_world: (V, 4, 4).
+      world_from_ct: (4, 4) the patient's place.
+      posture: of the spine.
+      jitter: largest turn, degrees, and largest shift, mm, of the target about its place in the posture.
+      rest, bone: (V, S, S) line integrals at 70 keV of everything except the target, and of the bone in it.
     """
 
     body: ArticulatedBody
@@ -265,30 +143,34 @@ class Stance:
     camera_from_world: np.ndarray
     world_from_ct: np.ndarray
     posture: posture.Posture
-    jitter: tuple
+    jitter: tuple[float, float]
     rest: np.ndarray
     bone: np.ndarray
 
 
-def stand(body, label, rng, preset=Preset(), geometry=Geometry()):
-    """Draws cameras, the patient's place and a posture, and projects all but the vertebra `label`: a `Stance`.
+def stand(
+    body: ArticulatedBody,
+    label: int,
+    rng: np.random.Generator,
+    preset: Preset = Preset(),
+    geometry: Geometry = Geometry(),
+) -> Stance:
+    """Draws cameras, the patient's place and a posture, and projects everything except the vertebra `label`.
 
-    Args:
-      body: `Body`; rng: np.random.Generator, which drives all of it.
     Raises:
-      InputError: the body has no complete vertebra of that label.
+      InputError: a label whose vertebra is absent or incomplete.
       ValueError: as `posture.pull_back`.
     """
     if label not in body.spine.labels:
         errors.fail("simulate", "label", label, f"a complete vertebra of the scan, one of {body.spine.labels}")
-    # Parts have generators of their own, so that one that draws more does not change the others.
+    # Each part has its own generator, so that a part that draws more numbers does not change the others.
     place, bend = rng.spawn(2)
     target = body.spine.labels.index(label)
     camera_from_world = carm.sample_views(place, geometry.device)
     world_from_ct = carm.sample_world_from_ct(place, body.spine.centres[target])
     bends = [_draw(bend, r) for r in (preset.flexion_deg, preset.lateral_bend_deg, preset.twist_deg)]
     jitter = _draw(bend, preset.jitter_deg), _draw(bend, preset.jitter_mm)
-    pose = posture.draw(bend, body.spine, target, bends, *jitter)
+    pose = posture.draw_posture(bend, body.spine, target, bends, *jitter)
     centre = world_from_ct[:3, :3] @ body.spine.centres[target] + world_from_ct[:3, 3]
     intrinsics = _aim(place, geometry, camera_from_world, centre)
     cameras = intrinsics, camera_from_world, geometry.window
@@ -304,18 +186,14 @@ def stand(body, label, rng, preset=Preset(), geometry=Geometry()):
     return Stance(body, target, preset, geometry, *cameras[:2], world_from_ct, pose, jitter, rest, bone)
 
 
-def expose(stance, rng):
-    """One acquisition (`Sample`) of a `Stance`: the target at a place of its own, a beam, implants and a detector.
-
-    Args:
-      rng: np.random.Generator, which drives all of it.
-    """
+def expose(stance: Stance, rng: np.random.Generator) -> Sample:
+    """One acquisition of a stance: draws the target's own motion, implants, and for each view a beam and a panel."""
     body, preset, geometry = stance.body, stance.preset, stance.geometry
     own, metal_rng, *views_rng = rng.spawn(2 + len(stance.intrinsics))
     label = body.spine.labels[stance.target]
     cameras = stance.intrinsics, stance.camera_from_world, geometry.window
     motions = stance.posture.own.copy()
-    # The posture leaves its anchor, the target, where it is: what moves the target is this alone.
+    # The posture leaves the target, which is its anchor, in place: only this motion moves it.
     motions[stance.target] = posture.jitter(own, body.spine.centres[stance.target], *stance.jitter)
     world_from_box = stance.world_from_ct @ motions @ body.spine.ct_from_box
     excess, bone, vertebra = body.render_vertebra(
@@ -324,7 +202,7 @@ def expose(stance, rng):
     bone = bone + stance.bone
     implants, metal = [], str(metal_rng.choice(materials.METALS))
     if metal_rng.uniform() < preset.chance_hardware:
-        implants = hardware.draw(metal_rng, world_from_box, np.stack(body.extents), stance.target)
+        implants = hardware.draw_implants(metal_rng, world_from_box, np.stack(body.extents), stance.target)
     chords = hardware.chords(implants, *cameras, geometry.window)
     chords *= materials.attenuation_per_mm(metal, [materials.REFERENCE_KEV])[0].astype(np.float32)
 
@@ -351,11 +229,18 @@ def expose(stance, rng):
     )
 
 
-def simulate(body, label, rng, preset=Preset(), geometry=Geometry()):
-    """One acquisition (`Sample`) with the vertebra `label` as its target: a function of the generator's state alone.
+def simulate(
+    body: ArticulatedBody,
+    label: int,
+    rng: np.random.Generator,
+    preset: Preset = Preset(),
+    geometry: Geometry = Geometry(),
+) -> Sample:
+    """One acquisition with the vertebra `label` as its target.
 
     Args:
-      body: `Body`; rng: np.random.Generator, for example default_rng([seed, label, index]).
+      rng: source of everything random, for example default_rng([seed, label, index]).
+
     Raises:
       InputError, ValueError: as `stand`.
     """
@@ -363,6 +248,7 @@ def simulate(body, label, rng, preset=Preset(), geometry=Geometry()):
 
 
 def _draw(rng, bounds):
+    """A number between two bounds; log-uniform where they are a factor of ten or more apart."""
     low, high = bounds
     if low > 0 and high >= 10.0 * low:
         return float(np.exp(rng.uniform(np.log(low), np.log(high))))
@@ -370,7 +256,7 @@ def _draw(rng, bounds):
 
 
 def _aim(rng, geometry, camera_from_world, centre):
-    """Intrinsics (V, 4) of windows of the detector, at whole pixels of it, with a point near their middles."""
+    """Intrinsics (V, 4) of windows at whole pixels of the panel, with a world point near their middles."""
     intrinsics = np.repeat(carm.intrinsics(geometry.device, geometry.binning)[None], len(camera_from_world), 0)
     for k, E in zip(intrinsics, camera_from_world):
         p = E[:3, :3] @ centre + E[:3, 3]
@@ -380,6 +266,7 @@ def _aim(rng, geometry, camera_from_world, centre):
 
 
 def _label_places(labels, world_from_box, intrinsics, camera_from_world, size):
+    """`Sample.centroids` and `Sample.in_sight` of vertebrae at poses (K, 4, 4)."""
     points = np.einsum("vij,kj->vki", camera_from_world[:, :3, :3], world_from_box[:, :3, 3])
     points += camera_from_world[:, None, :3, 3]
     uv = points[..., :2] / points[..., 2:] * intrinsics[:, None, :2] + intrinsics[:, None, 2:]
@@ -390,12 +277,18 @@ def _label_places(labels, world_from_box, intrinsics, camera_from_world, size):
     return centroids, in_sight
 
 
-def measure(line_integrals, rng, preset, pixel_mm):
-    """One view as the detector gives it: line integrals (H, W) after flat-field correction, and where they are valid (H, W).
+def measure(
+    line_integrals: Mapping[str, np.ndarray], rng: np.random.Generator, preset: Preset, pixel_mm: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """One view as the panel measures it.
 
     Args:
-      line_integrals: dict from material to (H, W) at 70 keV; rng: drives all of it; preset: `Preset`.
-      pixel_mm: in the detector's plane.
+      line_integrals: (H, W) at 70 keV by material.
+      pixel_mm: side of a pixel in the panel's plane.
+
+    Returns:
+      line integrals (H, W) after flat-field correction, and (H, W) bool, where they are valid.
+
     Raises:
       ValueError: an unknown material, or a peak voltage that `beam.tube_photons` refuses.
     """

@@ -1,6 +1,6 @@
-"""How many pairs a second, against what the sampling alone would take.
+"""Measures simulated acquisitions per second, and compares their time with that of the sampling alone.
 
-python -m data_pipelines.simulator.bench --scan=CT --mask=MASK --label=22 [--pairs=20]
+python -m data_pipelines.simulation.bench --scan=CT --mask=MASK --label=22 [--pairs=20]
 """
 
 import time
@@ -11,6 +11,7 @@ from absl import flags
 
 from data_pipelines.ct import scans
 from data_pipelines.simulation import acquisition
+from data_pipelines.simulation import articulated_body
 from data_pipelines.simulation import posture
 from kernels.tools import program
 from radgs_jax import errors
@@ -30,27 +31,36 @@ def _index_from_camera(camera_from_world, world_from_ct, ct_from_index):
 
 
 def _samples(shape, index_from_camera, intrinsics, size, step_mm, oversample):
-    """Samples of the rays inside a volume: a volume of ones, its line integral over the step."""
+    """Number of samples of the rays inside a volume: the line integrals of a volume of ones, divided by the step."""
     ones = (jnp.ones(tuple(int(n) for n in shape), jnp.float32),)
-    image = acquisition._project(
+    image = articulated_body._project(
         ones, index_from_camera, jnp.asarray(intrinsics, jnp.float32), size, step_mm, oversample
     )
     return float(np.sum(np.asarray(image[0]), dtype=np.float64)) * oversample**2 / step_mm
 
 
-def report(body, label, pairs=20, seed=0, geometry=acquisition.Geometry()):
-    """Times warm pairs, and the rate of the ray march and of the warp in the same run; a dict of figures.
+def report(
+    body: articulated_body.ArticulatedBody,
+    label: int,
+    pairs: int = 20,
+    seed: int = 0,
+    geometry: acquisition.Geometry = acquisition.Geometry(),
+) -> dict[str, float]:
+    """Times acquisitions (pairs of views) after compilation, and the rates of the ray march and of the warp in the same run.
 
-    The bound is what a pair's samples would take at those rates: two materials through the rest of the body, two through
-    each vertebra in sight (three through the target), and the voxels that the posture's warp looks up.
+    The bound is the time that a pair's samples take at those rates: two materials through the rest of the body, two through
+    each vertebra in sight (three through the target), and the voxels that the posture's warp reads.
 
     Args:
-      body: `acquisition.ArticulatedBody`; label: VerSe number of the target; pairs: how many are simulated, once unmeasured and
-        once timed; seed: of the pairs; geometry: `acquisition.Geometry`.
+      label: VerSe number of the target.
+      pairs: number of acquisitions, which are simulated once to compile and once to be timed.
+      seed: of the acquisitions.
+
     Returns:
-      floats by name; the names say the unit.
+      Figures by name; the names contain the units.
+
     Raises:
-      InputError: the body has no complete vertebra of that label.
+      InputError: a label whose vertebra is absent or incomplete.
     """
     preset = acquisition.Preset()
     for index in range(pairs):
@@ -74,7 +84,9 @@ def report(body, label, pairs=20, seed=0, geometry=acquisition.Geometry()):
     from_camera = _index_from_camera(E, world_from_ct, body.ct_from_index)
     intrinsics = jnp.asarray(k, jnp.float32)
     best = _seconds(
-        lambda: np.asarray(acquisition._project(body._rest, from_camera, intrinsics, size, geometry.rest_step_mm, 1)[0])
+        lambda: np.asarray(
+            articulated_body._project(body._rest, from_camera, intrinsics, size, geometry.rest_step_mm, 1)[0]
+        )
     )
     rate = march[-1] / best
     still = np.tile(np.eye(4), (len(body.spine.labels), 1, 1))
@@ -113,12 +125,14 @@ def _check():
         raise flags.Error(f"{', '.join(missing)}: found nothing, wanted --scan, --mask and --label")
 
 
-def main():
+def main() -> None:
     """Reads the flags and prints the figures; bad flags or input end the program with one line and status 2."""
     if not program.read_flags(FLAGS, HELP, __doc__, _check):
         return
     try:
-        figures = report(acquisition.ArticulatedBody(scans.read_scan(SCAN.value, MASK.value)), LABEL.value, PAIRS.value)
+        figures = report(
+            articulated_body.ArticulatedBody(scans.read_scan(SCAN.value, MASK.value)), LABEL.value, PAIRS.value
+        )
     except errors.InputError as error:
         program.stop(error)
     for name, value in figures.items():

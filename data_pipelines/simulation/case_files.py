@@ -1,8 +1,10 @@
-"""Case files with simulated X-rays of known pose."""
+"""Writes case files with simulated X-rays whose true poses are known."""
 
 import contextlib
 import functools
 import pathlib
+from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,38 +22,53 @@ from radgs_jax.geometry import camera
 from radgs_jax.geometry import rigid_host
 
 POSTURES = {"rigid": cases.VARIANTS, "bent": ("artic", "real")}
-"""How bodies in case files have moved, and the variants that there are of each."""
+"""How a body may have moved since its CT, and the variants of X-rays that exist for each."""
 BENT_WINDOW = 240
-"""Pixels along a bent scene's X-rays, round the vertebra."""
+"""Pixels along each side of a bent scene's X-rays, which are centred on the vertebra: 180 mm at the isocentre of the default
+C-arm, as much as the whole panel shows. Half of it shows little more than the vertebra."""
+BINNING = 4
+"""Panel pixels along each side of an image's pixel, chosen by hand; half of it takes four times the time and disk space."""
 
 
 def simulated_cases(
-    path,
-    subjects,
-    labels,
-    scenes,
-    starts_mm,
-    seed,
-    detector,
-    variants=None,
-    posture="rigid",
-    articulation=1.0,
-    on_done=lambda: None,
-):
-    """Writes a case file whose X-rays are simulated from scans, with points, truth and start poses; returns its path.
+    path: pathlib.Path | str,
+    subjects: Sequence[tuple[str, pathlib.Path | str, pathlib.Path | str]],
+    labels: Sequence[int],
+    scenes: int,
+    starts_mm: Sequence[tuple[float, float]],
+    seed: int,
+    faults: quick.PanelFaults,
+    variants: Sequence[str] | None = None,
+    posture: str = "rigid",
+    articulation: float = 1.0,
+    on_done: Callable[[], object] = lambda: None,
+) -> pathlib.Path:
+    """Writes a case file whose X-rays are simulated from scans, with points, true poses and start poses.
 
-    Rendered finer than simulated pairs. A case file that is there is kept, whatever it was made from.
+    The X-rays are rendered at a finer resolution than simulated pairs. An existing case file is kept, whatever it was made
+    from.
 
     Args:
-      subjects: [(subject, ct path, mask path)]; labels: VerSe numbers; scenes: acquisitions per vertebra; seed: of all draws.
-      starts_mm: bins [(low, high)] of start mTRE, one case each per scene; detector: `quick.PanelFaults` of the 'real' variant.
-      variants: arrays of the X-ray files, among `POSTURES[posture]`, None for all; on_done: called after each scene.
-      posture: 'rigid', everything but the vertebra moved as one and `detector`'s physics; or 'bent', every vertebra at a place
-        of its own, with `simulator`'s postures, metal and physics: `detector` and `articulation` have no say.
-      articulation: of 'rigid', as `carm.sample_articulation` has it.
+      path: of the case file; the X-ray files are written into the same folder.
+      subjects: (name, CT path, mask path) of each scan.
+      labels: VerSe numbers of the vertebrae.
+      scenes: number of acquisitions of each vertebra.
+      starts_mm: bins (low, high) of the start poses' mTRE; each scene has one case per bin.
+      seed: of all random draws.
+      faults: faults of the panel in the variant 'real' of a rigid posture.
+      variants: arrays of the X-ray files, from `POSTURES[posture]`; None for all.
+      posture: 'rigid': everything except the vertebra moves as one, with the physics of `quick`; 'bent': every vertebra moves
+        by itself, with the postures, implants and physics of `simulation.simulate`, and `faults` and `articulation` are
+        unused.
+      articulation: strength of `carm.sample_articulation` in a rigid posture.
+      on_done: called after each scene.
+
+    Returns:
+      The case file's path.
+
     Raises:
       InputError: an unreadable scan, an absent or cut vertebra.
-      ValueError: a posture or a variant that is none.
+      ValueError: an unknown posture or variant.
     """
     if posture not in POSTURES:
         raise ValueError(f"posture: found {posture!r}, wanted one of {', '.join(POSTURES)}")
@@ -81,7 +98,7 @@ def simulated_cases(
             }
             if posture == "rigid":
                 acquire = functools.partial(
-                    _rigid_scene, quick.RigidBody(whole, vertebra), detector, articulation, variants
+                    _rigid_scene, quick.RigidBody(whole, vertebra), faults, articulation, variants
                 )
             else:
                 acquire = functools.partial(_bent_scene, whole, vertebra, variants)
@@ -107,7 +124,7 @@ def simulated_cases(
                         "xrays": xray_path.name,
                     }
                 )
-                # Of their own generator: scenes that differ in how they were made have the same starts.
+                # A generator of their own gives start poses that do not depend on how the scene was made.
                 rng = np.random.default_rng([seed, number, label, index, 1])
                 for bin_index, (low, high) in enumerate(starts_mm):
                     start = carm.start_of_mtre(rng, world_from_ct, centre, vertebra.points, rng.uniform(low, high))
@@ -124,24 +141,29 @@ def simulated_cases(
     return path
 
 
-def _rigid_scene(body, detector, articulation, variants, rng):
-    """Images by variant, intrinsics (V, 4), camera_from_world (V, 4, 4), world_from_ct, and what else the case file says."""
-    device, k = carm.CArm(), 4
-    intrinsics = np.stack([carm.intrinsics(device, k)] * len(carm.VIEWS))
-    size = (device.detector_px // k,) * 2
+def _rigid_scene(body, faults, articulation, variants, rng):
+    """A scene in which everything except the vertebra moves as one.
+
+    Returns:
+      Images (V, H, W) by variant, intrinsics (V, 4), camera_from_world (V, 4, 4), world_from_ct (4, 4), and further entries
+      of the scene in the case file.
+    """
+    device = carm.CArm()
+    intrinsics = np.stack([carm.intrinsics(device, BINNING)] * len(carm.VIEWS))
+    size = (device.detector_px // BINNING,) * 2
     centre = body.vertebra.ct_from_box[:3, 3]
     world_from_ct = carm.sample_world_from_ct(rng, centre)
     centre_world = world_from_ct[:3, :3] @ centre + world_from_ct[:3, 3]
     world_from_rest = rigid_host.motion_about(centre_world, carm.sample_articulation(rng, articulation)) @ world_from_ct
     extrinsics = carm.sample_views(rng, device)
-    images = _variants(body, world_from_ct, world_from_rest, intrinsics, extrinsics, size, detector, rng, variants)
+    images = _variants(body, world_from_ct, world_from_rest, intrinsics, extrinsics, size, faults, rng, variants)
     return images, intrinsics, extrinsics, world_from_ct, {"T_rest": world_from_rest.tolist()}
 
 
 def _bent_scene(body, vertebra, variants, rng):
-    """As `_rigid_scene`, of a `simulator.Body`."""
-    geometry = simulation.Geometry(window=BENT_WINDOW, binning=4, vertebra_step_mm=0.75, rest_step_mm=1.5)
-    # Case files do not say which pixels count, so nothing is collimated.
+    """As `_rigid_scene`, of a `simulation.ArticulatedBody` whose vertebrae each move by themselves."""
+    geometry = simulation.Geometry(window=BENT_WINDOW, binning=BINNING, vertebra_step_mm=0.75, rest_step_mm=1.5)
+    # Case files have no mask of valid pixels, so there is no collimator.
     sample = simulation.simulate(body, vertebra.label, rng, simulation.Preset(chance_collimator=0.0), geometry)
     images = {"artic": sample.rest + sample.excess, "real": sample.measured}
     world_from_ct = rigid_host.nearest_rigid(
@@ -153,12 +175,14 @@ def _bent_scene(body, vertebra, variants, rng):
 
 
 def _relative(target, folder):
+    """A path relative to a folder that contains it; otherwise absolute."""
     with contextlib.suppress(ValueError):
         return str(pathlib.Path(target).resolve().relative_to(pathlib.Path(folder).resolve()))
     return str(pathlib.Path(target).resolve())
 
 
-def _variants(body, world_from_ct, world_from_rest, intrinsics, extrinsics, size, detector, rng, wanted):
+def _variants(body, world_from_ct, world_from_rest, intrinsics, extrinsics, size, faults, rng, wanted):
+    """Images (V, H, W) of the wanted variants of a rigid scene."""
     excess, alone = body.render_vertebra(world_from_ct, intrinsics, extrinsics, size)
     images = {
         "easy": lambda: alone,
@@ -168,5 +192,5 @@ def _variants(body, world_from_ct, world_from_rest, intrinsics, extrinsics, size
     made = {v: images[v]() for v in wanted if v in images}
     if "real" in wanted:
         ideal = made["artic"] if "artic" in made else images["artic"]()
-        made["real"] = quick.degrade(ideal, rng, detector)
+        made["real"] = quick.degrade(ideal, rng, faults)
     return made

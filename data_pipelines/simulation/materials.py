@@ -1,24 +1,25 @@
-"""Attenuation by material and energy, and a CT's split into soft tissue and bone.
+"""Attenuation by material and energy, and the division of a CT into soft tissue and bone.
 
-Line integrals of every material are kept at the reference energy of the case format, 70 keV. At another energy each is
-multiplied by `relative`, so a volume is rendered once per material, whatever the beam.
+Line integrals of each material are rendered once, at the reference energy. `relative` scales them to the other energies of a
+beam.
 """
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
-import xraylib
 
 from radgs_jax import attenuation
 
 REFERENCE_KEV = 70.0
-"""The energy at which line integrals are kept: that of `radgs_jax.attenuation`."""
+"""Energy of line integrals in the case format and in `radgs_jax.attenuation`, keV."""
 SOFT_TISSUE, BONE = "soft tissue", "bone"
 METALS = ("titanium", "stainless steel", "cobalt-chrome")
 ONLY_SOFT_HU, ONLY_BONE_HU = 100.0, 1000.0
-"""Between these a voxel is a mixture: of marrow and soft tissue at the first, and of compact bone at the second."""
+"""HU up to which a voxel is soft tissue alone, and from which it is bone alone; in between it is a mixture by volume. Chosen by
+hand. Lower values take more for bone, so that bodies harden the beam more."""
 
-# A compound of NIST's list in xraylib, or mass fractions of elements by atomic number; the density in g/cm^3.
+# By material: the name of a compound in xraylib's copy of NIST's list, or mass fractions by atomic number; density, g/cm^3.
 # Alloys: Ti-6Al-4V (ASTM F136), 316L steel (ASTM F138), Co-28Cr-6Mo (ASTM F1537), nominal compositions.
 _TABLE = {
     "air": ("Air, Dry (near sea level)", 0.001205),
@@ -36,10 +37,10 @@ _TABLE = {
 }
 
 
-def attenuation_per_mm(material, energies_kev):
-    """Linear attenuation (N,) in 1/mm of a named material at its nominal density, at energies (N,) in keV.
+def attenuation_per_mm(material: str, energies_kev: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Linear attenuation (N,), 1/mm, of a material at its nominal density and at energies (N,), keV.
 
-    The coefficients, with coherent scatter, are xraylib's: Schoonjans et al., Spectrochim. Acta B 66 (2011) 776.
+    The coefficients include coherent scatter and come from xraylib: Schoonjans et al., Spectrochim. Acta B 66 (2011) 776.
 
     Raises:
       ValueError: an unknown material.
@@ -48,6 +49,8 @@ def attenuation_per_mm(material, energies_kev):
         raise ValueError(f"material {material!r}: wanted one of {sorted(_TABLE)}")
     composition, density = _TABLE[material]
     energies = np.asarray(energies_kev, np.float64).tolist()
+    import xraylib  # an extra of the package, needed only where X-rays are simulated with all of their physics
+
     if isinstance(composition, str):
         per_gram = np.array([xraylib.CS_Total_CP(composition, e) for e in energies])
     else:
@@ -61,16 +64,19 @@ def _reference(material):
     return float(attenuation_per_mm(material, [REFERENCE_KEV])[0])
 
 
-def relative(material, energies_kev):
-    """Attenuation (N,) of a material at energies (N,) in keV, over that at the reference energy; raises as `attenuation_per_mm`."""
+def relative(material: str, energies_kev: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Ratio (N,) of a material's attenuation at energies (N,), keV, to that at 70 keV; raises as `attenuation_per_mm`."""
     return attenuation_per_mm(material, energies_kev) / _reference(material)
 
 
-def bone_from_hounsfield(hu):
-    """The part (any shape, 1/mm at 70 keV) of `attenuation.from_hounsfield` that is bone's; soft tissue is the remainder.
+def bone_from_hounsfield(hu: np.ndarray) -> np.ndarray:
+    """The part of `attenuation.from_hounsfield` that bone contributes, 1/mm at 70 keV; soft tissue contributes the rest.
 
-    A voxel is the mixture, by volume, of what `ONLY_SOFT_HU` and `ONLY_BONE_HU` stand for that has its attenuation. Above,
-    it is bone, only denser. So the two parts add up to the case format's attenuation.
+    Between ONLY_SOFT_HU and ONLY_BONE_HU a voxel is the mixture of both, by volume, that has its attenuation. Above, it is
+    denser bone.
+
+    Args:
+      hu: any shape, HU.
     """
     ends = attenuation.from_hounsfield(np.array([ONLY_SOFT_HU, ONLY_BONE_HU], np.float32))
     mu = attenuation.from_hounsfield(np.asarray(hu, np.float32))

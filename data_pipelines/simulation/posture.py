@@ -1,10 +1,11 @@
-"""Random postures: a spine that bends smoothly, every vertebra a little off on its own, and soft tissue that follows.
+"""Random postures: a spine that bends smoothly, vertebrae that deviate from the bend, and soft tissue that follows it.
 
-Motions are ct_from_rest: rigid, of CT mm, from where the scan has something to where the posture puts it.
+Motions are rigid maps of CT coordinates, mm: from a place in the scan to the same tissue's place in the posture.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,39 +15,55 @@ import scipy
 from radgs_jax.geometry import rigid_host
 
 WAVE_LEVELS = (6.0, 24.0)
-"""Length of the waves in which a spine bends, in vertebrae: between an S and a single arc."""
+"""Shortest and longest wavelength of a spine's bend, in vertebrae; chosen by hand. 6 bends a lumbar spine into an S, 24 into a
+single arc; shorter waves would be indistinguishable from independent motions of the vertebrae."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Spine:
-    """A scan's vertebrae from head to feet: labels (K,) VerSe numbers; ct_from_box (K, 4, 4) their frames at rest."""
+    """A scan's vertebrae from head to feet.
 
-    labels: tuple
+    Attributes:
+      labels: K VerSe numbers.
+      ct_from_box: (K, 4, 4) frames of the vertebrae in the scan.
+    """
+
+    labels: tuple[int, ...]
     ct_from_box: np.ndarray
 
     @property
-    def centres(self):
-        """(K, 3) CT mm."""
+    def centres(self) -> np.ndarray:
+        """Origins of the frames, (K, 3) CT mm."""
         return self.ct_from_box[:, :3, 3]
 
 
 @dataclasses.dataclass(frozen=True)
 class Posture:
-    """smooth (K, 4, 4): motions that soft tissue at each level shares; own (K, 4, 4): those of the vertebrae themselves."""
+    """Motions of K vertebrae.
+
+    Attributes:
+      smooth: (K, 4, 4) of the soft tissue at each level.
+      own: (K, 4, 4) of the vertebrae.
+    """
 
     smooth: np.ndarray
     own: np.ndarray
 
 
-def draw(rng, spine, anchor, bend_deg, jitter_deg, jitter_mm):
-    """A random `Posture` whose smooth part leaves level `anchor` (an index) where it is.
-
-    Between neighbours the spine turns about the middle between their centres, by angles that run in waves along it.
+def draw_posture(
+    rng: np.random.Generator,
+    spine: Spine,
+    anchor: int,
+    bend_deg: Sequence[float],
+    jitter_deg: float,
+    jitter_mm: float,
+) -> Posture:
+    """Draws a posture. Neighbouring vertebrae turn about the point midway between them, by angles that vary in waves.
 
     Args:
-      rng: np.random.Generator; spine: `Spine`.
-      bend_deg: (3,) largest angle between neighbours about the upper one's x (flexion), y (lateral bend), z (twist).
-      jitter_deg, jitter_mm: largest turn about and shift along each axis of a vertebra of its own, beyond the smooth part.
+      anchor: index of the level that the smooth motion leaves in place.
+      bend_deg: (3,) largest angle between neighbours about the upper one's x (flexion), y (lateral bend) and z (twist).
+      jitter_deg, jitter_mm: largest turn about and shift along each axis of a single vertebra, beyond the smooth motion.
     """
     count = len(spine.labels)
     length, phase = rng.uniform(*WAVE_LEVELS, 3), rng.uniform(0.0, 2.0 * np.pi, 3)
@@ -61,30 +78,36 @@ def draw(rng, spine, anchor, bend_deg, jitter_deg, jitter_mm):
     return Posture(smooth, np.stack(own))
 
 
-def jitter(rng, centre, largest_deg, largest_mm):
-    """A motion (4, 4) of one vertebra about its centre (3,) mm: a rotation vector and a shift, uniform along each axis."""
+def jitter(rng: np.random.Generator, centre: np.ndarray, largest_deg: float, largest_mm: float) -> np.ndarray:
+    """Draws a motion (4, 4) of one vertebra about its centre (3,): a rotation vector and a shift, uniform along each axis."""
     twist = rng.uniform(-1.0, 1.0, 6) * ([np.radians(largest_deg)] * 3 + [largest_mm] * 3)
     return rigid_host.motion_about(centre, twist)
 
 
 def _joint(spine, upper, angles):
+    """Rotation (4, 4) below level `upper` by `angles` (3,) rad about its axes, about the point midway to the next level."""
     axes = spine.ct_from_box[upper, :3, :3]
     middle = 0.5 * (spine.centres[upper] + spine.centres[upper + 1])
     return rigid_host.motion_about(middle, np.concatenate([axes @ angles, np.zeros(3)]))
 
 
-def pull_back(spine, smooth, ct_from_index, first, count):
-    """Where soft tissue of a posed body comes from: (count, 3, 3) matrices, one for each slice first, first + 1, ... of a grid.
+def pull_back(spine: Spine, smooth: np.ndarray, ct_from_index: np.ndarray, first: int, count: int) -> np.ndarray:
+    """Where in the scan the soft tissue of a posture comes from, one affine map for each slice of a grid.
 
-    A slice is a plane of constant third index. What is at (i, j, first + n) in the posture was at matrix n applied to
-    (i, j, 1) in the scan, in voxel indices of the grid. Between vertebrae the inverse motions are blended by the slice's place
-    among the posed centres (monotone cubics, Fritsch and Carlson 1980); beyond the last they stay. Neighbours differ by a
-    few degrees, where blended matrices are rigid within a part in a thousand.
+    Between vertebrae the inverse motions are interpolated along the grid's third axis (monotone cubics, Fritsch and Carlson
+    1980); beyond the last vertebrae they are constant. Neighbours differ by a few degrees, so that the interpolated matrices
+    are rigid to about one part in a thousand.
 
     Args:
-      spine: `Spine`; smooth: (K, 4, 4) of its `Posture`; ct_from_index: (4, 4) of the grid.
+      smooth: (K, 4, 4) of the spine's `Posture`.
+      ct_from_index: (4, 4) of the grid.
+      first, count: first slice (plane of constant third index) and number of slices.
+
+    Returns:
+      (count, 3, 3): matrix n maps (i, j, 1) of slice first + n in the posture to voxel indices in the scan.
+
     Raises:
-      ValueError: posed centres that do not follow each other along the grid's third axis.
+      ValueError: posed vertebrae that do not follow each other along the grid's third axis.
     """
     back, index_from_ct = np.linalg.inv(smooth), np.linalg.inv(ct_from_index)
     posed = np.einsum("kij,kj->ki", smooth[:, :3, :3], spine.centres) + smooth[:, :3, 3]
@@ -102,15 +125,19 @@ def pull_back(spine, smooth, ct_from_index, first, count):
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def warp(volumes, pull_back, shape, margin):
-    """Volumes as a posture moves them.
+def warp(
+    volumes: tuple[jax.Array, ...], pull_back: jax.Array, shape: tuple[int, int], margin: int
+) -> tuple[jax.Array, ...]:
+    """Resamples volumes into a posture.
 
     Args:
-      volumes: tuple of (X, Y, Z) arrays, empty in the first and last planes of their first two axes.
+      volumes: (X, Y, Z) each, zero in the first and last planes of the first two axes, whose values are repeated outside.
       pull_back: (count, 3, 3) matrices of `pull_back`.
-      shape: (X', Y') of the result, whose index (margin, margin) is the volume's (0, 0).
+      shape: (X', Y') of the result.
+      margin: index along the first two axes at which the result holds the volumes' index 0.
+
     Returns:
-      tuple of (X', Y', count) arrays: trilinear samples, end values beyond the ends.
+      (X', Y', count) each, by trilinear interpolation.
     """
     i = jnp.arange(shape[0], dtype=jnp.float32)[:, None, None] - margin
     j = jnp.arange(shape[1], dtype=jnp.float32)[None, :, None] - margin
@@ -135,5 +162,5 @@ def warp(volumes, pull_back, shape, margin):
         a, b = along_y(0), along_y(size[1] * size[2])
         return a + x * (b - a)
 
-    # One by one: XLA samples both anew for each when they share a gather.
+    # Sampled one by one: where volumes share a gather, XLA repeats the gather of all of them for each result.
     return tuple(sample(v.reshape(-1)) for v in volumes)

@@ -1,1 +1,1 @@
-"""Where the simulator was before 0.2; it is `data_pipelines.simulation`. This goes with 0.3."""
+"""Deprecated: renamed to `data_pipelines.simulation` in 0.2. Removed in 0.3."""

@@ -1,4 +1,4 @@
-"""`python -m data_pipelines.simulator.bench`: the name that `data_pipelines.simulation.bench` had before 0.2. It goes with 0.3."""
+"""Deprecated: `python -m data_pipelines.simulator.bench` runs `data_pipelines.simulation.bench`. Removed in 0.3."""
 
 import runpy
 

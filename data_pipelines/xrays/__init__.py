@@ -1,1 +1,1 @@
-"""Measured X-rays: line integrals, valid pixels and cameras from users' files."""
+"""Measured X-rays: line integrals, valid pixels and cameras from hospital and laboratory files."""

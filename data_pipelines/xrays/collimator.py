@@ -1,4 +1,4 @@
-"""The border of a collimated X-ray, found in the image: straight blades or a round diaphragm."""
+"""Finds the border of a collimated X-ray in the image: straight blades or a round diaphragm."""
 
 import dataclasses
 
@@ -10,35 +10,92 @@ from radgs_jax.geometry import camera
 
 @dataclasses.dataclass(frozen=True)
 class Border:
-    """kind: 'none', 'rectangle' (one to four straight borders) or 'circle'; mask: (H, W) bool, True inside.
+    """The border of the exposed field, in pixels.
 
-    lines: (n, 3), a u + b v >= c inside, (a, b) a unit vector; circle: (u, v, radius) or None; pixels.
+    Attributes:
+      kind: 'none', 'rectangle' (one to four straight borders) or 'circle'.
+      mask: (H, W) bool, True inside.
+      lines: (n, 3), a u + b v >= c inside, with (a, b) a unit vector.
+      circle: (u, v, radius), or None.
     """
 
     kind: str
     mask: np.ndarray
     lines: np.ndarray
-    circle: tuple | None
+    circle: tuple[float, float, float] | None
 
 
-_SEARCH_PX = 384  # the border is looked for on an image of about this size, then refined on the whole one
+# All constants below are chosen by hand; test_collimator.py checks them on simulated fields. "Pixels" in them are those of
+# the search image, and steps and structure are differences of the natural logarithm of intensity.
+_SEARCH_PX = 384
+"""Larger side of the search image, at most, in pixels; the border is refined on the full image. Half loses weak borders to
+averaging, twice takes four times as long."""
 _TILT_DEG = 8.0
-_STEP = 0.3  # logarithmic step from outside to inside that counts in full
-_COHERENT = 0.6  # mean of the clipped step along a border
-_DARKER = 1.5  # bright end of the inside over that of the outside
-_STRAIGHT = 0.75  # share of a border's points within a pixel and a half of it
-_BLACK = 12.0  # the same where structure does not matter: leaves let a little through
-_FLAT = 0.25  # logarithmic structure that shadow may show
-_FLOOR = 0.003  # of the bright level: below it, differences are noise
+"""Largest rotation of a straight border against the image side. Half misses rotated collimators, twice fits oblique anatomy."""
+_CANDIDATES = 8
+"""Number of straight borders, and of circles, that are tested. Half may miss the border behind anatomy, twice doubles the time."""
+_MAX_BORDER = 0.45
+"""A straight border's distance from its side is below this fraction of the image, since a field contains the image's middle."""
+_MIN_SCORE = 0.05
+"""Lowest mean step over the length of the image for a candidate. Half adds candidates, twice misses short or weak borders."""
+_STEP = 0.3
+"""A step of this size counts in full. Half accepts steps within anatomy, twice misses borders behind strong scatter."""
+_PEAK = 0.3
+"""A step along a ray is a point of a circle if it is above this fraction of _STEP. Half adds points of anatomy, twice loses weak
+borders."""
+_COHERENT = 0.6
+"""Lowest mean along a border of its steps, each divided by _STEP and clipped to 1. Half accepts anatomy; 1 is the maximum."""
+_RISING = 0.9
+"""Fraction of a border's points with an inward step above a tenth of _STEP. Half accepts anatomy; 1 is the maximum."""
+_MIN_SEGMENT = 0.1
+"""Shortest border as a fraction of the smaller image side. Half accepts edges of small structures, twice misses corners."""
+_MIN_INSIDE = 0.02
+"""Smallest field as a fraction of the image. Half accepts very small fields, twice misses strongly collimated ones."""
+_DARKER = 1.5
+"""Lowest ratio of the bright ends inside and outside (quantiles 0.99 and 0.9). Nearer to 1 accepts anatomy, twice misses borders
+behind strong scatter."""
+_BLACK = 12.0
+"""Ratio above which structure outside is allowed, since blades transmit a little. Half accepts dense anatomy, twice refuses borders
+whose shadow shows anatomy."""
+_FLAT = 0.25
+"""Largest structure of the shadow: quantile 0.9 of the difference of Gaussian means over _FINE_PX and _COARSE_PX. Half refuses
+noisy shadows, twice accepts anatomy."""
+_FINE_PX, _COARSE_PX = 1.5, 6.0
+"""Standard deviations in pixels of these means: noise is averaged by both, and scatter is smooth at either scale."""
+_FLOOR = 0.003
+"""Intensity, as a fraction of the bright level, that is added before the logarithm. Half shows noise as steps, twice hides borders
+of strongly attenuated fields."""
+_NOISE_FLOOR = 6.0
+"""Standard deviations of the noise that are added as well. Half shows noise as steps, twice hides borders of dim fields."""
+_CONTRAST = 1.15
+"""Lowest ratio of intensity inside to outside for a crossing of the half level. Nearer to 1 fits noise, higher drops points."""
+_NEAR_PX = 1.5
+"""Largest distance in pixels between a border and the points that are counted for it. Half loses points to noise, twice counts
+points of other edges."""
+_OUTLIER = 2.5
+"""Points further from a fit than this multiple of the median distance are dropped. Half drops good points, twice keeps outliers."""
+_STRAIGHT = 0.75
+"""Fraction of a border's points that must be within _NEAR_PX of the fit. Half accepts curved anatomy; 1 is the maximum."""
+_CIRCLE_TRIALS = 1500
+"""Number of random triples of points in the search for circles (RANSAC). Half misses some circles, twice takes twice the time."""
+_CIRCLE_RADIUS = (0.2, 1.0)
+"""Smallest and largest radius of a circle as a fraction of the smaller image side."""
+_CIRCLE_OFFSET = 0.3
+"""Largest offset of its centre from the image's, as the same fraction. Half misses decentred fields, twice accepts anatomy."""
+_MIN_RAYS = 20
+"""Smallest number of the 180 rays that agree on a circle. Half tests more circles, twice misses partly visible ones."""
 
 
-def find(image):
-    """The `Border` of a collimated X-ray, straight or circular, on linear intensity (H, W) of any positive scale.
+def find(image: np.ndarray) -> Border:
+    """Finds the border of a collimated X-ray, straight or circular. Deterministic.
 
-    A border is a line along an image side (turned by up to 8 degrees) or a circle, across which intensity rises inwards nearly all
-    along, and beyond which it is dark and without structure. Anatomy fails one of these. Lines are found by summing the
-    clipped logarithmic step over all lines (a Hough transform of the signed gradient), circles by RANSAC on the steps along rays;
-    both are then fitted to the half-level crossings of the full image. Deterministic.
+    A border is a line along an image side (rotated by at most _TILT_DEG) or a circle. Intensity rises inwards along nearly
+    all of it, and the area outside is dark and without structure. Anatomy fails one of these conditions. Lines are found by
+    summing the clipped logarithmic step over all lines (a Hough transform of the signed gradient), circles by RANSAC on steps
+    along rays. Both are then fitted to the half-level crossings in the full image.
+
+    Args:
+      image: (H, W) linear intensity on any positive scale.
     """
     image = np.asarray(image, np.float32)
     height, width = image.shape
@@ -48,12 +105,12 @@ def find(image):
     bright = np.quantile(small, 0.99)
     if min(small.shape) < 32 or not bright > 0:
         return nothing
-    # Where the detector only counts noise, its logarithm has steps of any size.
+    # Without signal, the logarithm of the noise has steps of any size.
     dark = small <= np.quantile(small, 0.2)
     noise = 1.5 * np.median(np.abs(small - scipy.ndimage.median_filter(small, 5))[dark])
-    log = np.log(np.clip(small, 0, bright) + max(_FLOOR * bright, 6.0 * noise))
+    log = np.log(np.clip(small, 0, bright) + max(_FLOOR * bright, _NOISE_FLOOR * noise))
     smooth = scipy.ndimage.gaussian_filter(image, 0.5 * factor)
-    # A circle first: a part of one can pass for a line, four lines never for a circle.
+    # Circles first: part of a circle can pass for a line, but lines cannot pass for a circle.
     circle = _find_circle(log)
     circle = None if circle is None else _refine_circle(smooth, circle, factor)
     if circle is not None:
@@ -79,7 +136,7 @@ def _sample(image, u, v):
 
 
 def _steps(log, u, v, normal):
-    """Logarithmic step across points (inwards along `normal`), between the three pixels beyond the blur on either side."""
+    """Logarithmic step at points, inwards along `normal`: difference of the means over three pixels on either side of the blur."""
     offsets = np.array([1.5, 2.5, 3.5])[:, None]
     inner = _sample(log, u + offsets * normal[0], v + offsets * normal[1]).mean(0)
     outer = _sample(log, u - offsets * normal[0], v - offsets * normal[1]).mean(0)
@@ -87,14 +144,14 @@ def _steps(log, u, v, normal):
 
 
 def _find_lines(log):
-    """Borders (a, b, c) in pixels of `log`, one a side at most."""
+    """Straight borders (a, b, c) in pixels of `log`, at most one for each image side."""
     candidates = []
     for side in range(4):
         lines = (_turn_back(*line, log.shape, side) for line in _left_borders(np.rot90(log, side)))
         candidates.append([line for line in lines if _dark_beyond(log, *_sides_of(log.shape, line))])
     chosen = [lines[0] if lines else None for lines in candidates]
-    # A border must hold along its own segment only, which the others bound: better ones for each side in turn, then the weak
-    # ones go, one by one, since without it another's segment grows.
+    # A border is judged along its segment, which ends at the other borders. So the best candidate is chosen for each side in turn.
+    # Then weak borders are removed one by one, since removing one lengthens the segments of the others.
     for _ in range(2):
         for side, lines in enumerate(candidates):
             others = [line for k, line in enumerate(chosen) if k != side and line is not None]
@@ -110,12 +167,12 @@ def _find_lines(log):
 
 
 def _sides_of(shape, line):
-    """Masks of what is not well beyond a line, and of what is well inside it."""
+    """Masks of the pixels inside a line with a margin outwards, and with a margin inwards, which exclude the blur."""
     return _inside_lines(shape, [line], -1.5), _inside_lines(shape, [line], 2.5)
 
 
 def _turn_back(a, b, c, shape, side):
-    """The line a u' + b v' >= c of np.rot90(image, side), in the pixels of the image of `shape`."""
+    """The line a u' + b v' >= c in pixels of np.rot90(image, side), converted to pixels of the image, which has `shape`."""
     right, bottom = shape[1] - 1, shape[0] - 1
     if side == 1:  # u' = v, v' = right - u
         a, b, c = -b, a, c - b * right
@@ -126,15 +183,15 @@ def _turn_back(a, b, c, shape, side):
     return np.array([a, b, c])
 
 
-def _left_borders(log, count=8):
-    """The strongest left-hand borders (a, b, c), best first: local maxima of the clipped step summed along lines."""
+def _left_borders(log):
+    """The strongest borders (a, b, c) on the left, best first: local maxima of the clipped step summed along lines."""
     rows, columns = log.shape
     padded = np.pad(log, ((0, 0), (5, 5)), mode="edge")
     total = np.cumsum(np.pad(padded, ((0, 0), (1, 0))), 1)
-    # The border before column c: columns c + 1 .. c + 3 against c - 4 .. c - 2.
+    # Step at the border to the left of column c: mean of columns c + 1 .. c + 3 minus that of c - 4 .. c - 2.
     at = np.arange(columns) + 5
     step = (total[:, at + 4] - total[:, at + 1]) - (total[:, at - 1] - total[:, at - 4])
-    step = np.clip(step / 3, -_STEP, 1)  # a larger step than scatter makes must win, but no single pixel
+    step = np.clip(step / 3, -_STEP, 1)  # more than scatter makes, but no single pixel dominates
     slopes = np.tan(np.radians(np.linspace(-_TILT_DEG, _TILT_DEG, 33)))
     middle = 0.5 * (rows - 1)
     score = np.empty((len(slopes), columns))
@@ -142,37 +199,36 @@ def _left_borders(log, count=8):
         column = np.arange(columns) + np.rint(slope * (np.arange(rows) - middle)).astype(int)[:, None]
         inside = (column >= 0) & (column < columns)
         score[k] = np.where(inside, np.take_along_axis(step, np.clip(column, 0, columns - 1), 1), 0).sum(0)
-    # A field without the image's middle is none that anyone collimates.
-    score[:, int(0.45 * columns) :] = 0
-    peaks = np.argwhere((score == scipy.ndimage.maximum_filter(score, (9, 9))) & (score > 0.05 * rows))
-    best = sorted(peaks.tolist(), key=lambda peak: -score[tuple(peak)])[:count]
+    score[:, int(_MAX_BORDER * columns) :] = 0
+    peaks = np.argwhere((score == scipy.ndimage.maximum_filter(score, (9, 9))) & (score > _MIN_SCORE * rows))
+    best = sorted(peaks.tolist(), key=lambda peak: -score[tuple(peak)])[:_CANDIDATES]
     return [
         np.array([1.0, -slopes[k], column - 0.5 - slopes[k] * middle]) / np.hypot(1.0, slopes[k]) for k, column in best
     ]
 
 
 def _dark_beyond(log, near_inside, well_inside):
-    """Whether what lies beyond a border is dark, and black or without structure: scatter is smooth, anatomy is not."""
+    """Whether the area outside a border is dark, and either black or without structure. Scatter is smooth, anatomy is not."""
     outside = ~near_inside
-    if outside.sum() < 0.5 * min(log.shape) or well_inside.sum() < 0.02 * log.size:
+    if outside.sum() < 0.5 * min(log.shape) or well_inside.sum() < _MIN_INSIDE * log.size:
         return False
     drop = np.quantile(log[well_inside], 0.99) - np.quantile(log[outside], 0.9)
     if drop < np.log(_DARKER):
         return False
     if drop > np.log(_BLACK):
         return True
-    fine, coarse = (_smooth_within(log, outside, sigma) for sigma in (1.5, 6.0))
+    fine, coarse = (_smooth_within(log, outside, sigma) for sigma in (_FINE_PX, _COARSE_PX))
     return np.quantile(np.abs(fine - coarse)[outside], 0.9) < _FLAT
 
 
 def _smooth_within(image, mask, sigma):
-    """Gaussian mean over the pixels of `mask` only."""
+    """Gaussian mean over the pixels inside `mask`."""
     weight = scipy.ndimage.gaussian_filter(mask.astype(np.float32), sigma, truncate=3)
     return scipy.ndimage.gaussian_filter(np.where(mask, image, 0), sigma, truncate=3) / np.maximum(weight, 1e-3)
 
 
 def _segment(line, shape, others, step=1.0):
-    """Points (u, v) of a line inside the image and inside the other borders."""
+    """Points (u, v) of a line that are inside the image and inside the other borders, `step` pixels apart."""
     a, b, c = line
     reach = np.arange(-np.hypot(*shape), np.hypot(*shape), step)
     foot = np.array([a * c, b * c])
@@ -187,32 +243,33 @@ def _segment(line, shape, others, step=1.0):
 
 
 def _coherence(log, line, others):
-    """Mean step along a line's segment, each at most 1; 0 where the segment is short or not a step nearly all along."""
+    """Mean step along the segment of a line, see `_mean_step`; 0 if the segment is too short."""
     u, v = _segment(line, log.shape, others)
-    return _mean_step(_steps(log, u, v, line[:2])) if len(u) > 0.1 * min(log.shape) else 0.0
+    return _mean_step(_steps(log, u, v, line[:2])) if len(u) > _MIN_SEGMENT * min(log.shape) else 0.0
 
 
 def _mean_step(steps):
-    coherent = np.clip(steps / _STEP, -1, 1).mean() > _COHERENT and (steps > 0.1 * _STEP).mean() > 0.9
-    # Scatter rises smoothly towards a border, which is itself a larger step than that.
+    """Mean of the steps along a border, each clipped to 1; 0 if they are not those of a border."""
+    coherent = np.clip(steps / _STEP, -1, 1).mean() > _COHERENT and (steps > 0.1 * _STEP).mean() > _RISING
+    # Not clipped to _STEP: the border is a larger step than the smooth rise of scatter towards it.
     return float(np.clip(steps, -1, 1).mean()) if coherent else 0.0
 
 
 def _crossings(image, u, v, normal, reach):
-    """Distance along `normal` from each point to where the intensity passes half way from outside to inside; nan if it does not."""
+    """Distance along `normal` from each point to the half level between intensity outside and inside; nan if it is not crossed."""
     offsets = np.linspace(-reach, reach, int(4 * reach) + 1)
     profile = _sample(image, u + offsets[:, None] * normal[0], v + offsets[:, None] * normal[1])
     ends = max(2, len(offsets) // 6)
     low, high = profile[:ends].mean(0), profile[-ends:].mean(0)
     above = profile > 0.5 * (low + high)
-    last = len(offsets) - 1 - np.argmax(~above[::-1], 0)  # the last sample below: the step nearest to the inside
+    last = len(offsets) - 1 - np.argmax(~above[::-1], 0)  # the crossing nearest to the inside
     last = np.clip(last, 0, len(offsets) - 2)
     index = np.arange(profile.shape[1])
     p0, p1 = profile[last, index], profile[last + 1, index]
     with np.errstate(divide="ignore", invalid="ignore"):
         part = (0.5 * (low + high) - p0) / (p1 - p0)
     result = offsets[last] + np.clip(part, 0, 1) * (offsets[1] - offsets[0])
-    return np.where((high > 1.15 * low) & above[-1] & ~above[0], result, np.nan)
+    return np.where((high > _CONTRAST * low) & above[-1] & ~above[0], result, np.nan)
 
 
 def _on_full_image(line, factor):
@@ -221,7 +278,7 @@ def _on_full_image(line, factor):
 
 
 def _refine_line(image, line, others, factor):
-    """A border of the small image fitted to the full one; None where its points do not lie on a line."""
+    """A border of the search image, fitted to the full image; None if its points are not on a line."""
     line, *others = (_on_full_image(each, factor) for each in (line, *others))
     for reach in (4.0 * factor + 4, 2.0 * factor + 4):
         u, v = _segment(line, image.shape, others, max(1.0, factor / 2))
@@ -233,14 +290,14 @@ def _refine_line(image, line, others, factor):
         for _ in range(6):
             slope, offset = np.polyfit(along[good], distance[good], 1)
             residual = np.abs(distance - offset - slope * along)
-            limit = max(1.5, 2.5 * np.median(residual[good]))
+            limit = max(_NEAR_PX, _OUTLIER * np.median(residual[good]))
             good = np.nan_to_num(residual, nan=np.inf) <= limit
             if good.sum() < 10:
                 return None
         turned = np.array([line[0] + slope * line[1], line[1] - slope * line[0], line[2] + offset])
         line = turned / np.hypot(turned[0], turned[1])
     seen = np.isfinite(distance)
-    straight = (residual[seen] <= 1.5 * max(1.0, factor / 2)).mean()
+    straight = (residual[seen] <= _NEAR_PX * max(1.0, factor / 2)).mean()
     return line if straight > _STRAIGHT else None
 
 
@@ -254,22 +311,24 @@ def _find_circle(log):
     normal = -np.stack([np.cos(angles) + 0 * u, np.sin(angles) + 0 * u]).reshape(2, -1)
     steps = np.clip(_steps(log, u.ravel(), v.ravel(), normal) / _STEP, -1, 1).reshape(u.shape)
     steps[(u < 3) | (u > width - 4) | (v < 3) | (v > height - 4)] = 0
-    # Anatomy makes steps too: every maximum along a ray is a candidate, and the circle that most rays agree on is tried first.
-    peaks = (steps > 0.3) & (steps == scipy.ndimage.maximum_filter1d(steps, 5, axis=1))
+    # Anatomy makes steps too. Every maximum along a ray is a candidate, and the circle with most rays is tried first.
+    peaks = (steps > _PEAK) & (steps == scipy.ndimage.maximum_filter1d(steps, 5, axis=1))
     ray = np.nonzero(peaks)[0]
     points = np.stack([u[peaks], v[peaks]], 1)
     if len(points) < 30:
         return None
-    chosen = np.random.default_rng(0).choice(len(points), (1500, 3))
+    chosen = np.random.default_rng(0).choice(len(points), (_CIRCLE_TRIALS, 3))
     circles = _circles_through(points[chosen])
     size = min(log.shape)
     off = np.abs(circles[:, :2] - centre).max(1)
-    circles = circles[(circles[:, 2] > 0.2 * size) & (circles[:, 2] < size) & (off < 0.3 * size)]
-    votes = [len(np.unique(ray[_near(points, circle, 1.5)])) for circle in circles]
-    for index in np.argsort(votes)[::-1][:8]:
-        if votes[index] < 20:
+    smallest, largest = _CIRCLE_RADIUS
+    radius = circles[:, 2]
+    circles = circles[(radius > smallest * size) & (radius < largest * size) & (off < _CIRCLE_OFFSET * size)]
+    votes = [len(np.unique(ray[_near(points, circle, _NEAR_PX)])) for circle in circles]
+    for index in np.argsort(votes)[::-1][:_CANDIDATES]:
+        if votes[index] < _MIN_RAYS:
             break
-        circle = _fit_circle(points[_near(points, circles[index], 1.5)])
+        circle = _fit_circle(points[_near(points, circles[index], _NEAR_PX)])
         if _circle_holds(log, circle):
             return circle
     return None
@@ -280,7 +339,7 @@ def _near(points, circle, tolerance):
 
 
 def _circles_through(triples):
-    """(N, 3) u, v, radius through triples of points (N, 3, 2); nan where they lie on a line."""
+    """(N, 3) u, v, radius of the circles through triples of points (N, 3, 2); nan if they are on a line."""
     a, b, c = (triples[:, k] for k in range(3))
     squares = [(p**2).sum(1) for p in (a, b, c)]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -329,6 +388,6 @@ def _refine_circle(image, circle, factor):
             points = np.stack([u + distance * normal[0], v + distance * normal[1]], 1)
             circle = _fit_circle(points[good])
             residual = np.abs(np.hypot(*(points - circle[:2]).T) - circle[2])
-            good = np.nan_to_num(residual, nan=np.inf) <= max(1.5, 2.5 * np.median(residual[good]))
-    straight = (residual[seen] <= 1.5 * max(1.0, factor / 2)).mean()
+            good = np.nan_to_num(residual, nan=np.inf) <= max(_NEAR_PX, _OUTLIER * np.median(residual[good]))
+    straight = (residual[seen] <= _NEAR_PX * max(1.0, factor / 2)).mean()
     return tuple(float(n) for n in circle) if straight > _STRAIGHT else None

@@ -1,13 +1,14 @@
-"""A measured X-ray from a hospital's or a laboratory's file: line integrals, which pixels count, and the camera.
+"""Reads a measured X-ray from a hospital's or laboratory's file: line integrals, valid pixels and the camera.
 
-DICOM (XA, RF, DX, CR), PNG and TIFF of 16 bits or more, NPY and NIfTI. What the stored numbers mean is read from DICOM tags or
-said by the caller, never guessed; display settings (window, presentation LUT, MONOCHROME1) never touch them.
+Formats: DICOM (XA, RF, DX, CR), PNG and TIFF of 16 bits or more, NPY and NIfTI. The meaning of the stored numbers is taken
+from DICOM tags or from the caller, never guessed. Display settings (window, presentation LUT, MONOCHROME1) are ignored.
 
-Images are (height, width), u the column, v the row, integers at pixel centres, as in the case format.
+Images are (height, width), with u the column, v the row, and integers at pixel centres, as in the case format.
 """
 
+import collections.abc
 import dataclasses
-import os
+import pathlib
 
 import numpy as np
 import scipy
@@ -17,41 +18,53 @@ from data_pipelines.xrays import collimator
 from data_pipelines.xrays import stored_images
 from data_pipelines.xrays import view_geometry
 from radgs_jax import errors
+from radgs_jax.geometry.camera import Camera
 from radgs_jax.geometry.xray import XRay
 
 VALUES = ("line_integrals", "intensity", "log")
 BITS_RANGE = (6, 32)
-"""Of a stored number; DICOM's detectors have 6 bits or more, and no file here has more than 32."""
+"""Fewest and most bits of a stored number: DICOM's tag BitsStored is 6 or more, and no supported file has more than 32."""
 LINE_INTEGRAL_RANGE = (-1.0, 12.0)
-"""Where line integrals are clamped: 16 bits hold 11.1, and a wrong air value rarely makes less than -1."""
+"""Line integrals are clamped to this range: ln(2^16) is 11.1, and a wrong air value rarely gives less than -1. Chosen by hand:
+half of 12 would clamp dense laterals, twice changes nothing."""
 AIR_QUANTILE = 0.995
-"""The air value, where none is given: this quantile of the pixels inside the collimator. It is air only if air is in sight."""
+"""Quantile of the pixels inside the collimator that is taken as the air value if none is given. It is air only if the field shows
+air. Chosen by hand: a lower one needs more air in the field, and one nearer to 1 follows noise and hot pixels."""
 PENUMBRA_PX = 2
-"""Pixels inside the collimator's border that do not count: its shadow is not sharp."""
+"""Width in pixels along the collimator's border that is not valid, since its shadow is not sharp. Chosen by hand: half may keep
+shadow, twice loses image."""
+TYPICAL_LINE_INTEGRALS = (-5, 20)
+"""The median of line integrals must be inside this range. Chosen by hand to catch intensities and wrong signs; not sensitive."""
+MIN_VALID = 0.01
+"""Smallest fraction of valid pixels of an X-ray. Chosen by hand to catch wrong options; not sensitive."""
+MIN_FULL_SCALE = 1023
+"""Smallest largest number, 2^10 - 1, that is taken as a saturated full scale where the bits are unknown. Chosen by hand: half would
+also take 9-bit maxima, twice would miss saturation of 10-bit panels."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadOptions:
-    """What the caller knows and the file may not say.
+    """What the caller knows about an X-ray and its file may not say.
 
-    values: what the stored numbers are. 'line_integrals': -ln(I / I0). 'intensity': proportional to the X-rays that arrived, on
-      top of `dark`. 'log': log_scale * ln(I) + constant. None takes it from DICOM tags.
-    sign: +1 where larger stored numbers are more X-rays, -1 where fewer; None takes the DICOM tag, else +1.
-    bits: bits of a stored number, which runs from 0 to 2**bits - 1; None takes DICOM's BitsStored. Inverted intensities
-      (sign -1) are counted from 2**bits - 1, so other files need it with them: neither the largest number of an image nor the
-      type that it is kept in says how many bits its detector has.
-    log_scale: units per unit of the natural logarithm, with values='log', on the scale of `air`.
-    air: number of the unattenuated beam, after the file's own rescaling, and turned round where an intensity is inverted: the
-      scale on which no X-rays are 0. With `flat`, the ratio of this exposure to the flat field's. None: 1 with `flat`, else
-      AIR_QUANTILE of the pixels inside the collimator.
-    flat, dark: files of the same pixels as the X-ray: the beam without a patient, the detector without a beam.
-    saturation: stored number from which on a pixel is saturated, that number included: upwards, or with sign -1 downwards.
-      None: the end of the range of `bits` where the most X-rays are. Of integers without `bits`, 0 with sign -1; else a largest
-      number of 2**n - 1, n 10 or more, and none if the image does not reach one.
-    frame: which frame of several, from 0.
-    collimator: look for a border where the file names none.
-    mirrored: the file shows the mirror image of what the source sees; image and calibration are mirrored together.
-    view: which entry of a calibration with several, by number or name.
+    Attributes:
+      values: meaning of the stored numbers. 'line_integrals': -ln(I / I0). 'intensity': proportional to the X-rays that
+        arrived, plus `dark`. 'log': log_scale * ln(I) + constant. None: from DICOM tags.
+      sign: +1 if more X-rays give larger stored numbers, -1 if smaller. None: from the DICOM tag, else +1.
+      bits: number of bits of a stored number, which is from 0 to 2**bits - 1. None: DICOM's BitsStored. Inverted intensities
+        (sign -1) are counted from 2**bits - 1, so it is required for them in other files: neither the image's largest number
+        nor its data type shows how many bits the panel has.
+      log_scale: stored units per unit of ln(I), with values='log', on the scale of `air`.
+      air: number of the unattenuated beam, after the file's own rescaling, and after inversion if intensity is inverted (so
+        that 0 is no X-rays). With `flat`, the ratio of this exposure to that of the flat field. None: 1 with `flat`, else
+        AIR_QUANTILE of the pixels inside the collimator.
+      flat, dark: files of the same size as the X-ray: the beam without a patient, and the panel without a beam.
+      saturation: stored number of a saturated pixel. Larger numbers (with sign -1: smaller ones) are saturated as well. None:
+        the end of the range of `bits` with most X-rays; for integers without `bits`, 0 with sign -1, else the image's largest
+        number if it is 2**n - 1 with n at least 10, else none.
+      frame: number of the frame in a file with several, from 0.
+      collimator: search for a border if the file gives none.
+      mirrored: the file shows the mirror image of the source's view. Image and calibration are mirrored together.
+      view: number or name of the entry in a calibration with several.
     """
 
     values: str | None = None
@@ -59,8 +72,8 @@ class ReadOptions:
     bits: int | None = None
     log_scale: float | None = None
     air: float | None = None
-    flat: str | os.PathLike | None = None
-    dark: str | os.PathLike | None = None
+    flat: pathlib.Path | str | None = None
+    dark: pathlib.Path | str | None = None
     saturation: float | None = None
     frame: int | None = None
     collimator: bool = True
@@ -74,43 +87,51 @@ class Radiograph(XRay):
 
     Attributes:
       line_integrals: (H, W) float32, finite everywhere.
-      valid: (H, W) bool, inside the collimator, neither saturated nor without signal.
-      camera: None where neither a calibration nor the file's tags give one.
-      pixel_mm: (u, v) on the detector, or None.
-      source_detector_mm, source_isocentre_mm: as the file says, or None.
-      file_from_image: (3, 3), homogeneous pixel (u, v, 1) here to that in the file.
-      origin: how each of these was found, plain values for a log or a JSON file.
+      valid: (H, W) bool, True inside the collimator where a pixel has signal and is not saturated.
+      camera: None if neither a calibration nor the file's tags give one.
+      pixel_mm: (u, v) pixel pitch on the panel, or None.
+      source_detector_mm, source_isocentre_mm: distances from the file's tags, or None.
+      file_from_image: (3, 3) from homogeneous pixels (u, v, 1) of this image to those of the file.
+      origin: how each of these was found, as plain values for a log or JSON.
     """
 
-    pixel_mm: tuple | None
+    camera: Camera | None
+    pixel_mm: tuple[float, float] | None
     source_detector_mm: float | None
     source_isocentre_mm: float | None
     file_from_image: np.ndarray
     origin: dict
 
+    def __post_init__(self):
+        # `XRay` compares shapes with the camera's, so it needs one.
+        if self.camera is not None:
+            super().__post_init__()
 
-def read(path, calibration=None, options=None):
+
+def read(
+    path: pathlib.Path | str,
+    calibration: pathlib.Path | str | None = None,
+    options: ReadOptions | None = None,
+) -> Radiograph:
     """Reads one X-ray.
 
-    Without a flat field a line integral is -ln((I - dark) / (air - dark)); with one, -ln((I - dark) / (flat - dark) / air).
-    Pixels without signal are clamped (LINE_INTEGRAL_RANGE) and not valid. An inverted intensity is I = 2**bits - 1 - stored.
+    A line integral is -ln((I - dark) / (air - dark)), or with a flat field -ln((I - dark) / (flat - dark) / air). Pixels
+    without signal are clamped to LINE_INTEGRAL_RANGE and not valid. An inverted intensity is I = 2**bits - 1 - stored.
 
     Args:
-      path: the file; its content decides its kind, not its name (NIfTI: .nii, .nii.gz).
-      calibration: None or a file for `read_calibration`, in the pixels of the file. It goes before DICOM's geometry tags, which
-        give the machine's nominal geometry, good to some millimetres and degrees only.
-      options: `Options`.
-    Returns:
-      `Radiograph`.
+      path: the file. Its format is recognised by its content (NIfTI: by its name).
+      calibration: a file for `view_geometry.read_calibration`, in pixels of the X-ray's file. It replaces DICOM's geometry
+        tags, which give the machine's nominal geometry, accurate to some millimetres and degrees.
+      options: what the file does not say.
+
     Raises:
-      InputError: a damaged or unsuitable file, numbers of unknown meaning, several frames and none chosen, colours, 8 bits
-        (DICOM aside), fields of the wrong size, a calibration that does not fit, or inverted intensities of unknown bits, with
-        signs, or rescaled so that nothing says where no X-rays are.
+      InputError: the file is damaged or unsuitable (colours, 8 bits except in DICOM, one of several frames not chosen), the
+        meaning of its numbers is unknown, a field or calibration does not fit, or the number that means no X-rays cannot be
+        derived for inverted intensities (unknown bits, signed numbers, or a rescaling with an offset).
     """
     options = options or ReadOptions()
     _check_options(path, options)
     stored = stored_images.load_stored(path, options.frame)
-    shape = stored.pixels.shape
     values, sign = options.values or stored.values, options.sign or stored.sign or 1
     if values is None:
         errors.fail(path, "values", "nothing that says what the pixels mean", f"option values= one of {VALUES}")
@@ -133,7 +154,7 @@ def read(path, calibration=None, options=None):
         usable &= ~stored.padding
     saturation = None if values == "line_integrals" else _saturation(stored, sign, options)
     if saturation is not None:
-        # Where the most X-rays are: beyond it the detector no longer tells how many there were.
+        # At the end of the range with most X-rays, the panel no longer shows their number.
         usable &= stored.pixels < saturation if sign > 0 else stored.pixels > saturation
     numbers = _numbers(path, stored, values, sign)
     references = {name: _reference(name, options, stored, values, sign) for name in ("flat", "dark")}
@@ -148,11 +169,11 @@ def read(path, calibration=None, options=None):
     line = np.clip(np.nan_to_num(line, nan=high, posinf=high, neginf=low), low, high).astype(np.float32)
     line[~(signal > 0)] = high
     valid = usable & field
-    if valid.mean() < 0.01:
+    if valid.mean() < MIN_VALID:
         errors.fail(path, "pixels", f"{int(valid.sum())} usable of {valid.size}", "one in a hundred or more")
 
-    camera, moves, said = view_geometry.nominal_view(path, stored, shape, calibration, options)
-    line, valid = (np.ascontiguousarray(view_geometry.move_camera(image, moves)) for image in (line, valid))
+    camera, moves, said = view_geometry.find_camera(path, stored, calibration, options.view, options.mirrored)
+    line, valid = (np.ascontiguousarray(view_geometry.apply_moves(image, moves)) for image in (line, valid))
     pixel_mm = stored.pixel_mm
     if moves[0] and pixel_mm is not None:
         pixel_mm = pixel_mm[::-1]
@@ -175,32 +196,42 @@ def read(path, calibration=None, options=None):
         pixel_mm,
         stored.source_detector_mm,
         stored.source_isocentre_mm,
-        view_geometry.file_from_image(shape, moves),
+        view_geometry.file_from_image(stored.pixels.shape, moves),
         origin,
     )
 
 
-def read_stored(path, frame=None):
-    """The numbers of an X-ray's file as they are stored, (height, width): nothing is rescaled, inverted, turned or left out.
+def read_stored(path: pathlib.Path | str, frame: int | None = None) -> np.ndarray:
+    """The numbers (height, width) in an X-ray's file as stored: not rescaled, inverted or turned.
 
     Args:
-      frame: which frame of several, from 0.
+      path: the file.
+      frame: number of the frame in a file with several, from 0.
+
     Raises:
-      InputError: a damaged or unsuitable file, as `read`.
+      InputError: the file is damaged or unsuitable, as for `read`.
     """
     return stored_images.load_stored(path, frame).pixels
 
 
-def read_views(paths, calibration=None, options=None, flats=None):
-    """The X-rays of one acquisition, each with its camera: a list of `Radiograph`.
+def read_views(
+    paths: collections.abc.Sequence[pathlib.Path | str],
+    calibration: pathlib.Path | str | None = None,
+    options: ReadOptions | None = None,
+    flats: collections.abc.Sequence[pathlib.Path | str] | None = None,
+) -> list[Radiograph]:
+    """The X-rays of one acquisition, each with its camera.
 
-    Files other than DICOM hold line integrals unless `options.values` says otherwise, and these are not searched for a border.
+    Files other than DICOM hold line integrals unless `options.values` is set. Line integrals are not searched for a border.
 
     Args:
-      paths: one file per view; calibration: a JSON file with an entry per view, or None for DICOM's nominal geometry.
-      options: `Options` for all of them; flats: one flat field per view, or None.
+      paths: one file per view.
+      calibration: a JSON file with one entry per view, or None for DICOM's nominal geometry.
+      options: options of all views.
+      flats: one flat field per view.
+
     Raises:
-      InputError: as `read`; another number of cameras or flat fields than of X-rays; no camera.
+      InputError: as `read`; or the number of cameras or flat fields is not that of X-rays, or a view has no camera.
     """
     options = options or ReadOptions()
     listed = files.read_json(calibration) if calibration else None
@@ -237,7 +268,7 @@ def _check_options(path, options):
 
 
 def _saturation(stored, sign, options):
-    """Stored number at which the detector is saturated, None where nothing tells."""
+    """Stored number of a saturated pixel, or None if unknown."""
     if options.saturation is not None:
         return options.saturation
     if stored.bits is not None:
@@ -246,13 +277,13 @@ def _saturation(stored, sign, options):
         return None
     if sign < 0:
         return 0 if stored.pixels.min() >= 0 else None
-    # A picture that ends short of a full scale may be of any depth, but then nothing in it is cut off.
+    # An image whose largest number is below the full scale is not saturated, whatever its number of bits.
     largest = int(stored.pixels.max())
-    return largest if largest >= 1023 and largest & (largest + 1) == 0 else None
+    return largest if largest >= MIN_FULL_SCALE and largest & (largest + 1) == 0 else None
 
 
 def _grows(path, stored, values, sign):
-    """1 if numbers after the file's rescaling grow with the X-rays, else -1. `sign` is of stored ones (PS3.3 C.8.11.3.1.2)."""
+    """1 if rescaled numbers grow with the X-rays, else -1; `sign` is the same for stored numbers (PS3.3 C.8.11.3.1.2)."""
     if stored.rescale is None or values == "line_integrals":
         return sign
     if stored.rescale.rises == 0:
@@ -261,10 +292,10 @@ def _grows(path, stored, values, sign):
 
 
 def _numbers(path, stored, values, sign):
-    """Stored pixels as float32 on their physical scale: rescaled as the file says, turned round where intensity is inverted.
+    """Pixels as float32 on their physical scale: rescaled as the file says, and with inverted intensities made upright.
 
-    The tags' sign is about stored numbers, so these are turned round, before the file's rescaling, within the bits that they
-    have. A rescaling that falls has turned them round itself, and its 0 is no X-rays, as without inversion.
+    The sign in the tags is about stored numbers, so these are inverted, within their bits, before the file's rescaling. A
+    rescaling with a negative slope inverts them itself; then its 0 is no X-rays.
     """
     pixels, rescale = stored.pixels, stored.rescale
     if values == "intensity" and _grows(path, stored, values, sign) < 0:
@@ -300,10 +331,10 @@ def _reference(name, options, stored, values, sign):
 
 
 def _signal(numbers, values, grows, options, dark):
-    """Something that grows with the X-rays and is positive where there are any: for finding borders and dead pixels."""
+    """A number that grows with the X-rays and is positive if there are any, to find borders and dead pixels."""
     if values == "intensity":
         return numbers if dark is None else numbers - dark
-    # Only differences of a logarithm mean anything; the brightest pixels become about 1.
+    # A logarithm has an unknown offset, so the signal is scaled to be about 1 in the brightest pixels.
     log = -numbers if values == "line_integrals" else grows * numbers / options.log_scale
     finite = log[np.isfinite(log)]
     reference = np.quantile(finite[:: max(1, finite.size // 100_000)], AIR_QUANTILE)
@@ -311,6 +342,7 @@ def _signal(numbers, values, grows, options, dark):
 
 
 def _field(stored, signal, usable, options):
+    """The exposed field, (H, W) bool, and how it was found."""
     if stored.field is not None:
         return stored.field, "DICOM tags"
     if not options.collimator:
@@ -323,10 +355,10 @@ def _field(stored, signal, usable, options):
 
 
 def _line_integrals(path, numbers, signal, values, grows, options, references, usable, field):
-    """Line integrals before clamping, and the air value that they refer to with its source."""
+    """Line integrals before clamping, and the air value with its source."""
     if values == "line_integrals":
         typical = np.median(numbers[usable]) if usable.any() else np.nan
-        if not -5 < typical < 20:
+        if not TYPICAL_LINE_INTEGRALS[0] < typical < TYPICAL_LINE_INTEGRALS[1]:
             errors.fail(path, "pixels", f"a median of {typical:.6g}", "line integrals -ln(I / I0), between -5 and 20")
         return numbers, {"air": None, "air_from": "in the line integrals"}
     seen = field & (signal > 0)
@@ -340,7 +372,7 @@ def _line_integrals(path, numbers, signal, values, grows, options, references, u
             air, source = (0.0, "flat") if air is None else (scale * np.log(air), "flat and option")
             return (flat + air - numbers) / scale, {"air": float(np.exp(air / scale)), "air_from": source}
         if air is None:
-            # The bright end is the low end where larger numbers are fewer X-rays.
+            # If larger numbers are fewer X-rays, the bright end is the low one.
             air = np.quantile(numbers[seen], AIR_QUANTILE if grows > 0 else 1 - AIR_QUANTILE)
             source = f"{AIR_QUANTILE:g} quantile inside the collimator"
         return (air - numbers) / scale, {"air": float(air), "air_from": source}

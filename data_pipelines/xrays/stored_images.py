@@ -1,41 +1,78 @@
-"""X-ray files as stored numbers: DICOM, PNG, TIFF, NPY and NIfTI."""
+"""Reads X-ray files to stored numbers: DICOM, PNG, TIFF, NPY and NIfTI."""
 
+import collections.abc
 import dataclasses
-import os
 import pathlib
-import struct
 import warnings
-import zlib
 
 import numpy as np
-from PIL import Image
 
 from data_pipelines.io import codestream
 from data_pipelines.io import files
 from data_pipelines.io import nifti
+from data_pipelines.xrays import picture_files
 from radgs_jax import errors
 
 MAX_PIXELS = 2**25
-"""Larger than any detector (5792 x 5792); a bound on what a lying header can make us allocate."""
+"""Pixels of an image (5792 x 5792 is the largest square): a bound on the memory that a damaged header can claim. Chosen by hand:
+half refuses some stitched images, twice doubles that memory."""
+MIN_SIDE_PX = 8
+"""Smallest height and width of an image in pixels. Chosen by hand to catch wrong axes; not sensitive."""
 MAX_FILE_BYTES = 2**31
+"""Bytes of a file: a bound like MAX_PIXELS, for cine runs of many frames. Chosen by hand: half refuses long runs."""
 MODALITIES = ("XA", "RF", "DX", "CR", "RG")
+"""DICOM modalities that are projection X-rays."""
+MAX_FRAMES = 100_000
+"""Largest number of frames of a DICOM file. Chosen by hand to catch damaged headers; not sensitive."""
+MAX_CODED_RATIO = 4
+"""Largest size of a compressed frame relative to its pixels. Chosen by hand: incompressible frames are slightly above 1, so half is
+still enough, and twice lets a damaged file take more memory."""
+PIXEL_PITCH_MM = (1e-3, 10)
+"""Smallest and largest pixel pitch on the panel in mm. Chosen by hand to catch wrong units; not sensitive."""
+MAX_DISTANCE_MM = 1e4
+"""Largest distance from the source in mm. Chosen by hand to catch wrong units; not sensitive."""
+ASPECT_TOLERANCE = 0.01
+"""Largest relative difference between PixelAspectRatio and ImagerPixelSpacing. Chosen by hand: half may refuse whole-number aspect
+ratios, twice hides contradictions."""
+MAX_VERTEX_NUMBERS = 2000
+"""Largest count of numbers in the vertices of a polygonal shutter. Chosen by hand: the mask's time grows with it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rescale:
-    """DICOM's modality transform. rises: 1 or -1, whether its numbers grow with the stored ones, 0 if neither; factor: it does
-    no more than multiply by a positive number; shown: its name and value, for an error line.
+    """DICOM's modality transform.
+
+    Attributes:
+      apply: function from stored to rescaled numbers.
+      rises: 1 if rescaled numbers grow with the stored ones, -1 if they fall, 0 if neither.
+      factor: True if it only multiplies by a positive number.
+      shown: name and value, for errors.
     """
 
-    apply: object
+    apply: collections.abc.Callable[[np.ndarray], np.ndarray]
     rises: int
     factor: bool
-    shown: tuple
+    shown: tuple[str, object]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Pixels as stored and what the file says about them; a field is None where it says nothing."""
+    """Pixels as stored, and what the file says about them. An attribute is None if the file does not say.
+
+    Attributes:
+      pixels: (H, W) numbers.
+      bits, signed: number of bits of a stored number, and whether it is signed.
+      values, sign: as in `radiograph.ReadOptions`.
+      padding: (H, W) bool, True where pixels are padding.
+      field: (H, W) bool, True inside the collimator.
+      rescale: the modality transform.
+      pixel_mm: (u, v) pixel pitch on the panel.
+      aspect: height over width of a pixel.
+      source_detector_mm, source_isocentre_mm: distances from the source.
+      angles_deg: DICOM's primary and secondary positioner angle.
+      orientation: DICOM's PatientOrientation, directions along u and along v.
+      turned: the file says that its field of view was rotated or flipped.
+    """
 
     pixels: np.ndarray
     bits: int | None = None
@@ -44,19 +81,21 @@ class Stored:
     sign: int | None = None
     padding: np.ndarray | None = None
     field: np.ndarray | None = None
-    rescale: "Rescale | None" = None
-    pixel_mm: tuple | None = None
+    rescale: Rescale | None = None
+    pixel_mm: tuple[float, float] | None = None
     aspect: float | None = None
     source_detector_mm: float | None = None
     source_isocentre_mm: float | None = None
-    angles_deg: tuple | None = None
-    orientation: tuple | None = None
+    angles_deg: tuple[float, float] | None = None
+    orientation: tuple[str, str] | None = None
     turned: bool = False
 
 
 def _check_pixels(path, pixels):
-    if pixels.ndim != 2 or min(pixels.shape) < 8 or pixels.size > MAX_PIXELS:
-        errors.fail(path, "shape", pixels.shape, f"(height, width), each 8 or more, {MAX_PIXELS} pixels at most")
+    if pixels.ndim != 2 or min(pixels.shape) < MIN_SIDE_PX or pixels.size > MAX_PIXELS:
+        errors.fail(
+            path, "shape", pixels.shape, f"(height, width), each {MIN_SIDE_PX} or more, {MAX_PIXELS} pixels at most"
+        )
     if pixels.dtype.kind not in "iuf":
         errors.fail(path, "pixel type", pixels.dtype, "real numbers")
     finite = pixels[np.isfinite(pixels)] if pixels.dtype.kind == "f" else pixels
@@ -64,16 +103,18 @@ def _check_pixels(path, pixels):
         errors.fail(path, "pixels", "one value everywhere" if finite.size else "no finite value", "an image")
 
 
-# ---- what the numbers mean
-
-
-def stored_range(bits, signed):
-    """Smallest and largest stored number."""
+def stored_range(bits: int, signed: bool) -> tuple[int, int]:
+    """Smallest and largest number of `bits` bits."""
     half = 2 ** (bits - 1)
     return (-half, half - 1) if signed else (0, 2 * half - 1)
 
 
-def check_range(path, field, stored):
+def check_range(path: pathlib.Path | str, field: str, stored: Stored) -> None:
+    """Checks that pixels outside the padding fit into the stated bits. `path` and `field` are named in errors.
+
+    Raises:
+      InputError: a pixel does not.
+    """
     low, high = stored_range(stored.bits, stored.signed)
     real = np.isfinite(stored.pixels) if stored.padding is None else ~stored.padding
     real = stored.pixels[real]
@@ -84,8 +125,14 @@ def check_range(path, field, stored):
 # ---- files
 
 
-def load_stored(path, frame):
-    """`_Stored` of a file, whose first bytes decide how it is read."""
+def load_stored(path: pathlib.Path | str, frame: int | None) -> Stored:
+    """Reads an X-ray file; `frame` is the number of the frame, from 0, or None for the only one.
+
+    The format is recognised by the first bytes, except that of NIfTI, which is recognised by the name.
+
+    Raises:
+      InputError: the file is damaged or not an X-ray, or one of several frames was not chosen.
+    """
     path = pathlib.Path(path)
     try:
         size = path.stat().st_size
@@ -100,9 +147,9 @@ def load_stored(path, frame):
     if head.startswith(b"\x93NUMPY"):
         kept = _frame_of(path, files.read_npy(path), frame)
     elif head.startswith((b"\x89PNG", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        kept = _load_picture(path)
+        kept = picture_files.read_picture(path, MAX_PIXELS)
     elif path.name.lower().endswith((".nii", ".nii.gz")):
-        # A calibration speaks of pixels as stored, the first axis along u.
+        # A calibration refers to pixels as stored, with the first axis along u.
         kept = nifti.read_nifti_image(path, MAX_PIXELS).T
     else:
         errors.fail(path, "content", f"{head[:8]!r}", "DICOM, PNG, TIFF, NPY or NIfTI (.nii, .nii.gz)")
@@ -128,82 +175,18 @@ def _frame_number(path, frame, count):
     return frame
 
 
-def _load_picture(path):
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=("PNG", "TIFF")) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    errors.fail(path, "size", f"{picture.width} x {picture.height}", f"{MAX_PIXELS} pixels at most")
-                if picture.mode not in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
-                    errors.fail(
-                        path, "pixels", f"mode {picture.mode}", "one grey channel of 16 bits or more, not for display"
-                    )
-                _check_complete(path, picture)
-                try:
-                    picture.seek(1)
-                except EOFError:
-                    picture.seek(0)
-                else:
-                    errors.fail(path, "pages", "several", "one")
-                return np.array(picture)
-    except errors.InputError:
-        raise
-    except Exception as error:  # Pillow raises SyntaxError, OSError, struct.error and more on damaged files
-        errors.fail(path, "content", f"{type(error).__name__}: {error}"[:200], "a complete PNG or TIFF")
-
-
-def _check_complete(path, picture):
-    """Refuses a picture whose data are not the size that its header says: Pillow fills up with zeros."""
-    samples = 2 if picture.mode.startswith("I;16") else 4
-    if picture.format == "PNG":
-        found = _png_bytes(path)
-        wanted = picture.height * (1 + samples * picture.width)
-        if found < wanted if picture.info.get("interlace") else found != wanted:
-            errors.fail(path, "image data", f"{found} bytes", f"{wanted} for {picture.width} x {picture.height}")
-        return
-    counts = picture.tag_v2.get(279) or picture.tag_v2.get(325) or ()
-    counts = counts if isinstance(counts, tuple) else (counts,)
-    found, wanted = sum(counts), picture.height * picture.width * samples
-    if picture.tag_v2.get(259, 1) == 1 and 279 in picture.tag_v2 and found != wanted:
-        errors.fail(path, "StripByteCounts", f"{found} bytes", f"{wanted} for {picture.width} x {picture.height}")
-    rows = picture.tag_v2.get(278, picture.height)
-    if 279 in picture.tag_v2 and len(counts) != -(-picture.height // max(1, rows)):
-        errors.fail(path, "StripByteCounts", f"{len(counts)} strips", f"{picture.height} rows, {rows} a strip")
-
-
-def _png_bytes(path):
-    """Inflated size of a PNG's image data, counted up to a little more than MAX_PIXELS need (PNG 3rd edition, 10.1)."""
-    limit, total, inflater = 5 * MAX_PIXELS, 0, zlib.decompressobj()
-    with open(path, "rb") as stream:
-        stream.seek(8)
-        while total < limit:
-            length, kind = struct.unpack(">I4s", stream.read(8))
-            if kind == b"IEND":
-                break
-            if kind != b"IDAT":
-                stream.seek(length + 4, os.SEEK_CUR)
-                continue
-            rest = stream.read(length)
-            while rest and total < limit:
-                total += len(inflater.decompress(rest, 2**22))
-                rest = inflater.unconsumed_tail
-            stream.seek(4, os.SEEK_CUR)
-    return total
-
-
 # ---- DICOM (PS3.3: C.7.6.3 pixels, C.8.7 XA and RF, C.8.11 DX, C.7.6.11 shutters)
 
 
 def _tag(path, header, keyword, count=None, kind=float):
-    """Numbers or words of an element as a tuple, or None where it is absent or empty."""
+    """Numbers or words of a data element as a tuple, or None if it is absent or empty."""
     try:
         value = header.get(keyword)
         if value is None or value == "" or (hasattr(value, "__len__") and len(value) == 0):
             return None
         many = value if hasattr(value, "__iter__") and not isinstance(value, str) else [value]
         numbers = tuple(kind(v) for v in many)
-    except Exception as error:  # pydicom converts when asked, and each value representation fails in its own way
+    except Exception as error:  # pydicom converts on access, with various exceptions
         errors.fail(path, keyword, f"{type(error).__name__}: {error}"[:120], f"a readable {kind.__name__}")
     if kind is float and not np.isfinite(numbers).all() or count is not None and len(numbers) != count:
         errors.fail(path, keyword, numbers[:8], f"{count or 'finite'} number(s)")
@@ -211,6 +194,7 @@ def _tag(path, header, keyword, count=None, kind=float):
 
 
 def _whole(path, header, keyword, low, high, default=None):
+    """A whole number from `low` to `high` in a data element; `default` if it is absent, unless that is None."""
     value = _tag(path, header, keyword, 1)
     if value is None and default is not None:
         return default
@@ -220,14 +204,14 @@ def _whole(path, header, keyword, low, high, default=None):
 
 
 def _load_dicom(path, frame):
-    import pydicom  # half a second, for one kind of file
+    import pydicom  # here, since importing it takes half a second
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             syntax = pydicom.filereader.read_file_meta_info(path).TransferSyntaxUID
             if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:
-                # Its whole data set is inflated at once, without a bound.
+                # pydicom inflates the whole data set without a limit.
                 errors.fail(path, "TransferSyntaxUID", "a deflated data set", "one of the others: dcmconv +te")
             header = pydicom.dcmread(path, defer_size=2**16)
         except errors.InputError:
@@ -246,7 +230,7 @@ def _dicom_image(path, header, syntax, frame):
     modality = (_tag(path, header, "Modality", kind=str) or ("nothing",))[0]
     if modality not in MODALITIES:
         errors.fail(path, "Modality", repr(modality), f"an X-ray image: one of {MODALITIES}")
-    rows, columns = (_whole(path, header, name, 8, 65535) for name in ("Rows", "Columns"))
+    rows, columns = (_whole(path, header, name, MIN_SIDE_PX, 65535) for name in ("Rows", "Columns"))
     if rows * columns > MAX_PIXELS:
         errors.fail(path, "Rows, Columns", (rows, columns), f"{MAX_PIXELS} pixels at most")
     _whole(path, header, "SamplesPerPixel", 1, 1)
@@ -260,7 +244,7 @@ def _dicom_image(path, header, syntax, frame):
     if _whole(path, header, "HighBit", 0, 15, bits - 1) != bits - 1:
         errors.fail(path, "HighBit", header.HighBit, f"{bits - 1}, one less than BitsStored")
     signed = bool(_whole(path, header, "PixelRepresentation", 0, 1))
-    count = _whole(path, header, "NumberOfFrames", 1, 100_000, 1)
+    count = _whole(path, header, "NumberOfFrames", 1, MAX_FRAMES, 1)
     number = _frame_number(path, frame, count)
     kind = np.dtype(f"{'i' if signed else 'u'}{allocated // 8}")
     pixels = _dicom_pixels(path, header, syntax, (rows, columns), kind, count, number)
@@ -272,14 +256,14 @@ def _dicom_image(path, header, syntax, frame):
     angles = [_tag(path, header, f"Positioner{name}Angle", 1) for name in ("Primary", "Secondary")]
     moving = (_tag(path, header, "PositionerMotion", kind=str) or ("STATIC",))[0] == "DYNAMIC"
     spacing = _tag(path, header, "ImagerPixelSpacing", 2)
-    if spacing is not None and not all(1e-3 < mm < 10 for mm in spacing):
+    if spacing is not None and not all(PIXEL_PITCH_MM[0] < mm < PIXEL_PITCH_MM[1] for mm in spacing):
         errors.fail(path, "ImagerPixelSpacing", spacing, "two spacings in mm, above 0")
     aspect = _tag(path, header, "PixelAspectRatio", 2)
     if aspect is not None:
         if min(aspect) <= 0:
             errors.fail(path, "PixelAspectRatio", aspect, "two numbers above 0")
         aspect = aspect[0] / aspect[1]
-        if spacing is not None and abs(spacing[0] / spacing[1] / aspect - 1) > 0.01:
+        if spacing is not None and abs(spacing[0] / spacing[1] / aspect - 1) > ASPECT_TOLERANCE:
             errors.fail(path, "PixelAspectRatio", aspect, f"that of ImagerPixelSpacing, {spacing[0] / spacing[1]:.4g}")
     elif spacing is not None:
         aspect = spacing[0] / spacing[1]
@@ -306,9 +290,9 @@ def _dicom_image(path, header, syntax, frame):
 
 def _distance(path, header, keyword):
     value = _tag(path, header, keyword, 1)
-    if value is not None and not 0 <= value[0] < 1e4:
+    if value is not None and not 0 <= value[0] < MAX_DISTANCE_MM:
         errors.fail(path, keyword, value[0], "a distance in mm")
-    # Many machines write 0 where they do not know.
+    # Many machines write 0 for an unknown distance.
     return value[0] if value and value[0] > 0 else None
 
 
@@ -320,7 +304,7 @@ def _dicom_pixels(path, header, syntax, shape, kind, count, number):
     size = shape[0] * shape[1]
     wanted = size * kind.itemsize
     if not syntax.is_encapsulated:
-        # Read here, since pydicom takes too many bytes for a warning and masks what BitsStored denies.
+        # Not by pydicom, which only warns about surplus bytes and masks bits above BitsStored.
         element = header.get_item("PixelData")
         if not wanted * count <= element.length <= wanted * count + 1:
             errors.fail(
@@ -331,7 +315,7 @@ def _dicom_pixels(path, header, syntax, shape, kind, count, number):
         if pixels.size != size:
             errors.fail(path, "PixelData", f"{pixels.size} pixels", f"{size}: a complete file")
         return pixels.reshape(shape).astype(kind.newbyteorder("="))
-    _check_codestream(path, header.PixelData, syntax, shape, count, number, 4 * wanted + 4096)
+    _check_codestream(path, header.PixelData, syntax, shape, count, number, MAX_CODED_RATIO * wanted + 4096)
     try:
         with codestream.silent():
             pixels = pydicom.pixels.pixel_array(path, index=number, raw=True)
@@ -364,11 +348,11 @@ def _padding(path, header, pixels):
 
 
 def _meaning(path, header, modality, rescale):
-    """values and sign that the tags state, None where they do not.
+    """`values` and `sign` as the tags state them, or None.
 
-    LIN and LOG say how pixels follow the beam (C.8.7.1.1.2, C.8.11.3.1.2). A LOG image of XA or RF carries a modality LUT that
-    makes it linear again, so it runs the way its stored numbers do. Images FOR PRESENTATION were processed for the eye, so their
-    word is not taken.
+    LIN and LOG describe how pixels depend on the beam (C.8.7.1.1.2, C.8.11.3.1.2). A LOG image of XA or RF has a modality LUT
+    that makes it linear, so its sign is that of the LUT if no tag states one. Images FOR PRESENTATION were processed for
+    display, so their tag is not used.
     """
     relationship = (_tag(path, header, "PixelIntensityRelationship", kind=str) or (None,))[0]
     sign = _tag(path, header, "PixelIntensityRelationshipSign", 1)
@@ -386,7 +370,7 @@ def _meaning(path, header, modality, rescale):
 
 
 def _rescale(path, header, ends):
-    """`_Rescale` of the file: its modality LUT, or slope and intercept; None where it has neither. ends: of stored numbers."""
+    """The file's modality LUT, or its slope and intercept, or None. ends: smallest and largest stored number."""
     import pydicom
 
     if "ModalityLUTSequence" in header:
@@ -420,9 +404,9 @@ def _rescale(path, header, ends):
 
 
 def _shutters(path, header, shape):
-    """What the collimator's and the display shutter's tags leave open, (H, W) bool, or None without such tags.
+    """The area that the tags of collimator and display shutter leave open, (H, W) bool, or None without such tags.
 
-    Their pixels are counted from 1, points are row \\ column (C.7.6.11, C.8.7.3).
+    These tags count pixels from 1, and points are row \\ column (C.7.6.11, C.8.7.3).
     """
     masks = []
     v, u = np.ogrid[1 : shape[0] + 1, 1 : shape[1] + 1]
@@ -444,7 +428,7 @@ def _shutters(path, header, shape):
                 masks.append((v - centre[0]) ** 2 + (u - centre[1]) ** 2 <= radius[0] ** 2)
             elif form == "POLYGONAL":
                 points = _tag(path, header, f"VerticesOfThePolygonal{noun}")
-                if points is None or len(points) < 6 or len(points) % 2 or len(points) > 2000:
+                if points is None or len(points) < 6 or len(points) % 2 or len(points) > MAX_VERTEX_NUMBERS:
                     errors.fail(path, f"polygonal {noun}", points and points[:6], "three vertices or more")
                 masks.append(_inside_polygon(np.reshape(points, (-1, 2)), v, u))
             else:
@@ -453,7 +437,7 @@ def _shutters(path, header, shape):
 
 
 def _inside_polygon(vertices, v, u):
-    """Even-odd rule for a polygon of (row, column) vertices."""
+    """Mask of a polygon with (row, column) vertices, by the even-odd rule."""
     inside = np.zeros(np.broadcast_shapes(v.shape, u.shape), bool)
     for (v0, u0), (v1, u1) in zip(vertices, np.roll(vertices, -1, 0)):
         if v0 != v1:

@@ -1,4 +1,4 @@
-"""Cameras of measured X-rays: calibration files, DICOM's nominal geometry, image orientation."""
+"""The camera of a measured X-ray, from a calibration file or from DICOM's nominal geometry, and the image's orientation."""
 
 import pathlib
 
@@ -7,34 +7,58 @@ import numpy as np
 from data_pipelines.io import camera_files
 from data_pipelines.io import files
 from data_pipelines.simulation import carm
+from data_pipelines.xrays import stored_images
 from radgs_jax import errors
 from radgs_jax.geometry import camera
 
 MAX_MATRIX_BYTES = 2**20
+"""Bytes of a text file with a matrix: a bound on files of another kind. Chosen by hand; not sensitive."""
+MAX_CALIBRATION_PX = 10**6
+"""Largest height or width in pixels that a calibration may name. Chosen by hand to catch damaged files; not sensitive."""
+ASPECT_TOLERANCE = 0.02
+"""Largest relative difference between the focal lengths' ratio and the pixel's. Chosen by hand: half may refuse real calibrations,
+twice misses more swapped axes."""
+ASPECT_RANGE = (0.1, 10)
+"""Ratio of the focal lengths where the pixel's is unknown. Chosen by hand to catch damaged files; not sensitive."""
+LETTER_WEIGHT = 0.5
+"""Weight of each letter of PatientOrientation relative to the one before it, since DICOM gives no angles. Chosen by hand: half or
+twice still gives the same axis, as the letters come in order of weight."""
+MIN_ALONG = 0.5
+"""Smallest cosine between an image axis and the camera axis that it is assigned to: 60 degrees. Chosen by hand: half accepts tags
+that contradict the angles, twice refuses everything but exact tags."""
 
 
-def read_calibration(path, shape, view=None, mirrored=False, aspect=None):
-    """The camera of an X-ray of `shape` (height, width), world mm to pixels of the file, from a calibration file.
+def read_calibration(
+    path: pathlib.Path | str,
+    shape: tuple[int, int],
+    view: int | str | None = None,
+    mirrored: bool = False,
+    aspect: float | None = None,
+) -> camera.Camera:
+    """The camera of an X-ray, from world mm to pixels of its file, from a calibration file.
 
-    JSON: {'P': 3x4} or {'K': 3x3, 'E': 4x4}, each with 'height' and 'width' if they are another image's, of which the X-ray is a
-    whole-number binning (followed exactly); a plain 3x4 list; or several of these as a list, by name, or under 'views'.
-    TXT, NPY: a 3x4 matrix. P may have any scale and sign; the world's origin, the isocentre, must lie before the source.
+    JSON: {'P': 3x4} or {'K': 3x3, 'E': 4x4}; a plain 3x4 list; or several of these in a list, by name, or under 'views'.
+    'height' and 'width' may give the size of a larger image, of which the X-ray is a whole-number binning; the camera is
+    then binned exactly. TXT, NPY: a 3x4 matrix. P may have any scale and sign. The isocentre, which is the world's origin,
+    must be in front of the source.
 
     Args:
-      view: which entry of several, by number or name.
-      mirrored: True mirrors the columns of P, for an image that is mirrored with it.
-      aspect: height over width of a detector pixel, None if unknown; it must be that of the focal lengths within 2 %.
-    Returns:
-      `camera.Camera`.
+      path: the calibration file.
+      shape: (height, width) of the X-ray.
+      view: number or name of the entry, in a file with several.
+      mirrored: mirror the columns of P, for an image that is mirrored as well.
+      aspect: height over width of a panel pixel, or None if unknown.
+
     Raises:
-      InputError: missing or mistyped entries, a singular, skewed or mirrored projection, another image size or aspect.
+      InputError: an entry is missing or mistyped, the projection is singular, skewed or mirrored, the image size is another, or
+        the ratio of the focal lengths differs from `aspect` by more than ASPECT_TOLERANCE.
     """
     path = pathlib.Path(path)
     where, value = _calibration_entry(path, view)
     if not isinstance(value, dict):
         value = {"P": value}
     size = tuple(value.get(name, n) for name, n in zip(("height", "width"), shape))
-    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= 10**6 for n in size):
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= MAX_CALIBRATION_PX for n in size):
         errors.fail(path, f"{where}.height, width", size, "positive whole numbers")
     factor = max(1, round(size[0] / shape[0]))
     if (size[0] // factor, size[1] // factor) != tuple(shape):
@@ -49,13 +73,14 @@ def read_calibration(path, shape, view=None, mirrored=False, aspect=None):
         value = {"P": np.array([[-1, 0, size[1] - 1], [0, 1, 0], [0, 0, 1.0]]) @ value["P"]}
     found = camera_files.read_view(path, where, {**value, "height": size[0], "width": size[1]})
     ratio = found.intrinsics[0] / found.intrinsics[1]
-    if not 0.1 < ratio < 10 or aspect is not None and abs(ratio / aspect - 1) > 0.02:
+    low, high = ASPECT_RANGE
+    if not low < ratio < high or aspect is not None and abs(ratio / aspect - 1) > ASPECT_TOLERANCE:
         errors.fail(path, f"{where}: fx / fy", f"{ratio:.4g}", f"{aspect or 1:.4g}, the pixel's height over its width")
     return camera.bin(found, factor)
 
 
 def _calibration_entry(path, view):
-    """Where and what: one entry of a calibration file."""
+    """(place for errors, value) of one entry of a calibration file."""
     kind = path.suffix.lower()
     if kind == ".npy":
         return "matrix", files.read_npy(path)
@@ -96,18 +121,26 @@ def _read_matrix(path):
         errors.fail(path, "content", f"{error}"[:120], "three lines of four numbers")
 
 
-def view_from_carm(shape, pixel_mm, source_detector_mm, source_isocentre_mm, primary_deg, secondary_deg):
-    """The nominal camera of a C-arm by DICOM's angles (PS3.3 C.8.7.5.1.2), the principal point in the image's centre.
+def carm_camera(
+    shape: tuple[int, int],
+    pixel_mm: tuple[float, float],
+    source_detector_mm: float,
+    source_isocentre_mm: float,
+    primary_deg: float,
+    secondary_deg: float,
+) -> camera.Camera:
+    """The nominal camera of a C-arm from DICOM's angles (PS3.3 C.8.7.5.1.2). The principal point is the image's centre.
 
-    DICOM's angles tell where the detector is: 0, 0 before the chest, primary +90 on the patient's left (LAO), secondary +90 at
-    the head. `carm.extrinsics` tells where the source is, which is opposite: its primary angle is DICOM's + 180, its secondary
-    minus DICOM's. So DICOM 180 is AP, and -90 is the lateral of `carm.VIEWS`. The world's axes are the patient's to which the
-    angles refer: +x right, +y anterior, +z to the head.
+    DICOM's angles give the place of the panel: 0, 0 in front of the chest, primary +90 on the patient's left (LAO), secondary
+    +90 at the head. The angles of `carm.extrinsics` give the place of the source, which is opposite: the primary one is
+    DICOM's + 180, the secondary one is minus DICOM's. So DICOM's primary 180 is AP, and -90 is the lateral of `carm.VIEWS`.
+    The axes of the world are the patient's: +x right, +y anterior, +z to the head.
 
     Args:
-      shape: (height, width) as the source sees it; pixel_mm: (u, v) on the detector; distances in mm, angles in degrees.
-    Returns:
-      `camera.Camera`, camera_from_world in mm.
+      shape: (height, width) as the source sees the image.
+      pixel_mm: (u, v) pixel pitch on the panel.
+      source_detector_mm, source_isocentre_mm: distances from the source.
+      primary_deg, secondary_deg: DICOM's positioner angles.
     """
     focal = source_detector_mm / np.asarray(pixel_mm, np.float64)
     centre = 0.5 * (np.array(shape[::-1]) - 1)
@@ -118,12 +151,35 @@ def view_from_carm(shape, pixel_mm, source_detector_mm, source_isocentre_mm, pri
 _DIRECTIONS = {"R": (1, 0, 0), "L": (-1, 0, 0), "A": (0, 1, 0), "P": (0, -1, 0), "H": (0, 0, 1), "F": (0, 0, -1)}
 
 
-def nominal_view(path, stored, shape, calibration, options):
-    """Camera, moves (transpose, mirror columns, mirror rows) from the file's pixels to the source's view, and a word on both."""
-    as_stored = (False, options.mirrored, False)
+Moves = tuple[bool, bool, bool]
+"""How an image is turned from the file's pixels to the source's view: transpose, then mirror columns, then mirror rows."""
+
+
+def find_camera(
+    path: pathlib.Path | str,
+    stored: stored_images.Stored,
+    calibration: pathlib.Path | str | None,
+    view: int | str | None,
+    mirrored: bool,
+) -> tuple[camera.Camera | None, Moves, str]:
+    """The camera of an X-ray, from its calibration file, or else from the DICOM tags.
+
+    Args:
+      path: the X-ray's file, named in errors.
+      stored: its content.
+      calibration, view, mirrored: as `path`, `view` and `mirrored` of `read_calibration`; no calibration file if None.
+
+    Returns:
+      The camera, or None if the tags give none; the moves of the image; where the camera is from, or why there is none.
+
+    Raises:
+      InputError: as `read_calibration`, or tags contradict each other.
+    """
+    shape = stored.pixels.shape
+    as_stored = (False, mirrored, False)
     if calibration is not None:
-        view = read_calibration(calibration, shape, options.view, options.mirrored, stored.aspect)
-        return view, as_stored, f"calibration {calibration}"
+        found = read_calibration(calibration, shape, view, mirrored, stored.aspect)
+        return found, as_stored, f"calibration {calibration}"
     missing = [
         name
         for name, value in (
@@ -143,43 +199,46 @@ def nominal_view(path, stored, shape, calibration, options):
     if abs(stored.angles_deg[0]) > 180 or abs(stored.angles_deg[1]) > 90:
         errors.fail(path, "positioner angles", stored.angles_deg, "primary within 180, secondary within 90 degrees")
     distances = (stored.source_detector_mm, stored.source_isocentre_mm)
-    upright = view_from_carm(shape, stored.pixel_mm, *distances, *stored.angles_deg)
+    upright = carm_camera(shape, stored.pixel_mm, *distances, *stored.angles_deg)
     moves = _moves(path, stored.orientation, upright.camera_from_world)
     if moves[0]:
-        upright = view_from_carm(shape[::-1], stored.pixel_mm[::-1], *distances, *stored.angles_deg)
+        upright = carm_camera(shape[::-1], stored.pixel_mm[::-1], *distances, *stored.angles_deg)
     return upright, moves, "DICOM tags, nominal"
 
 
 def _moves(path, orientation, camera_from_world):
-    """Moves that turn an image with DICOM's PatientOrientation (along u, along v) into the camera's axes.
+    """Moves that turn an image into the camera's axes.
 
-    Without it the image is taken as XA images are shown, by an observer who faces the patient: the mirror image of the source's.
+    orientation: DICOM's PatientOrientation, directions along u and along v. None takes the image as XA images are displayed, seen
+      by an observer who faces the patient, which mirrors the source's view.
     """
     if orientation is None:
         return False, True, False
     directions = []
     for word in orientation:
-        # Letters come in order of weight, as 'LF' for left and somewhat to the feet.
+        # The first letter has the largest weight: 'LF' is left and slightly towards the feet.
         if not word or not set(word) <= set(_DIRECTIONS):
             errors.fail(path, "PatientOrientation", orientation, "two directions of the letters L, R, A, P, H, F")
-        total = sum(np.array(_DIRECTIONS[letter]) * 0.5**k for k, letter in enumerate(word))
+        total = sum(np.array(_DIRECTIONS[letter]) * LETTER_WEIGHT**k for k, letter in enumerate(word))
         directions.append(total / max(np.linalg.norm(total), 1e-9))
-    along = np.array(directions) @ camera_from_world[:2, :3].T  # stored u, v by camera x, y
+    along = np.array(directions) @ camera_from_world[:2, :3].T  # [stored u or v, camera x or y]
     swap = abs(along[0, 1]) + abs(along[1, 0]) > abs(along[0, 0]) + abs(along[1, 1])
     if swap:
         along = along[::-1]
-    if min(abs(along[0, 0]), abs(along[1, 1])) < 0.5:
+    if min(abs(along[0, 0]), abs(along[1, 1])) < MIN_ALONG:
         errors.fail(path, "PatientOrientation", orientation, "axes of the detector at the positioner's angles")
     return bool(swap), bool(along[0, 0] < 0), bool(along[1, 1] < 0)
 
 
-def move_camera(image, moves):
+def apply_moves(image: np.ndarray, moves: Moves) -> np.ndarray:
+    """An image (H, W) of the file, turned to the source's view."""
     swap, mirror_u, mirror_v = moves
     image = image.T if swap else image
     return image[:: -1 if mirror_v else 1, :: -1 if mirror_u else 1]
 
 
-def file_from_image(shape, moves):
+def file_from_image(shape: tuple[int, int], moves: Moves) -> np.ndarray:
+    """(3, 3) from homogeneous pixels (u, v, 1) of the turned image to those of the file; `shape` is the file's."""
     swap, mirror_u, mirror_v = moves
     height, width = shape[::-1] if swap else shape
     matrix = np.eye(3)

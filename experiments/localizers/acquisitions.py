@@ -1,7 +1,14 @@
 """Simulated X-rays that localizers are trained, calibrated and scored on."""
 
+from __future__ import annotations
+
 import dataclasses
 import pathlib
+import typing
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,20 +21,33 @@ from data_pipelines.phantom import generate
 from data_pipelines.simulation.acquisition import LABELS
 from experiments.runtime import progress
 
+if typing.TYPE_CHECKING:
+    from experiments.localizers.training import LocalizerTraining
+
 ARRAYS = ("clean", "measured", "valid", "intrinsics", "camera_from_world", "centroids", "in_sight")
 GEOMETRY = simulation.Geometry(window=160, binning=8)
-"""Wider than a training crop, so that crops can be anywhere in it."""
+"""Simulated panel: 160 pixels of 8 binned ones, wider than a training crop of 128, so that crops vary in place. Chosen by hand: a
+smaller window varies less, a larger one takes longer to simulate."""
 HELD_OUT = 1_000_000
-"""What seeds of held-out acquisitions are above those of training, which has fewer bodies."""
+"""Added to the seed for held-out acquisitions; larger than any number of bodies, so that none is trained on."""
 BODIES_A_SHARD = 6
-"""Of a patient: a process reads the scan again for each shard. A phantom is a shard of its own."""
+"""Number of a patient's bodies per shard. Every shard reads the scan again, so half of it reads twice as often; twice of it gives
+processes fewer shards to share. Chosen by hand. A phantom is a shard of its own."""
+STORED_RANGE = (-30.0, 60.0)
+"""Range that line integrals are clipped to before they are stored as float16. Chosen by hand: half of it would cut off
+metal; float16 would hold twice of it as well."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AcquisitionSet:
-    """Which acquisitions: `count` of each of `bodies`, one body after the other.
+    """Which acquisitions to simulate, one body after the other. Its hash names the store, so no field may be renamed.
 
-    scan: digest of one patient's scan, who is every body; None: bodies are phantoms `spine` of seeds that count up.
+    Attributes:
+      scan: digest of the patient's scan, of whom every body is one posture; None for phantoms with consecutive seeds.
+      bodies: number of bodies.
+      count: number of acquisitions per body.
+      geometry, preset: of the simulation.
+      spine: of the phantoms.
     """
 
     scan: str | None
@@ -37,31 +57,41 @@ class AcquisitionSet:
     preset: simulation.Preset = simulation.Preset()
     spine: generate.PhantomConfig = generate.PhantomConfig()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.bodies * self.count
 
 
-def phantom_body(archive, seed, config):
+def phantom_body(archive: identity.Archive, seed: int, config: generate.PhantomConfig) -> simulation.ArticulatedBody:
+    """The body of a phantom, as `Archive.keep` calls it; `archive` is unused."""
     made = generate.make_phantom(seed, config)
     return simulation.ArticulatedBody(scans.Scan(f"phantom{seed}", made.hu.astype(np.float32), made.mask, made.affine))
 
 
-def patient_body(archive, digest):
+def patient_body(archive: identity.Archive, digest: str) -> simulation.ArticulatedBody:
+    """The body of the patient whose scan has that digest.
+
+    Raises:
+      InputError: an unreadable scan, or one without a complete vertebra.
+    """
     return simulation.ArticulatedBody(identity.scan(archive, digest))
 
 
 @pair_store.named("localizers.acquisition/1", "experiments.detectors.acquisition")
-def acquisition(which, seed, index, archive):
-    """Acquisition `index` of `Views`, a function of (which, seed, index) and of what the scan holds.
+def acquisition(which: AcquisitionSet, seed: int, index: int, archive: identity.Archive) -> dict[str, np.ndarray]:
+    """Acquisition `index` of a set, a function of (which, seed, index) and the scan's content.
 
-    Its target, which the cameras aim at, is any of the body's vertebrae.
+    The cameras aim at the target, which is drawn from the body's vertebrae.
 
     Args:
-      archive: `identity.Archive`.
+      archive: knows where the scan is.
     Returns:
-      dict of clean, measured (V, S, S) float16, line integrals; valid (V, S, S) bool; intrinsics (V, 4);
-      camera_from_world (V, 4, 4); centroids (V, 29, 2) pixels; in_sight (V, 29) bool; known (29,) bool, labels whose truth
-      is told; target, its label; world_from_box (4, 4), its pose.
+      a dict with
+        clean, measured: (V, S, S) float16, line integrals.
+        valid: (V, S, S) bool.
+        intrinsics: (V, 4); camera_from_world: (V, 4, 4).
+        centroids: (V, 29, 2), pixels, by VerSe number; in_sight: (V, 29) bool.
+        known: (29,) bool, whether the true place of a label is known.
+        target: label of the target; world_from_box: (4, 4), its pose, mm.
     Raises:
       InputError: an unreadable scan, or one without a complete vertebra.
     """
@@ -75,7 +105,7 @@ def acquisition(which, seed, index, archive):
     sample = simulation.simulate(body, target, rng, which.preset, which.geometry)
     images = {"clean": sample.rest + sample.excess, "measured": sample.measured}
     return {
-        **{name: np.clip(image, -30.0, 60.0).astype(np.float16) for name, image in images.items()},
+        **{name: np.clip(image, *STORED_RANGE).astype(np.float16) for name, image in images.items()},
         **{name: getattr(sample, name) for name in ARRAYS[2:]},
         "known": np.isin(np.arange(LABELS), body.spine.labels),
         "target": np.int32(target),
@@ -83,17 +113,24 @@ def acquisition(which, seed, index, archive):
     }
 
 
-def simulated_views(folder, which, seed, archive, on_done=lambda acquisitions: None):
-    """The `pair_store.Source` of `Views`, made where it is not there yet.
+def simulated_views(
+    folder: pathlib.Path | str,
+    which: AcquisitionSet,
+    seed: int,
+    archive: identity.Archive,
+    on_done: Callable[[int], Any] = lambda acquisitions: None,
+) -> pair_store.Source:
+    """The acquisitions of a set, simulated where they are not there yet.
 
     Args:
-      folder: where such stores lie, each in a folder named by its content; seed: of everything random.
-      archive: `identity.Archive` that knows where the scan lies.
-      on_done: called with the number of acquisitions of every shard that is there.
+      folder: of all stores, each in a folder named by its content.
+      seed: of everything random.
+      archive: knows where the scan is.
+      on_done: called with the number of acquisitions in every finished shard.
     Raises:
       InputError: as `acquisition`; a damaged store.
     """
-    # One process for two cores, since rendering is parallel in itself; an accelerator that renders is not shared.
+    # Rendering on a CPU uses several cores, so one process per two cores; an accelerator is not shared.
     processes = pair_store.usable_cores() // 2 if jax.default_backend() == "cpu" else 1
     return pair_store.write(
         pathlib.Path(folder) / identity.config_hash(which, seed),
@@ -108,18 +145,28 @@ def simulated_views(folder, which, seed, archive, on_done=lambda acquisitions: N
     )
 
 
-def gather(acquisitions):
-    """One pool of the X-rays of all acquisitions: dict of `ARRAYS` (N, ...) and `known` (N, 29)."""
+def gather(acquisitions: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Pools the X-rays of acquisitions: a dict of `ARRAYS`, (N, ...), and known, (N, 29)."""
     acquisitions = list(acquisitions)
     pool = {name: np.concatenate([a[name] for a in acquisitions]) for name in ARRAYS}
     return {**pool, "known": np.concatenate([np.tile(a["known"], (len(a["valid"]), 1)) for a in acquisitions])}
 
 
-def held_out_views(workdir, config, bodies, ct=None, mask=None, label_map=None):
+def held_out_views(
+    workdir: pathlib.Path | str,
+    config: LocalizerTraining,
+    bodies: int,
+    ct: pathlib.Path | str | None = None,
+    mask: pathlib.Path | str | None = None,
+    label_map: str | None = None,
+) -> pair_store.Source:
     """Acquisitions that no training with `config` has seen: of other phantoms, or of one scan in other postures.
 
-    Returns:
-      `pair_store.Source` of `config.count` acquisitions of each of `bodies`, kept in `workdir`.
+    Args:
+      workdir: where they are kept.
+      config: of the training; its `count` is the number of acquisitions per body.
+      bodies: number of bodies.
+      ct, mask, label_map: as `scans.read_scan`; None for phantoms.
     Raises:
       InputError: an unreadable scan, or one without a complete vertebra.
     """

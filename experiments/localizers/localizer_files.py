@@ -1,7 +1,8 @@
-"""A localizer as one file."""
+"""A localizer as one npz file."""
 
 import dataclasses
 import json
+import pathlib
 
 import flax.traverse_util
 import jax
@@ -13,24 +14,24 @@ from radgs_jax.localization import locate
 from radgs_jax.localization import network
 from radgs_jax.localization.chain import Chain
 
-FORMAT = "radgs-detector/1"
+LOCALIZER_FORMAT = "radgs-detector/1"
 
 
-def save(path, model, note):
-    """Writes a detector as one npz, atomically; `note` says what it was made from."""
+def write_localizer(path: pathlib.Path | str, model: locate.Localizer, note: str) -> None:
+    """Writes a localizer atomically; `note` is one line for people about its origin."""
     params = flax.traverse_util.flatten_dict(model.params, sep=".")
     chain = dataclasses.asdict(model.chain)
     centres = {str(label): np.asarray(centre).tolist() for label, centre in model.centres_ct.items()}
     config = dataclasses.asdict(model.config)
-    header = json.dumps({"format": FORMAT, "note": note, "config": config, "centres_ct": centres})
+    header = json.dumps({"format": LOCALIZER_FORMAT, "note": note, "config": config, "centres_ct": centres})
     files.write_npz(path, header=np.array(header), **{f"chain.{k}": v for k, v in chain.items()}, **params)
 
 
-def load(path):
-    """Reads a detector.
+def read_localizer(path: pathlib.Path | str) -> locate.Localizer:
+    """Reads a localizer.
 
     Raises:
-      InputError: a file that is not a detector, one of another format, or whose parameters are not those of its configuration.
+      InputError: a file that is not a localizer, another format, or parameters that do not fit the configuration.
     """
     text = str(files.read_npz(path, "header")["header"])
     try:
@@ -39,9 +40,9 @@ def load(path):
         config, form = network.DetectorConfig(**fields), header["format"]
         centres = {int(k): np.array(v, np.float64).reshape(3) for k, v in header["centres_ct"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        errors.fail(path, "header", repr(error)[:80], "a detector's header")
-    if form != FORMAT:
-        errors.fail(path, "format", repr(form), repr(FORMAT))
+        errors.fail(path, "header", repr(error)[:80], "a localizer's header")
+    if form != LOCALIZER_FORMAT:
+        errors.fail(path, "format", repr(form), repr(LOCALIZER_FORMAT))
     like = flax.traverse_util.flatten_dict(jax.eval_shape(lambda: network.init(config, jax.random.key(0))), sep=".")
     arrays = files.read_npz(path, *like)
     for name, leaf in like.items():

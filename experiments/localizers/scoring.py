@@ -1,5 +1,9 @@
 """Scores of a localizer on X-rays that it has not seen."""
 
+import pathlib
+from collections.abc import Iterable
+from collections.abc import Mapping
+
 import numpy as np
 
 from data_pipelines import cases
@@ -11,20 +15,29 @@ from radgs_jax.geometry.xray import XRay
 from radgs_jax.localization import locate
 
 RIGHT_MM = 12.0
-"""A centre that is farther off is another vertebra's: half the height of a small one with its disc."""
+"""Maximum error of a right centre, mm: half the height of a small vertebra with its disc; beyond it another
+vertebra is nearer."""
+SURE = 0.9
+"""Probability above which an answer counts as sure. Chosen by hand: a lower value counts more wrong answers as sure."""
 
 
-def score(model, acquisitions):
-    """How well a detector does where the truth is known, as a dict of figures.
-
-    Of single views: `levels` told, in sight and not covered; `level_right`, the share whose reported place is nearer to the
-    true one than to another level's (missed ones are wrong); `centre_mm`, median distance at the isocentre from a reported
-    place to the nearest true centre. Of pairs: `targets`; `target_right`, the share within `RIGHT_MM`; `target_mm`,
-    median distance of the triangulated centre, inf where there is none; `refused`, the share without an answer;
-    `sure_and_wrong`, the share that is not right with a probability above 0.9.
+def score_localizer(model: locate.Localizer, acquisitions: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Scores a localizer on acquisitions whose truth is known.
 
     Args:
-      acquisitions: iterable of what `acquisition` gives.
+      acquisitions: as `acquisitions.acquisition` returns them.
+    Returns:
+      of single views:
+        levels: number of levels that are known, in sight and not covered.
+        level_right: fraction of them whose reported place is nearer to its true place than to another level's; a level that is not
+          reported counts as wrong.
+        centre_mm: median distance, at the isocentre, from a reported place to the nearest true centre.
+      of acquisitions:
+        targets: number of acquisitions.
+        target_right: fraction of targets within `RIGHT_MM`.
+        target_mm: median distance from the triangulated to the true centre; infinite where nothing is found.
+        refused: fraction without an answer.
+        sure_and_wrong: fraction of wrong answers with a probability above `SURE`.
     """
     right, near, targets = [], [], []
     for a in acquisitions:
@@ -62,21 +75,21 @@ def score(model, acquisitions):
         "target_right": float(np.mean(miss < RIGHT_MM)),
         "target_mm": float(np.median(miss)),
         "refused": float(np.mean(np.isinf(miss))),
-        "sure_and_wrong": float(np.mean((miss >= RIGHT_MM) & (probability > 0.9))),
+        "sure_and_wrong": float(np.mean((miss >= RIGHT_MM) & (probability > SURE))),
     }
 
 
-def find_in_cases(path, case_file, variant):
+def find_in_cases(path: pathlib.Path | str, case_file: cases.CaseFile, variant: str) -> dict[str, locate.Located | str]:
     """Finds the target vertebra of every scene of a case file.
 
     Args:
-      path: detector file; case_file: `cases.CaseFile`; variant: array of the X-ray files.
+      path: localizer file; variant: array of the X-ray files.
     Returns:
-      scene name -> `Located`, or the one line that says why there is none.
+      scene name -> what was found, or one line that says why nothing was.
     Raises:
       InputError: unreadable files.
     """
-    model, found = localizer_files.load(path), {}
+    model, found = localizer_files.read_localizer(path), {}
     for scene in case_file.scenes.values():
         label, xrays = case_file.volumes[scene.volume].full_label, cases.read_xrays(scene, variant)
         try:
@@ -86,13 +99,17 @@ def find_in_cases(path, case_file, variant):
     return found
 
 
-def centre_errors(case_file, found):
-    """Scene -> distance in mm from the true centre (inf where nothing was found); scenes without a truth are left out.
+def centre_errors(case_file: cases.CaseFile, found: Mapping[str, locate.Located | str]) -> dict[str, float]:
+    """Scene name -> distance in mm from the found to the true centre, infinite where nothing was found.
 
+    Scenes without a known truth are left out.
+
+    Args:
+      found: as `find_in_cases` returns.
     Raises:
-      InputError: a pose or a centre that is none.
+      InputError: a malformed pose or centre.
     """
-    errors = {}
+    errors_mm = {}
     for name, located in found.items():
         scene = case_file.scenes[name]
         centre = case_file.raw["volumes"][scene.volume].get("centre")
@@ -101,5 +118,5 @@ def centre_errors(case_file, found):
         centre = camera_files.check_matrix(case_file.path, f"volumes.{scene.volume}.centre", centre, (3,))
         T = cases.truth(case_file, scene)
         truth = T[:3, :3] @ centre + T[:3, 3]
-        errors[name] = np.inf if isinstance(located, str) else float(np.linalg.norm(located.centre - truth))
-    return errors
+        errors_mm[name] = np.inf if isinstance(located, str) else float(np.linalg.norm(located.centre - truth))
+    return errors_mm

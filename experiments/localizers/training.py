@@ -1,9 +1,11 @@
-"""Vertebra detectors: made on simulated X-rays, adapted to a patient, kept as one file, and used on calibrated X-rays."""
+"""Training of vertebra localizers: on simulated X-rays of phantoms, and adapted to a patient."""
 
 import dataclasses
 import functools
 import hashlib
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +27,28 @@ from radgs_jax.training import sharding
 from radgs_jax.training import update
 
 CHECKPOINT_SECONDS = 60.0
+"""Minimum time between checkpoints, s, chosen by hand: work lost when stopped against time spent writing."""
+CHAIN_WEIGHTS, CHAIN_LINKS = (0.25, 0.35, 0.5, 0.7, 1.0), (0.0, 2.0, 4.0)
+"""Candidates for `Chain.weight` and `Chain.link`, chosen by hand; a finer grid takes longer, one evaluation per pair."""
+LOG_FLOOR = 1e-9
+"""Added to probabilities before their logarithm, so that an impossible truth costs about 21 instead of infinity."""
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Acquisitions simulated (as `Views`; those of the last `held_out` bodies calibrate the chain), and `steps` of `batch`
-    crops of `crop_px` at a cosine `learning_rate`; seed: of all of it.
+class LocalizerTraining:
+    """How a localizer is trained. The values were chosen by hand: training time against the scores in docs/data.md.
 
-    Crops are turned by up to `turn_deg` and scaled by up to the share `scale`, which makes patients of other sizes.
+    Attributes:
+      bodies: number of bodies that are simulated: phantoms, or postures of one patient.
+      held_out: number of the last bodies, which fit the chain and are not trained on.
+      count: number of acquisitions per body.
+      steps: number of training steps.
+      batch: number of crops per step.
+      crop_px: side of a crop, pixels.
+      turn_deg: maximum rotation of a crop, degrees.
+      scale: maximum relative change of a crop's scale, which simulates patients of other sizes.
+      learning_rate: peak of a cosine schedule.
+      seed: of everything random.
     """
 
     bodies: int = 36
@@ -47,8 +63,10 @@ class TrainConfig:
     seed: int = 20000
 
 
-GENERIC = TrainConfig()
-PATIENT = TrainConfig(bodies=24, held_out=2, turn_deg=3.0, scale=0.02, steps=1200)
+GENERIC = LocalizerTraining()
+"""For `--do=generic`: 15 minutes (docs/performance.md)."""
+PATIENT = LocalizerTraining(bodies=24, held_out=2, turn_deg=3.0, scale=0.02, steps=1200)
+"""For adapting to a patient: smaller changes of the crops, because the patient's size is known; ten minutes."""
 
 
 def _objective(params, key, batch, config):
@@ -57,18 +75,32 @@ def _objective(params, key, batch, config):
     return network.loss(prediction, network.target(centres, seen, images.shape[1:]), known), {}
 
 
-def train(pool, folder, config, train_config, params=None):
-    """Trains a detector on a pool, going on from the last checkpoint in `folder`; returns its parameters.
+def train_localizer(
+    pool: Mapping[str, np.ndarray],
+    folder: pathlib.Path | str,
+    config: network.DetectorConfig,
+    train_config: LocalizerTraining,
+    params: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Trains the network of a localizer, continuing from the last checkpoint in `folder`.
 
     Args:
-      params: what to start from; None: fresh parameters.
+      pool: X-rays, as `acquisitions.gather` returns them.
+      folder: of checkpoints and logs.
+      config: of the network.
+      train_config: how it is trained.
+      params: parameters to start from; None initialises them.
+    Returns:
+      the trained parameters.
+    Raises:
+      DivergedError: as `loop.run_steps`.
     """
     mesh = sharding.make_mesh()
     size = -(-train_config.batch // mesh.size) * mesh.size
     key = jax.random.key(train_config.seed)
     params = network.init(config, key) if params is None else params
     state = update.state_of({"detector": jax.tree.map(jnp.array, params)}, ("detector",))
-    state = loop.loop(
+    state = loop.run_steps(
         pathlib.Path(folder) / "detector",
         pathlib.Path(folder),
         mesh,
@@ -83,13 +115,26 @@ def train(pool, folder, config, train_config, params=None):
     return jax.device_get(state["params"]["detector"])
 
 
-def calibrate(params, config, pool, held_out, train_config, images=48, prior=None):
-    """The `chain.Chain` of a detector: spacings from `pool`, weight and link that suit crops of `held_out` best.
+def fit_localizer_chain(
+    params: dict[str, Any],
+    config: network.DetectorConfig,
+    pool: Mapping[str, np.ndarray],
+    held_out: Mapping[str, np.ndarray],
+    train_config: LocalizerTraining,
+    images: int = 48,
+    prior: Chain | None = None,
+) -> Chain:
+    """Fits the chain of a localizer's levels.
 
-    The best gives the true cells and absences the largest log-probability in the chain's marginals.
+    Spacings are measured in `pool`. Weight and link are those of the candidates that give the true cells and absences of crops of
+    `held_out` the largest mean log-probability in the chain's marginals.
 
     Args:
-      prior: the chain whose spacings stand where no neighbouring levels of `pool` are in sight together.
+      params, config: of the network.
+      pool, held_out: X-rays that were, and were not, trained on, as `acquisitions.gather` returns them.
+      train_config: how the network was trained, for the size of crops and the seed.
+      images: number of crops.
+      prior: chain whose spacings are used where no X-ray of `pool` shows two neighbouring levels.
     """
     levels, pixel_mm = list(config.levels), config.pixel_mm
     known = pool["known"][:, levels]
@@ -103,8 +148,8 @@ def calibrate(params, config, pool, held_out, train_config, images=48, prior=Non
     prediction = jax.device_get(locate.predict(params, config, *batch[:3]))
     truth = jax.device_get(network.target(*batch[3:5], batch[0].shape[1:]))
     best = None
-    for weight in (0.25, 0.35, 0.5, 0.7, 1.0):
-        for link in (0.0, 2.0, 4.0):
+    for weight in CHAIN_WEIGHTS:
+        for link in CHAIN_LINKS:
             chain = Chain(spacing, spread, weight, link, trained)
             value = np.mean([_likelihood(prediction, truth, batch[5], chain, i, pixel_mm) for i in range(images)])
             if best is None or value > best[0]:
@@ -115,26 +160,35 @@ def calibrate(params, config, pool, held_out, train_config, images=48, prior=Non
 def _likelihood(prediction, truth, known, chain, i, pixel_mm):
     lattice = Lattice(prediction.cells[i], prediction.absent[i], chain, network.STRIDE * pixel_mm)
     cells, absent, _ = lattice.marginals()
-    told = known[i][chain.trained]
-    score = (truth.cells[i][chain.trained] * np.log(cells + 1e-9)).sum((1, 2))
-    score += truth.absent[i][chain.trained] * np.log(absent + 1e-9)
-    return score[told].sum()
+    labelled = known[i][chain.trained]
+    score = (truth.cells[i][chain.trained] * np.log(cells + LOG_FLOOR)).sum((1, 2))
+    score += truth.absent[i][chain.trained] * np.log(absent + LOG_FLOOR)
+    return score[labelled].sum()
 
 
-def make_generic(workdir, config=GENERIC, detector_config=network.DetectorConfig()):
-    """Trains a detector on phantoms; writes `workdir`/detector.npz and returns its path."""
-    which, start = (
-        acquisitions.AcquisitionSet(None, config.bodies, config.count),
-        locate.Localizer(None, detector_config, None),
-    )
+def make_generic_localizer(
+    workdir: pathlib.Path | str,
+    config: LocalizerTraining = GENERIC,
+    network_config: network.DetectorConfig = network.DetectorConfig(),
+) -> pathlib.Path:
+    """Trains a localizer on phantoms; writes `workdir`/detector.npz and returns its path."""
+    which = acquisitions.AcquisitionSet(None, config.bodies, config.count)
+    start = locate.Localizer(None, network_config, None)
     return _make(workdir, which, identity.Archive({}), config, start, f"{config.bodies} phantoms")
 
 
-def make_patient(workdir, ct, mask, base, config=PATIENT, label_map=None):
-    """Adapts a detector to X-rays simulated from a patient's scan; writes `workdir`/detector.npz and returns its path.
+def make_patient_localizer(
+    workdir: pathlib.Path | str,
+    ct: pathlib.Path | str,
+    mask: pathlib.Path | str,
+    base: locate.Localizer,
+    config: LocalizerTraining = PATIENT,
+    label_map: str | None = None,
+) -> pathlib.Path:
+    """Adapts a localizer to X-rays simulated from a patient's scan; writes `workdir`/detector.npz and returns its path.
 
     Args:
-      ct, mask, label_map: as `scans.read_scan`; base: the `Model` to start from.
+      ct, mask, label_map: as `scans.read_scan`; base: the localizer to start from.
     Raises:
       InputError: an unreadable scan, or one without a complete vertebra; nothing is written then.
     """
@@ -146,25 +200,29 @@ def make_patient(workdir, ct, mask, base, config=PATIENT, label_map=None):
     return _make(workdir, which, archive, config, start, "one patient")
 
 
-def patient_recipe(path, config=PATIENT):
-    """Digest of what a patient's detector is made of besides the scan: the detector in file `path`, and how it is adapted."""
+def patient_recipe(path: pathlib.Path | str, config: LocalizerTraining = PATIENT) -> str:
+    """Digest of everything but the scan that an adapted localizer depends on.
+
+    Args:
+      path: file of the localizer to start from; config: how it is adapted.
+    """
     return identity.config_hash(
         files.sha256(path), config, acquisitions.AcquisitionSet(None, config.bodies, config.count)
     )
 
 
 def _make(workdir, which, archive, config, start, note):
-    """Trains from the `Model` `start`, whose parameters may be None, on `Views`, and writes what comes of it."""
+    """Trains from the localizer `start`, whose parameters may be None, on the acquisitions `which`, and writes the result."""
     folder = pathlib.Path(workdir) / "detector"
     with progress.bar(len(which), "X-rays") as bar:
         source = acquisitions.simulated_views(folder / "views", which, config.seed, archive, bar.update)
     cut = len(which) - config.held_out * config.count
     pool, held_out = (acquisitions.gather(source[i] for i in part) for part in (range(cut), range(cut, len(which))))
-    # A state is gone on with only where all is the same that it was made from.
+    # The folder is named by everything the state depends on, so a changed input starts anew.
     leaves = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(start.params))
     name = identity.config_hash(config, start.config, source.identity(), hashlib.sha256(leaves).hexdigest())
-    params = train(pool, folder / "state" / name, start.config, config, start.params)
-    chain = calibrate(params, start.config, pool, held_out, config, prior=start.chain)
+    params = train_localizer(pool, folder / "state" / name, start.config, config, start.params)
+    chain = fit_localizer_chain(params, start.config, pool, held_out, config, prior=start.chain)
     path = folder.with_name("detector.npz")
-    localizer_files.save(path, dataclasses.replace(start, params=params, chain=chain), note)
+    localizer_files.write_localizer(path, dataclasses.replace(start, params=params, chain=chain), note)
     return path

@@ -1,1 +1,1 @@
-"""Prepared patients: the folder that `prepare` writes and `register` reads."""
+"""Prepared patients: the workdir that `prepare` writes and `register` reads, the models in it, and start poses."""

@@ -1,4 +1,4 @@
-"""Models on disk: parameters by Orbax, a JSON manifest and mean shapes."""
+"""Models on disk: a folder with parameters (Orbax), a JSON manifest and mean shapes."""
 
 import dataclasses
 import hashlib
@@ -22,10 +22,10 @@ MODEL_FORMAT = "radgs-model/1"
 
 
 def base_folder() -> pathlib.Path:
-    """The shipped model: `base/` of the repository, or what was installed with the package.
+    """Folder of the shipped model: `base/` of the repository, or the one installed with the package.
 
     Raises:
-      InputError: neither is there.
+      InputError: neither exists.
     """
     root = pathlib.Path(__file__).resolve().parents[2]
     for folder in (root / "base", root / "radgs_jax_base"):
@@ -34,18 +34,21 @@ def base_folder() -> pathlib.Path:
     return errors.fail(root / "base", "manifest.json", "nothing", "the shipped model: install the package again")
 
 
-def abstract(x):
+def abstract(x: np.ndarray | jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Shape, type and sharding of an array, as Orbax takes them."""
-    # A sharding in the abstract tree keeps Orbax from trusting the one in the file, which may be another machine's.
+    # Without a sharding here, Orbax would use the one in the file, which may name another machine's devices.
     sharding = x.sharding if isinstance(x, jax.Array) else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def save_model(folder, model, note):
-    """Writes a `Model` to `folder`, whole or not at all, in place of what is there; `note` says what it is.
+def save_model(folder: pathlib.Path | str, model: trained.Model, note: str) -> None:
+    """Writes a model to `folder` and replaces the one that is there.
 
-    Wherever this is stopped, `load_model` finds the old model or the new one, if need be under the name of `_aside`, and the
-    next call clears up. Every one of jax's processes calls this, with one file system; the model is there when it returns.
+    Wherever this is stopped, `load_model` finds either the old or the new model, complete; the next call removes leftovers.
+    All of jax's processes must call this, on a shared file system; it returns when the model is complete.
+
+    Args:
+      note: one line for people about the model's origin.
     """
     folder = pathlib.Path(folder).resolve()
     temporary = folder.with_name(f".{folder.name}.partial")
@@ -56,7 +59,7 @@ def save_model(folder, model, note):
     ocp.save_pytree(temporary / "params", model.params)
     if jax.process_index() == 0:
         _finish_model(temporary, model, note)
-        # No system swaps two folders in one step by a call that all systems have.
+        # There is no portable call that swaps two folders atomically, so the old one is set aside first.
         if folder.exists():
             folder.rename(_aside(folder))
         temporary.rename(folder)
@@ -65,27 +68,27 @@ def save_model(folder, model, note):
 
 
 def _aside(folder):
-    """Where a model waits, whole, while another takes its place."""
+    """Path of the old model, complete, while the new one takes its place."""
     return folder.with_name(f".{folder.name}.replaced")
 
 
 def _clear(folder, temporary):
-    """Deletes half a model in `temporary`, and the model set aside where `folder` has taken its place."""
+    """Deletes an incomplete model in `temporary` and, where `folder` exists, the model that was set aside."""
     shutil.rmtree(temporary, ignore_errors=True)
     if folder.exists() and _aside(folder).exists():
-        # Under this name, so that half a model never bears a name that is read.
+        # Renamed first, so that a half-deleted model never has a name that `load_model` reads.
         _aside(folder).rename(temporary)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _found(folder):
-    """The folder that a model is to be read from: its own, or where it was set aside when its replacement was stopped."""
+    """The folder to read a model from: its own, or the one set aside by a replacement that was stopped."""
     folder = pathlib.Path(folder).resolve()
     return _aside(folder) if not folder.exists() and _aside(folder).exists() else folder
 
 
-def model_exists(folder):
-    """True where `load_model` finds a model."""
+def model_exists(folder: pathlib.Path | str) -> bool:
+    """Whether `load_model` finds a model."""
     return (_found(folder) / "manifest.json").exists()
 
 
@@ -95,8 +98,8 @@ def _wait_for_all(place):
 
 
 def _finish_model(temporary, model, note):
-    """All of a model that is beside its parameters."""
-    # A note to people that names a path of the machine it was written on; models travel.
+    """Writes all of a model except its parameters."""
+    # Orbax's note contains a path of this machine; a model is copied to others.
     (temporary / "params" / "commit_success.txt").unlink(missing_ok=True)
     files.write_npz(
         temporary / "mean_shapes.npz",
@@ -114,13 +117,11 @@ def _finish_model(temporary, model, note):
     )
 
 
-def load_model(folder):
+def load_model(folder: pathlib.Path | str) -> trained.Model:
     """Reads a model.
 
-    Returns:
-      `Model`.
     Raises:
-      InputError: a folder that is not a model, one of another format, or parameters that are not those of its configuration.
+      InputError: a folder that is not a model, another format, or parameters that do not fit the configuration.
     """
     folder = _found(folder)
     path = folder / "manifest.json"
@@ -160,8 +161,8 @@ def _config(path, value):
     return ModelConfig(**{k: frozen(v) for k, v in value.items()})
 
 
-def model_hash(model):
-    """Digest of a `Model`'s values and configuration, the same wherever and whenever it was saved."""
+def model_hash(model: trained.Model) -> str:
+    """Digest of a model's values and configuration, independent of where and when it was saved."""
     digest = hashlib.sha256(identity.config_hash(model.config).encode())
     leaves = [*jax.tree.leaves(model.params), *(model.mean_shapes[k] for k in sorted(model.mean_shapes))]
     for leaf in leaves:

@@ -1,12 +1,8 @@
-"""Prepared patients: data stage P3 on one scan, and the folder that `prepare` writes and `register` reads.
-
-A workdir W holds `manifest.json` with the hashes of everything its contents were made from, and per patient (one scan) the
-model, the base's calibration, per vertebra what registering needs of the CT, and, where it was asked for, the vertebra
-detector.
-"""
+"""Prepares patients: data stage P3 on each scan, and the adapted localizer. `workdir` describes the folder that is written."""
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
 import jax
 
@@ -14,51 +10,62 @@ from data_pipelines.ct import extraction
 from data_pipelines.ct import scans
 from data_pipelines.ct import whole_body
 from data_pipelines.pairs import build
+from data_pipelines.pairs.batches import PairSet
 from data_pipelines.pairs.identity import config_hash
+from experiments import configs
 from experiments.localizers import localizer_files
 from experiments.localizers import training
 from experiments.patients import models
 from experiments.patients.workdir import CALIBRATION
 from experiments.patients.workdir import claim
-from experiments.patients.workdir import FORMAT
 from experiments.patients.workdir import Identity
 from experiments.patients.workdir import localizer_path
-from experiments.patients.workdir import REFINE
+from experiments.patients.workdir import REFINE_FILE
 from experiments.patients.workdir import renew
 from experiments.patients.workdir import save_vertebra
+from experiments.patients.workdir import Target
+from experiments.patients.workdir import WORKDIR_FORMAT
 from experiments.runtime import progress
 from experiments.training import loop
 from radgs_jax import errors
 from radgs_jax import levels
+from radgs_jax.registration.confidence import AcceptanceRule
 from radgs_jax.training import objectives
+
+SEED_OFFSET = 7
+"""Added to the config's seed for P3's pairs, so that they differ from those of other stages."""
 
 
 def prepare(
-    config,
-    workdir,
-    targets,
-    base,
-    minutes=None,
-    modules=objectives.MODULES,
-    detector=None,
-    adapting=training.PATIENT,
-    rule=None,
-):
-    """Prepares every target: one network per scan for all its vertebrae, from the model in folder `base`.
+    config: configs.Config,
+    workdir: pathlib.Path | str,
+    targets: Sequence[Target],
+    base: pathlib.Path | str,
+    minutes: float | None = None,
+    modules: Sequence[str] = objectives.MODULES,
+    localizer: pathlib.Path | str | None = None,
+    adapting: training.LocalizerTraining = training.PATIENT,
+    rule: AcceptanceRule | None = None,
+) -> None:
+    """Prepares every target: one network per scan for all its vertebrae, trained from the model in folder `base`.
 
-    A workdir that was prepared without a detector can be given one later, and one that is prepared again takes the refinement
-    and the acceptance rule that are given then.
+    A workdir that was prepared without a localizer can be given one later. A workdir that is prepared again takes over the
+    refinement and the acceptance rule of the later call.
 
     Args:
-      config: `configs.Config`; its p3 stage says what is done. workdir: made if need be; targets: list of `Target`.
-      minutes: wall time per scan instead of the config's steps.
-      modules: module stages to run; the model is written after the last one, 'joint'.
-      detector: file of the vertebra detector to adapt to each scan, None for none; adapting: `training.TrainConfig` of
-        that, which `minutes` does not bound.
-      rule: `confidence.AcceptanceRule` fitted for config.refine; None for poses that are not judged.
+      config: its P3 stage says how the networks are trained.
+      workdir: folder to write, new or prepared from the same inputs.
+      targets: the vertebrae.
+      base: folder of the base model.
+      minutes: training time per scan, min, instead of the config's steps.
+      modules: phases to run; the model is written after the last one, 'joint'.
+      localizer: file of the localizer to adapt to each scan; None for none.
+      adapting: how the localizer is trained; `minutes` does not limit that.
+      rule: acceptance rule fitted for config.refine; None for poses that are not judged.
     Raises:
-      InputError: unreadable input, an absent or cut vertebra, one that the detector does not know, a base or detector that is
-        none, or a workdir made from other inputs.
+      InputError: unreadable input, an absent or cut vertebra, a vertebra that the localizer does not know, an unusable base or
+        localizer, or a workdir made from other inputs.
+      DivergedError: as `loop.run_steps`.
     """
     workdir = pathlib.Path(workdir)
     identity = Identity()
@@ -67,35 +74,35 @@ def prepare(
         groups.setdefault(identity.scan(target), {})[target.label] = target
     model = models.load_model(base)
     document = {
-        "format": FORMAT,
+        "format": WORKDIR_FORMAT,
         "base": models.model_hash(model),
         "config": config_hash(config.seed, config.p3, config.pairs, config.losses, model.config, config.batch, minutes),
         "scans": {digest: sorted(group) for digest, group in groups.items()},
     }
-    if detector is not None:
-        generic = localizer_files.load(detector)
+    if localizer is not None:
+        generic = localizer_files.read_localizer(localizer)
         known = generic.config.levels
         for target in targets:
             if target.label not in known:
-                wanted = f"one from {levels.level_name(known[0])} to {levels.level_name(known[-1])}, or no detector"
-                errors.fail(detector, f"label {target.label}", levels.level_name(target.label), wanted)
-        document["detector"] = training.patient_recipe(detector, adapting)
+                wanted = f"one from {levels.level_name(known[0])} to {levels.level_name(known[-1])}, or no localizer"
+                errors.fail(localizer, f"label {target.label}", levels.level_name(target.label), wanted)
+        document["detector"] = training.patient_recipe(localizer, adapting)
     missing = {d: group for d, group in groups.items() if not models.model_exists(workdir / d / "model")}
-    # Everything that can be wrong with the input is found before the first file is written.
+    # Reads all input before the first file is written, so that unusable input leaves nothing behind.
     vertebrae = {digest: _extract(group.values(), model.config.gaussians) for digest, group in missing.items()}
     claim(workdir, document)
     for digest in groups:
-        # Of no account to what is trained: a workdir that is there gets those of this call.
-        renew(workdir / digest / REFINE, config.refine)
+        # Training does not depend on these two, so an existing workdir may exchange them.
+        renew(workdir / digest / REFINE_FILE, config.refine)
         renew(workdir / digest / CALIBRATION, rule)
     for digest, group in missing.items():
         _prepare_scan(config, workdir / digest, list(group.values()), vertebrae[digest], model, minutes, modules)
-    if detector is None:
+    if localizer is None:
         return
     for digest, group in groups.items():
         if not localizer_path(workdir, digest).exists():
             first = next(iter(group.values()))
-            training.make_patient(workdir / digest, first.ct, first.mask, generic, adapting, first.labels)
+            training.make_patient_localizer(workdir / digest, first.ct, first.mask, generic, adapting, first.labels)
 
 
 def _extract(targets, gaussian_count):
@@ -107,11 +114,13 @@ def _extract(targets, gaussian_count):
     return [(vertebra, whole_body.moving_parts(whole, vertebra)) for vertebra in vertebrae]
 
 
-def pairs_of(config, folder, targets, gaussian_count):
-    """The `batches.PairSet` that P3 trains on, made where it is not there yet.
+def pairs_of(config: configs.Config, folder: pathlib.Path, targets: Sequence[Target], gaussian_count: int) -> PairSet:
+    """The pairs that P3 trains on, made where they are not there yet.
 
     Args:
-      config: `configs.Config`; folder: of the scan, in a workdir; targets: of one scan; gaussian_count: of each vertebra.
+      folder: of the scan, in a workdir.
+      targets: vertebrae of one scan.
+      gaussian_count: number of Gaussians per vertebra.
     Raises:
       InputError: as `build.simulated_pairs`.
     """
@@ -121,7 +130,7 @@ def pairs_of(config, folder, targets, gaussian_count):
             folder / "pairs",
             [(first.patient, first.ct, first.mask, target.label) for target in targets],
             config.p3.pairs,
-            config.seed + 7,
+            config.seed + SEED_OFFSET,
             config.pairs,
             gaussian_count,
             config.p3.ct_pairs,
@@ -136,7 +145,7 @@ def _prepare_scan(config, folder, targets, vertebrae, model, minutes, modules):
     labels = [target.label for target in targets]
     pair_set = pairs_of(config, folder, targets, model.config.gaussians)
     stage = dataclasses.replace(config, model=model.config)
-    params = loop.run(
+    params = loop.run_phases(
         stage,
         folder,
         "p3",

@@ -1,19 +1,26 @@
 """Start poses from clicked points and from a localizer."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from radgs_jax import errors
 from radgs_jax.geometry import triangulation
+from radgs_jax.geometry.camera import Camera
+from radgs_jax.geometry.xray import XRay
 from radgs_jax.localization import locate
+from radgs_jax.registration.prepared import Vertebra
 
 
-def start_from_points(cameras, pixels, vertebra):
+def start_from_points(
+    cameras: Sequence[Camera], pixels: Sequence[Sequence[float]], vertebra: Vertebra
+) -> tuple[np.ndarray, float]:
     """A start pose from the vertebra's centre clicked in every view, with the CT's own orientation.
 
     Args:
-      cameras: `Camera` of each view; pixels: one (u, v) per view; vertebra: `prepared.Vertebra`.
+      cameras: one per view; pixels: one (u, v) per view; vertebra: whose centre was clicked.
     Returns:
-      world_from_ct (4, 4) and the rms distance of the rays from their common point, mm.
+      world_from_ct (4, 4), mm, and the rms distance of the rays from their common point, mm.
     Raises:
       InputError: a single view, or rays that do not meet.
     """
@@ -31,13 +38,13 @@ def start_from_points(cameras, pixels, vertebra):
     return world_from_ct, float(np.sqrt((miss**2).sum(1).mean()))
 
 
-def start_from_localizer(localizer, xrays, vertebra):
-    """A start pose from the vertebra found in the X-rays.
+def start_from_localizer(
+    localizer: locate.Localizer, xrays: Sequence[XRay], vertebra: Vertebra
+) -> tuple[np.ndarray, locate.Located]:
+    """A start pose from the vertebra that a localizer finds in the X-rays.
 
-    Args:
-      localizer: `locate.Localizer`; xrays: `XRay`s; vertebra: `prepared.Vertebra`.
     Returns:
-      world_from_ct (4, 4) and `locate.Located`.
+      world_from_ct (4, 4), mm, and what was found.
     Raises:
       InputError: as `locate.locate`.
     """

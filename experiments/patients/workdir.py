@@ -1,14 +1,17 @@
-"""The folder that `prepare` writes and `register` reads. Imports no training.
+"""The folder that `prepare` writes and `register` reads. This module imports no training.
 
-A workdir holds `manifest.json` with the hashes of everything that its contents were made from and, per scan, the model, the
-acceptance rule, what registering needs of each vertebra, and the localizer where it was asked for.
+A workdir holds `manifest.json`, with hashes of everything its contents were made from, and one folder per scan: the model, the
+refinement, the acceptance rule, one file per vertebra and, if there is one, the adapted localizer.
 """
 
 import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
+from data_pipelines import cases
 from data_pipelines.ct import extraction
 from data_pipelines.ct import scans
 from data_pipelines.ct import whole_body
@@ -18,6 +21,8 @@ from experiments.localizers import localizer_files
 from experiments.patients import models
 from radgs_jax import errors
 from radgs_jax import gaussians
+from radgs_jax.localization.locate import Localizer
+from radgs_jax.models.trained import Model
 from radgs_jax.registration import confidence
 from radgs_jax.registration import gauss_newton
 from radgs_jax.registration.gauss_newton import RefineConfig
@@ -29,18 +34,25 @@ from radgs_jax.registration.prepared import Prepared
 from radgs_jax.registration.prepared import Vertebra
 from radgs_jax.registration.search import SearchConfig
 
-FORMAT = "radgs-workdir/2"
+WORKDIR_FORMAT = "radgs-workdir/2"
 CALIBRATION = "calibration.json"
-REFINE = "refine.json"
+"""File name of the acceptance rule in a scan's folder and in the base."""
+REFINE_FILE = "refine.json"
 UNMARKED = "0f19542c02bf41bc"
-"""What a rule without `fitted_for` was fitted to: all of them were written with one refinement and search."""
+"""Digest of the refinement and search that rules without the field `fitted_for` were fitted for."""
+SHOWN_CHARACTERS = 60
+"""Maximum length of a faulty value in an error message, so that the message stays one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One vertebra to prepare: a patient's identifier, the scan, its mask, the VerSe number.
+    """One vertebra of one scan.
 
-    labels: what numbers the mask holds, a name of `segmentation.LABEL_MAPS`; None finds out or refuses.
+    Attributes:
+      patient: the patient's identifier.
+      ct, mask: paths of the CT and of the label map on its grid.
+      label: VerSe number.
+      labels: numbering of the mask, a name in `segmentation.LABEL_MAPS`; None recognises it, or refuses the mask.
     """
 
     patient: str
@@ -51,19 +63,23 @@ class Target:
 
 
 class Identity:
-    """Content digests of targets, each file read once."""
+    """Content digests of scans; each file is read once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._sha256 = functools.cache(files.sha256)
 
-    def scan(self, target):
-        """Digest of a target's CT and mask; read with another label map a scan is another one. InputError: a missing file."""
+    def scan(self, target: Target) -> str:
+        """Digest of a target's CT, mask and numbering.
+
+        Raises:
+          InputError: a missing file.
+        """
         paths = (pathlib.Path(target.ct).resolve(), pathlib.Path(target.mask).resolve())
         return scan_digest(*paths, target.labels, self._sha256)
 
 
-def renew(path, config):
-    """Keeps a JSON file of a dataclass, or none for None, touching it only where that changes something."""
+def renew(path: pathlib.Path, config: Any | None) -> None:
+    """Makes a JSON file hold a dataclass, or removes it for None; a file that is right already is not touched."""
     if config is None:
         path.unlink(missing_ok=True)
         return
@@ -73,13 +89,22 @@ def renew(path, config):
 
 
 def prepare_untrained(
-    model, scan, label, rule=None, refine=RefineConfig(), search=SearchConfig(), whole=None, mask_path="mask"
-):
-    """`Prepared` with a `trained.Model` as it is, of a vertebra of a `scans.Scan` at hand.
+    model: Model,
+    scan: scans.Scan,
+    label: int,
+    rule: confidence.AcceptanceRule | None = None,
+    refine: RefineConfig = RefineConfig(),
+    search: SearchConfig = SearchConfig(),
+    whole: whole_body.WholeBody | None = None,
+    mask_path: pathlib.Path | str = "mask",
+) -> Prepared:
+    """A vertebra of a scan in memory, ready to register with a model that is not trained any further.
 
     Args:
-      label: VerSe number; rule, refine, search: as in `Prepared`; mask_path: what errors name.
-      whole: the scan's `whole_body.WholeBody` at `whole_body.BODY_MM`, where several vertebrae share it; None makes it.
+      label: VerSe number.
+      rule, refine, search: as in `Prepared`.
+      whole: the scan at `whole_body.BODY_MM`, where several vertebrae share it; None makes it.
+      mask_path: the name of the mask in error messages.
     Raises:
       InputError: an absent or cut vertebra.
     """
@@ -89,12 +114,8 @@ def prepare_untrained(
     return Prepared(model, vertebra, fine_cloud(vertebra), parts, refine, search, rule)
 
 
-def body_reader():
-    """A function that gives the `scans.Scan` of a `cases.Volume` and its `whole_body.WholeBody`, the last one kept.
-
-    Raises, when called:
-      InputError: as `scans.read_scan`.
-    """
+def body_reader() -> Callable[[cases.Volume], tuple[scans.Scan, whole_body.WholeBody]]:
+    """A function that reads the scan of a case file's volume; it caches the latest scan and raises as `scans.read_scan`."""
 
     @functools.lru_cache(1)
     def read(ct, mask, patient):
@@ -104,8 +125,8 @@ def body_reader():
     return lambda volume: read(volume.full_ct, volume.full_mask, volume.patient)
 
 
-def untrained_loader(model, refine):
-    """A function that gives the untrained `Prepared` of a `cases.Volume`; it raises as `prepare_untrained` and `body_reader`."""
+def untrained_loader(model: Model, refine: RefineConfig) -> Callable[[cases.Volume], Prepared]:
+    """A function from a case file's volume to the result of `prepare_untrained`; it raises as that and `scans.read_scan`."""
     body = body_reader()
 
     def of_volume(volume):
@@ -115,8 +136,8 @@ def untrained_loader(model, refine):
     return of_volume
 
 
-def loader(workdir):
-    """A function that gives the `Prepared` of a `cases.Volume` in `workdir`; it raises as `load`."""
+def loader(workdir: pathlib.Path | str) -> Callable[[cases.Volume], Prepared]:
+    """A function from a case file's volume to its `Prepared` in `workdir`; it raises as `load`."""
     identity = Identity()
 
     def of_volume(volume):
@@ -126,11 +147,11 @@ def loader(workdir):
     return of_volume
 
 
-def read_refine(path):
-    """The `gauss_newton.RefineConfig` of a JSON file.
+def read_refine(path: pathlib.Path) -> RefineConfig:
+    """The refinement in a JSON file.
 
     Raises:
-      InputError: no such file, or other fields.
+      InputError: no such file, or unknown fields.
     """
     value = files.read_json(path)
     try:
@@ -140,11 +161,11 @@ def read_refine(path):
         errors.fail(path, "fields", str(error)[:80], "those of a refinement that `experiments.prepare` wrote")
 
 
-def read_rule(path):
-    """The `confidence.AcceptanceRule` of a JSON file, None where there is none.
+def read_rule(path: pathlib.Path) -> confidence.AcceptanceRule | None:
+    """The acceptance rule in a JSON file; None if the file is missing.
 
     Raises:
-      InputError: fields that are missing or no numbers.
+      InputError: fields that are missing or are not numbers.
     """
     if not path.exists():
         return None
@@ -156,16 +177,22 @@ def read_rule(path):
         numbers = found if count else [found]
         good = isinstance(numbers, list) and all(type(v) in (int, float) for v in numbers)
         if not good or (count and len(numbers) != count):
-            errors.fail(path, field, repr(found)[:60], f"{count} numbers" if count else "a number")
+            errors.fail(path, field, repr(found)[:SHOWN_CHARACTERS], f"{count} numbers" if count else "a number")
     fitted_for = value.get("fitted_for", UNMARKED)
     if not isinstance(fitted_for, str):
-        errors.fail(path, "fitted_for", repr(fitted_for)[:60], "a digest of refinement and search")
+        errors.fail(path, "fitted_for", repr(fitted_for)[:SHOWN_CHARACTERS], "a digest of refinement and search")
     numbers = (tuple(value[field]) for field in ("chance", "thresholds", "size"))
     return confidence.AcceptanceRule(*numbers, value["radius"], fitted_for)
 
 
-def claim(workdir, document):
-    """Takes a fresh workdir, or checks that what it holds was made from the same inputs; a detector may come later."""
+def claim(workdir: pathlib.Path, document: dict[str, Any]) -> None:
+    """Writes the manifest of a new workdir, or checks that an existing one was made from the same inputs.
+
+    An existing manifest without a localizer takes over that of `document`.
+
+    Raises:
+      InputError: a workdir made from other inputs, or a folder that holds something else.
+    """
     path = workdir / "manifest.json"
     if path.exists():
         found = read_manifest(workdir)
@@ -185,8 +212,8 @@ def claim(workdir, document):
         files.write_json(path, document)
 
 
-def save_vertebra(path, vertebra, parts):
-    """Writes what registering needs of a `prepared.Vertebra` and its `prepared.Parts` as an npz, atomically; `load` reads it."""
+def save_vertebra(path: pathlib.Path, vertebra: Vertebra, parts: Parts) -> None:
+    """Writes a vertebra and its parts as an npz, atomically; `load` reads it."""
     files.write_npz(
         path,
         density=vertebra.density,
@@ -200,52 +227,54 @@ def save_vertebra(path, vertebra, parts):
     )
 
 
-def read_manifest(workdir):
+def read_manifest(workdir: pathlib.Path | str) -> dict[str, Any]:
     """The manifest of a prepared workdir.
 
     Raises:
-      InputError: none there, another format, or fields that are none of its own.
+      InputError: no manifest, another format, or malformed fields.
     """
     path = pathlib.Path(workdir) / "manifest.json"
     manifest = files.read_json(path)
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        errors.fail(path, "format", repr(found), repr(FORMAT))
+    if found != WORKDIR_FORMAT:
+        errors.fail(path, "format", repr(found), repr(WORKDIR_FORMAT))
     prepared = manifest.get("scans")
     if not isinstance(prepared, dict) or not all(isinstance(labels, list) for labels in prepared.values()):
-        errors.fail(path, "scans", repr(prepared)[:60], "lists of labels by the scans' digests")
+        errors.fail(path, "scans", repr(prepared)[:SHOWN_CHARACTERS], "lists of labels by the scans' digests")
     return manifest
 
 
-def localizer_path(workdir, digest):
-    """File of the localizer adapted to the scan of that digest; it need not be there."""
+def localizer_path(workdir: pathlib.Path | str, digest: str) -> pathlib.Path:
+    """Path of the localizer adapted to a scan, which need not exist; digest: of `Identity.scan`."""
     return pathlib.Path(workdir) / digest / "detector.npz"
 
 
-def load_localizer(workdir, target, identity, generic):
-    """The detector that finds a target's vertebra in X-rays, and whether it is one adapted to the patient.
+def load_localizer(
+    workdir: pathlib.Path | str, target: Target, identity: Identity, generic: pathlib.Path | str
+) -> tuple[Localizer, bool]:
+    """The localizer for a target's vertebra.
 
     Args:
-      identity: `Identity`; generic: file of the detector that stands in where the workdir was prepared without one.
+      generic: file of the localizer to use where the workdir was prepared without one.
     Returns:
-      `locate.Localizer`, bool.
+      the localizer, and whether it is adapted to the patient.
     Raises:
-      InputError: neither is there, an unfinished preparation, or a damaged file.
+      InputError: no localizer, an unfinished preparation, or a damaged file.
     """
     path, generic = localizer_path(workdir, identity.scan(target)), pathlib.Path(generic)
     if "detector" in read_manifest(workdir):
         if not path.exists():
             wanted = "a finished one: run `experiments.prepare` again to go on"
             errors.fail(workdir, "detector", "an unfinished preparation", wanted)
-        return localizer_files.load(path), True
+        return localizer_files.read_localizer(path), True
     if not generic.exists():
         wanted = "--init, --points, or a workdir with a detector: run `experiments.prepare --detector` on it"
         errors.fail(workdir, "start pose", "nothing to find the vertebra with", wanted)
-    return localizer_files.load(generic), False
+    return localizer_files.read_localizer(generic), False
 
 
-def load(workdir, target, identity):
-    """The `Prepared` vertebra of a target; `identity`: an `Identity`.
+def load(workdir: pathlib.Path | str, target: Target, identity: Identity) -> Prepared:
+    """The prepared vertebra of a target.
 
     Raises:
       InputError: a workdir that does not hold it, an unfinished preparation, or an unreadable file.
@@ -285,7 +314,7 @@ def load(workdir, target, identity):
     )
     model, rule = models.load_model(folder / "model"), read_rule(folder / CALIBRATION)
     parts = on_device_parts(Parts(**{name: a[name] for name in PARTS}))
-    refine, search = read_refine(folder / REFINE), SearchConfig()
+    refine, search = read_refine(folder / REFINE_FILE), SearchConfig()
     if rule is not None and rule.fitted_for != (wanted := confidence.method_digest(refine, search)):
         wanted = f"{wanted}, the refinement and search in use: prepare the workdir again"
         errors.fail(folder / CALIBRATION, "fitted_for", rule.fitted_for, wanted)

@@ -1,1 +1,1 @@
-"""What runs leave for people: pictures, tables, statistics and the files of a case."""
+"""Output for people: pictures, tables, statistics and the files of a registered case."""

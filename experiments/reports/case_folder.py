@@ -1,6 +1,8 @@
-"""The files that a registered case leaves: pose, ITK transform, volumes, Gaussians, picture."""
+"""The files of a registered case: pose, ITK transform, volumes, Gaussians, picture."""
 
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,13 +10,17 @@ from data_pipelines.io import files
 from data_pipelines.io import nifti
 from radgs_jax import gaussians
 from radgs_jax.geometry import resample
+from radgs_jax.geometry.xray import XRay
 from radgs_jax.registration import reconstruct
+from radgs_jax.registration.pipeline import Outcome
+from radgs_jax.registration.prepared import Prepared
 
 PROGRAM = "radgs_jax"
+"""Name of the program in result files."""
 
 
-def answer(outcome):
-    """What the result format says of an `Outcome`, except for the case's id and the times."""
+def answer(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as an entry of a result file, without the case's id and the times."""
     found = {"T": outcome.world_from_ct.tolist()}
     if outcome.confidence is not None:
         judged = outcome.confidence
@@ -23,11 +29,11 @@ def answer(outcome):
     return found
 
 
-def itk_transform(world_from_ct):
-    """The pose (4, 4) as the text of an ITK transform (LPS) that 3D Slicer loads.
+def itk_transform(world_from_ct: np.ndarray) -> str:
+    """The pose (4, 4), mm, as the text of an ITK transform (LPS) that 3D Slicer loads.
 
-    ITK stores the map from the fixed frame (world) back to the moving one (CT); Slicer shows its inverse, which carries the CT
-    into the C-arm's frame.
+    ITK stores the map from the fixed frame (world) to the moving one (CT); Slicer shows its inverse, which moves the CT into the
+    C-arm's frame.
     """
     lps = np.diag([-1.0, -1.0, 1.0, 1.0])
     T = lps @ np.linalg.inv(world_from_ct) @ lps
@@ -38,14 +44,23 @@ def itk_transform(world_from_ct):
     )
 
 
-def write(folder, name, outcome, prepared, xrays, start_world_from_ct, true_world_from_ct=None):
-    """Writes a case's files into `folder`/`name`, made if need be: pose, ITK transform, volumes, Gaussians and the picture.
+def write(
+    folder: pathlib.Path | str,
+    name: str,
+    outcome: Outcome,
+    prepared: Prepared,
+    xrays: Sequence[XRay],
+    start_world_from_ct: np.ndarray,
+    true_world_from_ct: np.ndarray | None = None,
+) -> None:
+    """Writes a case's files to `folder`/`name`: pose, ITK transform, volumes, Gaussians and the picture.
 
     Args:
-      outcome: `Outcome` of `pipeline.register`; prepared, xrays, start_world_from_ct: what that was given.
-      true_world_from_ct: (4, 4), to be drawn; None without one.
+      outcome: result of `pipeline.register`.
+      prepared, xrays, start_world_from_ct: the arguments of that call.
+      true_world_from_ct: (4, 4), mm, drawn in the picture; None if unknown.
     """
-    # Half a second of imports, which registering does without.
+    # Imported here because matplotlib takes half a second, which a registration without pictures saves.
     from experiments.reports import pictures
 
     folder = pathlib.Path(folder) / name
@@ -76,4 +91,4 @@ def write(folder, name, outcome, prepared, xrays, start_world_from_ct, true_worl
     poses = {"start": start_world_from_ct, "estimate": outcome.world_from_ct}
     if true_world_from_ct is not None:
         poses["truth"] = true_world_from_ct
-    pictures.registration(folder / "picture.png", name, xrays, vertebra, poses, outcome, reconstruction, moved)
+    pictures.registration_picture(folder / "picture.png", name, xrays, vertebra, poses, outcome, reconstruction, moved)

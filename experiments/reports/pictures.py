@@ -1,4 +1,9 @@
-"""The pictures that runs leave: registrations, score tables as plots."""
+"""Pictures of registrations, and plots of scores."""
+
+import pathlib
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -6,10 +11,23 @@ from matplotlib.figure import Figure
 
 from data_pipelines.io import files
 from data_pipelines.simulation import quick
+from radgs_jax import metrics
 from radgs_jax.geometry import camera
+from radgs_jax.geometry.xray import XRay
+from radgs_jax.registration.pipeline import Outcome
+from radgs_jax.registration.prepared import Vertebra
 
 COLOURS = {"start": "#e8a33d", "estimate": "#35c4e8", "truth": "#7bd150"}
 PIXELS = 300
+"""Minimum side of a drawn X-ray, pixels. Chosen by hand: resolution of the picture against time to draw it."""
+OUTLINE = 0.06
+"""Line integral at which a vertebra's outline is drawn. Chosen by hand: lower values follow thin bone, higher ones lose it."""
+OUTLINE_STEP_MM = 1.0
+"""Step of the rays that outlines are rendered with, mm. Chosen by hand: half of it takes twice as long."""
+BONE = 0.06
+"""Attenuation that is drawn white, 1/mm: the upper end of the range that reconstructions are scored in (docs/accuracy.md)."""
+LEAST_MM = 1e-3
+"""Lower end of logarithmic error axes, mm: errors below it are drawn there."""
 
 
 def _save(figure, path):
@@ -19,15 +37,25 @@ def _save(figure, path):
 
 def _outline(axes, silhouette, colour, style="-"):
     if silhouette.max() > 0:
-        axes.contour(silhouette, levels=[0.06], colors=[colour], linewidths=1.3, linestyles=style)
+        axes.contour(silhouette, levels=[OUTLINE], colors=[colour], linewidths=1.3, linestyles=style)
 
 
-def registration(path, title, xrays, vertebra, poses, outcome, reconstruction, moved_ct):
-    """Both X-rays with the vertebra's outline at each pose, the attention map, and slices of reconstruction and CT, as a PNG.
+def registration_picture(
+    path: pathlib.Path | str,
+    title: str,
+    xrays: Sequence[XRay],
+    vertebra: Vertebra,
+    poses: Mapping[str, np.ndarray],
+    outcome: Outcome,
+    reconstruction: np.ndarray,
+    moved_ct: np.ndarray,
+) -> None:
+    """A PNG of the X-rays with the vertebra's outline at each pose, the attention map, and slices of reconstruction and CT.
 
     Args:
-      xrays: `XRay`s; vertebra: `prepared.Vertebra`; poses: name -> world_from_ct, among 'start', 'estimate', 'truth'.
-      outcome: `pipeline.Outcome`; reconstruction, moved_ct: (X, Y, Z) on one grid in world axes.
+      poses: world_from_ct (4, 4) of 'start', 'estimate' and possibly 'truth'.
+      outcome: of the registration.
+      reconstruction, moved_ct: (X, Y, Z) on one grid in world axes, 1/mm.
     """
     figure = Figure(figsize=(15, 8.6), layout="constrained")
     figure.suptitle(title)
@@ -49,7 +77,7 @@ def registration(path, title, xrays, vertebra, poses, outcome, reconstruction, m
                 k[None],
                 full.camera_from_world[None],
                 small.shape,
-                1.0,
+                OUTLINE_STEP_MM,
             )[0]
             _outline(axes, drawn, COLOURS[name], "--" if name == "start" else "-")
         axes.set_title(f"view {i + 1}: {', '.join(poses)}", fontsize=9)
@@ -71,7 +99,7 @@ def registration(path, title, xrays, vertebra, poses, outcome, reconstruction, m
             outcome.intrinsics[i : i + 1],
             full.camera_from_world[None],
             window.shape,
-            1.0,
+            OUTLINE_STEP_MM,
         )[0]
         _outline(crop, drawn, COLOURS["estimate"])
         crop.set_title("network's crop, attention (CAL)", fontsize=9)
@@ -81,7 +109,7 @@ def registration(path, title, xrays, vertebra, poses, outcome, reconstruction, m
         for j, (volume, label) in enumerate(((reconstruction, "reconstruction"), (moved_ct, "CT at the estimate"))):
             axes = bottom[2 * axis + j]
             axes.imshow(
-                np.take(volume, volume.shape[axis] // 2, axis).T, cmap="gray", origin="lower", vmin=0, vmax=0.06
+                np.take(volume, volume.shape[axis] // 2, axis).T, cmap="gray", origin="lower", vmin=0, vmax=BONE
             )
             axes.set_title(f"{name}: {label}", fontsize=9)
     for axes in (*top, *bottom):
@@ -92,18 +120,20 @@ def registration(path, title, xrays, vertebra, poses, outcome, reconstruction, m
     _save(figure, path)
 
 
-def errors(path, title, start_mm, error_mm, trajectories_mm):
-    """A PNG of error against start error, and of error against the number of passes; mTRE in mm.
+def error_plot(
+    path: pathlib.Path | str, title: str, start_mm: np.ndarray, error_mm: np.ndarray, trajectories_mm: np.ndarray
+) -> None:
+    """A PNG of error against start error, and of error along the trajectory; mTRE in mm.
 
     Args:
-      start_mm, error_mm: (C,); trajectories_mm: (C, passes + 1).
+      start_mm, error_mm: (C,); trajectories_mm: (C, 1 + passes + levels).
     """
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
     left.scatter(start_mm, error_mm, s=18, color=COLOURS["estimate"])
     left.plot([0, 25], [0, 25], color="grey", lw=0.8, ls="--", label="start pose")
-    left.axhline(2.0, color="#c44", lw=0.8, label="success: 2 mm")
+    left.axhline(metrics.SUCCESS_MM, color="#c44", lw=0.8, label=f"success: {metrics.SUCCESS_MM:g} mm")
     left.set(
         xlabel="start mTRE, mm",
         ylabel="mTRE after registration, mm",
@@ -119,11 +149,15 @@ def errors(path, title, start_mm, error_mm, trajectories_mm):
     _save(figure, path)
 
 
-def study(path, starts, groups):
-    """A page of plots: error against start error, then one panel a sweep, each point a case, with medians; mTRE in mm, as a PNG.
+def study_page(
+    path: pathlib.Path | str,
+    starts: Mapping[str, Sequence[Mapping[str, Any]]],
+    groups: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
+) -> None:
+    """A PNG with a page of plots: error against start error, and one panel per sweep with a point per case; mTRE in mm.
 
     Args:
-      starts: name -> rows with start_mm and error_mm; groups: sweep -> point -> rows; rows as `experiments.study` keeps them.
+      starts: name -> rows of `conditions.register_condition`; groups: sweep -> point -> rows.
     """
     panels = 1 + len(groups)
     columns = 3
@@ -132,7 +166,7 @@ def study(path, starts, groups):
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for (name, found), colour in zip(starts.items(), ("#35c4e8", "#e8a33d", "#888888")):
         start, error = (np.array([row[key] for row in found]) for key in ("start_mm", "error_mm"))
-        axes[0].scatter(start, np.maximum(error, 1e-3), s=9, color=colour, label=name)
+        axes[0].scatter(start, np.maximum(error, LEAST_MM), s=9, color=colour, label=name)
     axes[0].set(xlabel="start mTRE, mm", ylabel="mTRE, mm", yscale="log", title="start error")
     axes[0].legend(frameon=False, fontsize=8)
     for panel, (group, points) in zip(axes[1:], groups.items()):
@@ -140,17 +174,17 @@ def study(path, starts, groups):
         for place, found in zip(places, points.values()):
             error = np.array([row["error_mm"] for row in found])
             refused = np.array([row["accepted"] is False for row in found])
-            beside = place + np.linspace(-0.25, 0.25, len(error))
+            spread = place + np.linspace(-0.25, 0.25, len(error))
             for chosen, marker in ((~refused, "o"), (refused, "x")):
-                panel.scatter(beside[chosen], np.maximum(error[chosen], 1e-3), s=11, marker=marker, color="#35c4e8")
+                panel.scatter(spread[chosen], np.maximum(error[chosen], LEAST_MM), s=11, marker=marker, color="#35c4e8")
         for key, style, text in (("error_mm", "-", "median"), ("network_mm", ":", "median, network alone")):
             medians = [np.median([row[key] for row in found]) for found in points.values()]
-            panel.plot(places, np.maximum(medians, 1e-3), style, color="#333333", label=text)
+            panel.plot(places, np.maximum(medians, LEAST_MM), style, color="#333333", label=text)
         panel.set(yscale="log", ylabel="mTRE, mm", title=group)
         panel.set_xticks(places, list(points), fontsize=8)
         panel.legend(frameon=False, fontsize=7)
     for panel in axes[:panels]:
-        panel.axhline(2.0, color="#cc4444", lw=0.8)
+        panel.axhline(metrics.SUCCESS_MM, color="#cc4444", lw=0.8)
     for panel in axes[panels:]:
         panel.set_axis_off()
     axes[0].text(0.02, 0.02, "crosses in the other panels: refused", transform=axes[0].transAxes, fontsize=7)

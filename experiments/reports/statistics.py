@@ -1,20 +1,37 @@
 """Intervals of proportions and medians, and the study's tables."""
 
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from radgs_jax import metrics
 
+ScoredCase = Mapping[str, Any]
+"""A registered case, as `conditions.register_condition` returns it."""
 
-def wilson(successes, count, z=1.96):
-    """95 % interval (low, high) of a share, after Wilson (1927)."""
+
+def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's (1927) score interval (low, high) of a proportion.
+
+    Args:
+      successes: of `count` trials; z: quantile of the normal distribution; 1.96 gives a 95 % interval.
+    """
     share, scale = successes / count, 1.0 + z**2 / count
     middle = (share + z**2 / (2 * count)) / scale
     half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / scale
     return middle - half, middle + half
 
 
-def median_interval(rows, seed=0, draws=2000):
-    """95 % interval (low, high) of the median error, scenes drawn with replacement: a scene's starts are no independent cases."""
+def median_interval(rows: Sequence[ScoredCase], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval (low, high) of the median error, mm.
+
+    Whole scenes are drawn, because cases of one scene are not independent.
+
+    Args:
+      draws: number of bootstrap samples.
+    """
     by_scene = {}
     for row in rows:
         by_scene.setdefault(row["scene"], []).append(row["error_mm"])
@@ -31,8 +48,8 @@ HEADER = (
 )
 
 
-def line(name, rows):
-    """One line of a table: rows of `run`."""
+def line(name: str, rows: Sequence[ScoredCase]) -> str:
+    """One line of a table with the columns of `HEADER`."""
     error = np.array([r["error_mm"] for r in rows])
     right = error < metrics.SUCCESS_MM
     accepted = np.array([r["accepted"] is not False for r in rows])
@@ -49,8 +66,8 @@ def line(name, rows):
     return f"{text} {inside}"
 
 
-def by_start(rows, edges):
-    """Lines of rows by their start errors' bins, then all, then the interval of the median."""
+def by_start(rows: Sequence[ScoredCase], edges: Sequence[tuple[float, float]]) -> list[str]:
+    """A line per bin (low, high) of start errors, one for all rows, and one with the interval of the median."""
     lines = []
     for low, high in edges:
         inside = [r for r in rows if low <= r["start_mm"] < high]
@@ -61,8 +78,8 @@ def by_start(rows, edges):
     return [*lines, line("all", rows), f"{count} scenes; 95 % interval of the median: {low:.3f} to {high:.3f} mm"]
 
 
-def methods(found):
-    """Lines of a table of what `compare` returns."""
+def methods(found: Mapping[str, Sequence[float]]) -> list[str]:
+    """Lines of a table of the result of `rivals.compare`."""
     lines = [f"{'':>36} {'n':>4} {'median mm':>10} {'p90 mm':>8} {'< 2 mm':>8}"]
     for name, error in found.items():
         right = np.mean(np.array(error) < metrics.SUCCESS_MM)

@@ -1,12 +1,19 @@
 """Tables of scores."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from radgs_jax import metrics
 
 
-def table(scores, variant):
-    """What `evaluate` returns as text; without times, so that a resumed run prints the same."""
+def score_table(scores: Mapping[str, Any], variant: str) -> str:
+    """The result of `evaluate.evaluate` as text, without times, so that a resumed run prints the same.
+
+    Args:
+      scores: that result; variant: array of the X-ray files.
+    """
     start, error = scores["start_mm"], scores["error_mm"]
     lines = [
         f"registration, variant {variant}: {len(error)} cases, mTRE in mm",

@@ -1,1 +1,1 @@
-"""What every command shares: flags, progress bars, kept programs."""
+"""Flags, progress bars and compiled programs, which all commands share."""

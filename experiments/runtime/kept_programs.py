@@ -1,9 +1,9 @@
 """Compiled functions whose traces outlive the process.
 
-Jax's persistent cache spares a new process what XLA does, but not tracing and lowering, which take longer. The StableHLO of a
-`kept` function lies beside that cache, named by all that it was made from: the sources, the versions of this package, jax,
-jaxlib and flax, the kernels' backends, the static arguments, the shapes. On a CPU only, where a program is often started for
-one case; elsewhere, and without a cache, `kept` is `jax.jit`.
+Jax's persistent cache saves a new process XLA's work, but not tracing and lowering, which take longer. The StableHLO of a
+`kept` function is therefore stored next to that cache, in a file named by everything it depends on: the sources, the versions of
+this package, jax, jaxlib and flax, the kernels' backends, the static arguments and the shapes. This is done on a CPU only, where a
+command is often started for one case; on other platforms, and without a cache, `kept` is `jax.jit`.
 """
 
 import contextlib
@@ -14,6 +14,9 @@ import json
 import pathlib
 import time
 import types
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import flax
 import jax
@@ -36,33 +39,36 @@ from radgs_jax.registration import gauss_newton
 
 PACKAGES = ("kernels", "radgs_jax", "data_pipelines", "experiments")
 RESULTS = (gaussians.Gaussians, matching.Matches, recm.Reconstruction, radgs_reg.Registration, gauss_newton.Refined)
-"""Nodes of what kept functions return, beside tuples, lists and dicts."""
+"""Classes of the pytree nodes that kept functions take and return, apart from tuples, lists and dicts."""
 
+DIGEST_CHARACTERS = 24
+"""Length of the digest in a file's name: 96 bits, so that two programs never share a name."""
 
 _watch = contextvars.ContextVar("stopwatch", default=None)
 
 
 class Stopwatch:
-    """Times a `with` block, except for what `kept` functions spend on loading or compiling programs in its thread.
+    """Times a `with` block, excluding the time that `kept` functions called in its thread spend on loading or compiling programs.
 
-    wall_s, cpu_s: seconds, once the block has ended.
+    Attributes:
+      wall_s, cpu_s: seconds of wall-clock and of the process's CPU time, set when the block ends.
     """
 
-    def __enter__(self):
+    def __enter__(self) -> "Stopwatch":
         self._start, self._loading = _clock(), np.zeros(2)
         self._token = _watch.set(self)
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         _watch.reset(self._token)
         self.wall_s, self.cpu_s = (_clock() - self._start - self._loading).tolist()
 
-    def leave_out(self, seconds):
-        """Seconds (2,) of wall and of CPU that do not count."""
+    def leave_out(self, seconds: np.ndarray) -> None:
+        """Excludes seconds (2,) of wall-clock and of CPU time."""
         self._loading += seconds
 
-    def times(self):
-        """The two as a result file has them."""
+    def times(self) -> dict[str, float]:
+        """Both times under the names that result files use."""
         return {"runtime_s": self.wall_s, "cpu_s": self.cpu_s}
 
 
@@ -70,18 +76,21 @@ def _clock():
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def kept(function, static_argnames=()):
-    """`jax.jit` of a function whose static arguments, `static_argnames`, are keyword-only and fully described by their `repr`.
+def kept(function: Callable, static_argnames: str | Sequence[str] = ()) -> Callable:
+    """`jax.jit` whose traces are kept on disk, with the same signature.
 
-    It is called as that, and has its `lower`: what that gives, once compiled, is what calls with such arguments run. A damaged
-    file is made again; where none can be written, nothing is kept, with a warning. A `Stopwatch` leaves out the time that a
-    call spends on getting its program.
+    The result has `lower` as well; once its result is compiled, calls with such arguments run that program. A damaged file is
+    made again. Where no file can be written, nothing is kept, and a warning is logged. A `Stopwatch` excludes the time that a
+    call spends on obtaining its program.
+
+    Args:
+      function: a function of arrays; static_argnames: its static arguments, keyword-only and fully described by their `repr`.
     """
     jitted = jax.jit(function, static_argnames=static_argnames)
     programs, compiled = {}, {}
 
     def program(args, options):
-        """A jitted function and its arguments."""
+        """The key of a program, which is put into `programs`, and the program's arguments."""
         leaves, tree = jax.tree.flatten(args)
         leaves = [leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf) for leaf in leaves]
         key = tree, tuple(jax.typeof(leaf) for leaf in leaves), tuple(sorted(options.items()))
@@ -115,10 +124,13 @@ def kept(function, static_argnames=()):
     return call
 
 
-def kept_shapes(function, *args):
-    """`jax.eval_shape` of a function that gives nested dicts of arrays; the arguments have a `repr` that tells all.
+def kept_shapes(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """`jax.eval_shape` whose results are kept on disk; damaged files and unwritable folders are handled as by `kept`.
 
-    Damaged files and folders that cannot be written are as for `kept`.
+    Args:
+      function: returns nested dicts of arrays; args: its arguments, fully described by their `repr`.
+    Returns:
+      nested dicts of `jax.ShapeDtypeStruct`.
     """
     folder = _folder()
     if folder is None:
@@ -143,11 +155,11 @@ def _folder():
 
 
 def _exported(path, function, leaves):
-    """The `export.Exported` of a jitted function of arrays, from `path` or written there."""
+    """The `export.Exported` of a jitted function of arrays, read from `path`, or made and written there."""
     _register_results()
 
     def make():
-        # That a later jax may not know them is of no account: another jax is another file.
+        # The check is for later versions of jax, which may lack these calls; here each version has its own file.
         checks = [export.DisabledSafetyCheck.custom_call(name) for name in _backends()]
         return export.export(function, disabled_checks=checks)(*leaves).serialize()
 
@@ -155,12 +167,12 @@ def _exported(path, function, leaves):
 
 
 def _from_file(path, read, make):
-    """`read` of a file's bytes; where they are not there, or it can make nothing of them, of those of `make()`, kept there."""
+    """read(bytes of the file); where the file is missing or `read` fails, its bytes are made by `make()` and written first."""
     with contextlib.suppress(OSError):
         data = path.read_bytes()
         try:
             return read(data)
-        except Exception as error:  # of which sort depends on where it is damaged
+        except Exception as error:  # the type depends on where the file is damaged
             logging.warning("%s: made again: %s", path, error)
     data = make()
     try:
@@ -182,13 +194,13 @@ def _register_results():
 
 @functools.cache
 def _backends():
-    """Names of the C++ functions that this machine has, which calls of theirs need to be registered for."""
+    """Names of the C++ kernels that this machine can run; registers them, which a loaded program needs before it runs."""
     names = []
     for library in (drr_library, splat_library, voxelize_library):
         try:
             library.register_backend()
         except NotImplementedError as reason:
-            # Here too, because a program that is loaded is not traced.
+            # The kernels warn while they are traced, and a loaded program is not traced.
             dispatch.warn_not_built(reason)
             continue
         names += library.TARGETS
@@ -196,16 +208,16 @@ def _backends():
 
 
 def _path(folder, function, key, suffix):
-    """The file of what a function gives for a `key`, whose `repr` tells all."""
+    """The file that belongs to a function and a `key`, which is fully described by its `repr`."""
     versions = tuple(package.__version__ for package in (radgs_jax, jax, jaxlib, flax))
     made_by = versions, jax.config.jax_enable_x64, _backends(), _sources()
-    digest = hashlib.sha256(repr((made_by, key)).encode()).hexdigest()[:24]
+    digest = hashlib.sha256(repr((made_by, key)).encode()).hexdigest()[:DIGEST_CHARACTERS]
     return folder / f"{function.__module__}.{function.__qualname__}-{digest}.{suffix}"
 
 
 @functools.cache
 def _sources():
-    """Digest of all code that may be traced."""
+    """Digest of all source files that may be traced."""
     digest, root = hashlib.sha256(), pathlib.Path(__file__).resolve().parents[2]
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):

@@ -1,33 +1,43 @@
-"""What a run shows while it works: one progress bar per stage with an ETA, and TensorBoard scalars and images."""
+"""Progress of a run: a bar with an ETA on the terminal, and scalars and images for TensorBoard."""
 
 import pathlib
 import sys
+from collections.abc import Mapping
 
-import tensorboardX
+import numpy as np
 import tqdm
 
+TERMINAL_S, LOG_FILE_S = 0.2, 20.0
+"""Minimum time between updates of a bar, s, chosen by hand: smooth on a terminal, few lines in a log file."""
 
-def bar(total, text, start=0):
-    """A tqdm bar with ETA on standard error, `start` of `total` done; quiet updates where it is not a terminal."""
-    interval = 0.2 if sys.stderr.isatty() else 20.0
+
+def bar(total: int, text: str, start: int = 0) -> tqdm.tqdm:
+    """A progress bar with ETA on standard error, updated rarely where that is not a terminal.
+
+    Args:
+      total: number of steps; text: its title; start: number of steps done already.
+    """
+    interval = TERMINAL_S if sys.stderr.isatty() else LOG_FILE_S
     return tqdm.tqdm(total=total, initial=start, desc=text, mininterval=interval, maxinterval=4 * interval, ncols=110)
 
 
 class Log:
     """TensorBoard event file of one stage, in `folder`/tensorboard/`stage`."""
 
-    def __init__(self, folder, stage):
+    def __init__(self, folder: pathlib.Path | str, stage: str) -> None:
+        import tensorboardX  # an extra of the package, needed for training only
+
         self._writer = tensorboardX.SummaryWriter(str(pathlib.Path(folder) / "tensorboard" / stage))
 
-    def scalars(self, step, values):
-        """Writes a dict of scalars by name."""
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes scalars: name -> value."""
         for name, value in values.items():
             self._writer.add_scalar(name, float(value), step)
 
-    def image(self, step, name, image):
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes an image (H, W) with values in [0, 1]."""
         self._writer.add_image(name, image[None], step)
 
-    def close(self):
-        """Writes what is pending and closes the file."""
+    def close(self) -> None:
+        """Flushes pending events and closes the file."""
         self._writer.close()

@@ -1,1 +1,1 @@
-"""Scores on cases of known pose, and the methods that ours is compared with."""
+"""Scores on cases of known pose, and other methods for comparison."""

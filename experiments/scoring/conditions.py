@@ -1,11 +1,14 @@
-"""What a study measures: conditions that X-rays are simulated and registered under, methods beside ours, tables.
+"""Conditions of a study, under which X-rays are simulated and registered.
 
-What has been registered stays on disk, so that a study that was stopped goes on.
+Results stay on disk, so a study that was stopped continues.
 """
 
 import copy
 import dataclasses
 import pathlib
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import scipy
@@ -28,19 +31,34 @@ from experiments.runtime.kept_programs import kept
 from experiments.runtime.kept_programs import Stopwatch
 from radgs_jax import metrics
 from radgs_jax.geometry import rigid_host
+from radgs_jax.geometry.xray import XRay
 from radgs_jax.registration import pipeline
+from radgs_jax.registration.prepared import Prepared
 
-OVERLAP_GAUSSIANS, OVERLAP_BLUR_MM = 256, 2.0
-FAR_MM = ((25, 30), (30, 40), (40, 50))
+FAR_STARTS_MM = ((25, 30), (30, 40), (40, 50))
+"""Bins (low, high) of start errors beyond those of training, mTRE in mm."""
+CAMERA_STREAM = 99
+"""Last element of the seed of the camera errors, which separates them from other random draws."""
+MASK_MARGIN = 8
+"""Margin around a vertebra's box in which its mask is changed, voxels: the largest dilation of `MASKS` at 0.25 mm
+spacing. Chosen by hand; twice of it only takes longer, half of it would cut dilations on fine scans."""
+N_FAILURES = 4
+"""Maximum number of failures that are drawn. Chosen by hand: each takes a registration and a picture."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """One point of a sweep: what its scenes are made with, and what registering is given.
+    """One point of a sweep: how its scenes are simulated, and how the input of the registration differs from the truth.
 
-    group, name: where it stands in the tables; variant: of the X-rays; articulation, detector, posture: as
-    `case_files.simulated_cases`; shift_mm, turn_deg: how far each camera is off; mask: one of MASKS; views: those that are used.
-    starts_mm: bins of start errors; every_start: each scene from all of them, or in turn from one.
+    Attributes:
+      group, name: its table and its row there.
+      variant: array of the X-ray files.
+      articulation, detector, posture: as in `case_files.simulated_cases`; detector: faults of the X-ray panel.
+      shift_mm, turn_deg: error of every camera.
+      mask: one of MASKS.
+      views: indices of the views that are used.
+      starts_mm: bins (low, high) of start errors.
+      every_start: whether each scene is registered from all bins, or from one bin in turn.
     """
 
     group: str
@@ -52,13 +70,13 @@ class Condition:
     shift_mm: float = 0.0
     turn_deg: float = 0.0
     mask: str = "as it is"
-    views: tuple = (0, 1)
-    starts_mm: tuple = configs.STARTS_MM
+    views: tuple[int, ...] = (0, 1)
+    starts_mm: tuple[tuple[float, float], ...] = configs.STARTS_MM
     every_start: bool = False
 
 
-def sweeps():
-    """The `Condition`s of every sweep."""
+def sweeps() -> list[Condition]:
+    """The conditions of all sweeps."""
     usual = quick.PanelFaults()
     made = [Condition("articulation", f"{s:g}", articulation=s) for s in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)]
     made += [
@@ -100,14 +118,19 @@ MASKS = {
     "dilated 2 mm": (_dilated, 2.0),
     "spacing 3 mm": (_coarse, 3.0),
 }
+"""Name -> how the mask is changed, and by how many mm; None leaves it."""
 
 
-def with_mask(scan, label, kind):
-    """A `scans.Scan` whose mask of one vertebra is another of MASKS; other vertebrae keep theirs."""
+def scan_with_mask(scan: scans.Scan, label: int, kind: str) -> scans.Scan:
+    """A scan whose mask of one vertebra is changed; other vertebrae keep theirs.
+
+    Args:
+      label: VerSe number; kind: one of MASKS.
+    """
     if MASKS[kind] is None:
         return scan
     change, size_mm = MASKS[kind]
-    region = tuple(slice(max(0, s.start - 8), s.stop + 8) for s in scan.boxes[label])
+    region = tuple(slice(max(0, s.start - MASK_MARGIN), s.stop + MASK_MARGIN) for s in scan.boxes[label])
     labels = scan.labels.copy()
     part = labels[region]
     spacing_mm = np.linalg.norm(scan.ct_from_index[:3, :3], axis=0)
@@ -117,8 +140,8 @@ def with_mask(scan, label, kind):
     return dataclasses.replace(scan, labels=labels)
 
 
-def cameras_off(xrays, shift_mm, turn_deg, rng):
-    """`XRay`s whose cameras are not where they are said to be: each moved about its source in a random direction."""
+def cameras_off(xrays: Sequence[XRay], shift_mm: float, turn_deg: float, rng: np.random.Generator) -> list[XRay]:
+    """X-rays with wrong cameras: each turned about its source and shifted, in random directions."""
     moved = []
     for xray in xrays:
         turn, shift = (d / np.linalg.norm(d) for d in rng.normal(size=(2, 3)))
@@ -129,10 +152,19 @@ def cameras_off(xrays, shift_mm, turn_deg, rng):
 
 
 class Patient:
-    """A prepared patient: one `prepared.Prepared` a vertebra, by label, and the scan, read once."""
+    """A prepared patient, read once.
 
-    def __init__(self, ct, mask, labels, workdir):
-        """Reads all; raises as `workdir.load`."""
+    Attributes:
+      ct, mask: paths of the scan; labels: VerSe numbers of the vertebrae.
+      workdir: where they were prepared; identity: caches the files' digests.
+      subject: (name, ct, mask), as `case_files.simulated_cases` takes it.
+      prepared: label -> `Prepared`; scan: the `scans.Scan`.
+    """
+
+    def __init__(
+        self, ct: pathlib.Path | str, mask: pathlib.Path | str, labels: Sequence[int], workdir: pathlib.Path | str
+    ) -> None:
+        """Reads the scan and the workdir; raises as `workdir.load`."""
         self.ct, self.mask, self.labels = pathlib.Path(ct), pathlib.Path(mask), labels
         self.workdir, self.identity = pathlib.Path(workdir), Identity()
         self.subject = (self.ct.name.split(".")[0], self.ct, self.mask)
@@ -140,17 +172,17 @@ class Patient:
         self.scan = scans.read_scan(self.ct, self.mask, self.subject[0])
         self._masked = {}
 
-    def target(self, label):
-        """The `workdir.Target` of a label."""
+    def target(self, label: int) -> Target:
+        """The target of a label."""
         return Target(self.subject[0], self.ct, self.mask, label)
 
-    def with_mask(self, label, kind):
-        """The `prepared.Prepared` of a label as if its mask had been another of MASKS."""
+    def with_mask(self, label: int, kind: str) -> Prepared:
+        """The vertebra of a label as if it had been prepared with a changed mask, one of MASKS."""
         if MASKS[kind] is None:
             return self.prepared[label]
         if (label, kind) not in self._masked:
             usual = self.prepared[label]
-            scan = with_mask(self.scan, label, kind)
+            scan = scan_with_mask(self.scan, label, kind)
             made = prepare_untrained(
                 usual.model, scan, label, usual.rule, usual.refine, usual.search, mask_path=self.mask
             )
@@ -158,8 +190,12 @@ class Patient:
         return self._masked[label, kind]
 
 
-def scenes_of(patient, condition, count, seed, out):
-    """The `cases.CaseFile` of a condition, made in a folder of its own below `out`."""
+def scenes_of(patient: Patient, condition: Condition, count: int, seed: int, out: pathlib.Path) -> cases.CaseFile:
+    """The cases of a condition, simulated in a folder of their own in `out` where they are not there yet.
+
+    Args:
+      count: number of acquisitions per vertebra; seed: of everything random.
+    """
     folder = f"{condition.posture}_{condition.articulation:g}_" + "_".join(
         f"{getattr(condition.detector, f.name):g}" for f in dataclasses.fields(quick.PanelFaults)
     )
@@ -183,7 +219,7 @@ def scenes_of(patient, condition, count, seed, out):
 
 
 def _chosen(case_file, condition):
-    """The cases of a condition: all, or one of each scene from bins in turn."""
+    """The cases of a condition: all, or one per scene, with the start bins in turn."""
     if condition.every_start:
         return list(case_file.cases)
     by_scene = {}
@@ -208,14 +244,22 @@ def _row(case, scene, points, truth, outcome, times, passes):
 
 
 def _given(patient, condition, label, scene, seed):
-    """What registering is given under a condition, except for the start: `Prepared` and `XRay`s."""
+    """The input of a registration under a condition, except for the start: a `Prepared` and a list of `XRay`."""
     xrays = cases.read_xrays(scene, condition.variant)
     xrays = cameras_off(xrays, condition.shift_mm, condition.turn_deg, np.random.default_rng(seed))
     return patient.with_mask(label, condition.mask), [xrays[i] for i in condition.views]
 
 
-def run(patient, condition, count, seed, out, passes):
-    """Registers a condition's cases, unless it was done: a list of dicts, kept in `out`/rows."""
+def register_condition(
+    patient: Patient, condition: Condition, count: int, seed: int, out: pathlib.Path, passes: int
+) -> list[dict[str, Any]]:
+    """Registers the cases of a condition, unless their results are there already.
+
+    Args:
+      count, seed: as in `scenes_of`; out: folder of the study; passes: number of the network's passes.
+    Returns:
+      a dict per case with its errors, verdict and times, kept in `out`/rows.
+    """
     path = out / "rows" / condition.group.replace(" ", "_") / f"{condition.name.replace(' ', '_')}.json"
     if path.exists():
         return files.read_json(path)
@@ -226,7 +270,10 @@ def run(patient, condition, count, seed, out, passes):
         for number, case in enumerate(chosen):
             scene = case_file.scenes[case.scene]
             volume = case_file.volumes[scene.volume]
-            given = *_given(patient, condition, volume.full_label, scene, [seed, number, 99]), case.world_from_ct
+            given = (
+                *_given(patient, condition, volume.full_label, scene, [seed, number, CAMERA_STREAM]),
+                case.world_from_ct,
+            )
             with Stopwatch() as watch:
                 outcome = pipeline.register(*given, options, kept)
             points, truth = cases.points(case_file, scene.volume), cases.truth(case_file, scene)
@@ -236,8 +283,15 @@ def run(patient, condition, count, seed, out, passes):
     return rows
 
 
-def prepared_for(patient, config, minutes, base, out):
-    """The first vertebra's `Patient` after so many minutes of training; 0 is the base itself."""
+def prepared_for(
+    patient: Patient, config: configs.Config, minutes: float, base: pathlib.Path, out: pathlib.Path
+) -> Patient:
+    """The patient's first vertebra alone, prepared anew with limited training.
+
+    Args:
+      config: of the training; minutes: training time; 0 takes the base model itself.
+      base: folder of the base model; out: folder of the study.
+    """
     label = patient.labels[0]
     usual = patient.prepared[label]
     if minutes == 0:
@@ -249,8 +303,23 @@ def prepared_for(patient, config, minutes, base, out):
     return Patient(patient.ct, patient.mask, [label], folder)
 
 
-def failures(patient, results, counts, seed, out, passes, most=4):
-    """Pictures of the worst cases of {condition: rows}, `counts` their scenes, in `out`/failures."""
+def failures(
+    patient: Patient,
+    results: Mapping[Condition, Sequence[Mapping[str, Any]]],
+    counts: Mapping[Condition, int],
+    seed: int,
+    out: pathlib.Path,
+    passes: int,
+    most: int = N_FAILURES,
+) -> None:
+    """Writes pictures of the worst failures to `out`/failures.
+
+    Args:
+      results: condition -> rows of `register_condition`.
+      counts: condition -> number of acquisitions per vertebra.
+      seed, out, passes: as in `register_condition`.
+      most: maximum number of failures.
+    """
     worst = [(row["error_mm"], condition, row["case"]) for condition, rows in results.items() for row in rows]
     worst.sort(key=lambda entry: -entry[0])
     for error, condition, name in worst[:most]:
@@ -262,6 +331,6 @@ def failures(patient, results, counts, seed, out, passes, most=4):
         number, case = numbered[name]
         scene = case_file.scenes[case.scene]
         label, start = case_file.volumes[scene.volume].full_label, case.world_from_ct
-        given = _given(patient, condition, label, scene, [seed, number, 99])
+        given = _given(patient, condition, label, scene, [seed, number, CAMERA_STREAM])
         outcome = pipeline.register(*given, start, pipeline.RegisterOptions(passes), kept)
         case_folder.write(folder, name, outcome, *given, start, cases.truth(case_file, scene))

@@ -1,7 +1,10 @@
-"""Scores a prepared patient on a case file with known poses: registration and reconstruction, beside trivial baselines."""
+"""Scores registration and reconstruction on a case file with known poses, and trivial baselines for comparison."""
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
@@ -19,15 +22,23 @@ from experiments.runtime.kept_programs import Stopwatch
 from radgs_jax import metrics
 from radgs_jax.geometry import camera
 from radgs_jax.geometry import resample
+from radgs_jax.geometry.xray import XRay
 from radgs_jax.models import trained
 from radgs_jax.registration import pipeline
 from radgs_jax.registration import reconstruct
+from radgs_jax.registration.gauss_newton import RefineConfig
 from radgs_jax.registration.pipeline import RegisterOptions
 from radgs_jax.registration.prepared import Prepared
 
+SILHOUETTE, SILHOUETTE_STEP_MM = 0.02, 1.0
+"""Line integral above which a pixel belongs to the vertebra's silhouette, and the step of its ray, mm; chosen by hand: a lower
+threshold adds pixels that the vertebra's edge barely covers, a higher one loses thin parts of the arch."""
+ATTENTION_FLOOR = 1e-9
+"""Added to the sum of the attention, so that attention that is zero everywhere has a share of 0."""
+
 
 def _volume_scores(one, mean_cloud, passes):
-    """Reconstruction scores of ours and of the baselines on the evaluation grid in CT axes, of a `Registered`."""
+    """Scores of our reconstruction of a `Registered` and of the baselines, on the evaluation grid in CT axes."""
     outcome, prepared, start, truth = one.outcome, one.prepared, one.case.world_from_ct, one.truth
     vertebra = prepared.vertebra
     ct_from_grid, shape = resample.evaluation_grid(vertebra), resample.GRID_SHAPE
@@ -37,7 +48,7 @@ def _volume_scores(one, mean_cloud, passes):
     without = pipeline.reconstruct_without_ct(prepared, mean_cloud, one.xrays, start, passes, kept)
 
     def carried(volume, ct_from_index, world_from_ct):
-        """A volume at a pose, seen from the true CT frame."""
+        """A volume at a pose, resampled in the true CT frame."""
         return resample.resample(volume, np.linalg.inv(truth) @ world_from_ct @ ct_from_index, ct_from_grid, shape)
 
     mean_shape_grid = vertebra.ct_from_box @ trained.mean_shape_grid()
@@ -53,32 +64,42 @@ def _volume_scores(one, mean_cloud, passes):
 
 
 def _attention_shares(one):
-    """Of a `Registered`: the share of the network's attention on the vertebra at the truth, and its share of the crops."""
+    """Fraction of the network's attention on the vertebra at its true pose, and fraction of the crops that it covers."""
     outcome, vertebra = one.outcome, one.prepared.vertebra
     size, cameras = outcome.crops.shape[1:], (outcome.intrinsics, outcome.camera_from_world)
-    drawn = quick.render(vertebra.density, vertebra.ct_from_index, one.truth, *cameras, size, 1.0) > 0.02
+    drawn = (
+        quick.render(vertebra.density, vertebra.ct_from_index, one.truth, *cameras, size, SILHOUETTE_STEP_MM)
+        > SILHOUETTE
+    )
     attention = outcome.attention
     factor = size[0] // attention.shape[1]
     silhouette = camera.bin_image(drawn.astype(np.float32), factor)
-    share = (attention * silhouette).sum((1, 2)) / (attention.sum((1, 2)) + 1e-9)
+    share = (attention * silhouette).sum((1, 2)) / (attention.sum((1, 2)) + ATTENTION_FLOOR)
     return float(share.mean()), float(silhouette.mean())
 
 
 @dataclasses.dataclass(frozen=True)
 class Registered:
-    """One registered case; truth is world_from_ct (4, 4); times: as `Stopwatch.times`."""
+    """One registered case.
+
+    Attributes:
+      case, scene: of the case file.
+      prepared, xrays: what was registered.
+      truth: (4, 4) the true world_from_ct, mm.
+      outcome: the result; times: as `Stopwatch.times`.
+    """
 
     case: cases.Case
     scene: cases.Scene
     prepared: Prepared
-    xrays: list
+    xrays: list[XRay]
     truth: np.ndarray
     outcome: pipeline.Outcome
-    times: dict
+    times: dict[str, float]
 
 
 def _registered(case_file, case_list, variant, passes, prepare, refine=True):
-    """Registers cases one by one; `prepare` makes the `prepared.Prepared` of a `cases.Volume`, once for each."""
+    """Yields a `Registered` per case; arguments as `evaluate`."""
     prepared, options = {}, RegisterOptions(passes, refine)
     for case in case_list:
         scene = case_file.scenes[case.scene]
@@ -92,18 +113,32 @@ def _registered(case_file, case_list, variant, passes, prepare, refine=True):
         yield Registered(case, scene, ready, xrays, cases.truth(case_file, scene), outcome, watch.times())
 
 
-def evaluate(case_file, variant, prepare, passes, picture_folder=None, score_volumes=True, refine=True):
+def evaluate(
+    case_file: cases.CaseFile,
+    variant: str,
+    prepare: Callable[[cases.Volume], Prepared],
+    passes: int,
+    picture_folder: pathlib.Path | None = None,
+    score_volumes: bool = True,
+    refine: bool = True,
+) -> dict[str, Any]:
     """Registers every case and scores it.
 
     Args:
-      case_file: `cases.CaseFile` with truth and points; passes: network passes; refine: as `pipeline.register`.
-      prepare: makes the `prepared.Prepared` of a `cases.Volume`, called once for each; `workdir.loader` of a workdir.
-      picture_folder: where to write the files of the first case of each vertebra, or None.
+      case_file: cases with true poses and points.
+      variant: array of the X-ray files.
+      prepare: prepares a volume, such as `workdir.loader(...)`; called once per volume.
+      passes, refine: as in `RegisterOptions`.
+      picture_folder: where to write the files of each vertebra's first case; None writes none.
       score_volumes: also score the reconstructions, which takes longer than registering.
     Returns:
-      dict of arrays over cases: start_mm, error_mm, passes_mm (C, 1 + passes + levels), runtime_s, cpu_s; 'volumes': name ->
-      score -> (C,); 'attention': (C, 2), its share on the vertebra and the vertebra's share of the crops, with the volumes;
-      and 'results' for `cases.write_results`.
+      a dict with, for C cases,
+        start_mm, error_mm: (C,) mTRE of start and result.
+        passes_mm: (C, 1 + passes + levels) mTRE along the trajectory.
+        runtime_s, cpu_s: (C,).
+        volumes: name -> score -> (C,); attention: (C, 2), the fraction of it on the vertebra and the fraction of the crops that
+          the vertebra covers; both empty without `score_volumes`.
+        results: as `cases.write_results` takes them.
     Raises:
       InputError: a vertebra that was not prepared or has no points, unreadable X-rays, or a scene without its true pose.
     """
@@ -119,7 +154,9 @@ def evaluate(case_file, variant, prepare, passes, picture_folder=None, score_vol
             if score_volumes:
                 attention.append(_attention_shares(one))
                 if one.scene.volume not in mean_clouds:
-                    mean_clouds[one.scene.volume] = reconstruct.mean_cloud(one.prepared)
+                    mean_clouds[one.scene.volume] = reconstruct.mean_cloud(
+                        one.prepared.model, one.prepared.vertebra.label
+                    )
                 for name, scores in _volume_scores(one, mean_clouds[one.scene.volume], passes).items():
                     for score, value in scores.items():
                         volumes.setdefault(name, {}).setdefault(score, []).append(value)
@@ -139,21 +176,32 @@ def evaluate(case_file, variant, prepare, passes, picture_folder=None, score_vol
     }
 
 
-def report(case_file, variant, workdir, passes, out, score_volumes=True):
+def report(
+    case_file: cases.CaseFile,
+    variant: str,
+    workdir: pathlib.Path | str,
+    passes: int,
+    out: pathlib.Path | str,
+    score_volumes: bool = True,
+) -> tuple[str, str]:
     """Evaluates, and writes `out`/results_VARIANT.json, table_VARIANT.txt, errors_VARIANT.png and the first cases' files.
 
     Args:
-      workdir: of `preparing.prepare`; out: a folder, made if need be; the rest as in `evaluate`, which says what is raised.
+      workdir: folder that `preparing.prepare` made.
+      out: folder to write to.
+      case_file, variant, passes, score_volumes: as in `evaluate`.
     Returns:
       the table, and a line with the times.
+    Raises:
+      InputError: as `evaluate`.
     """
     out = pathlib.Path(out)
     scores = evaluate(case_file, variant, loader(workdir), passes, out / variant, score_volumes)
     cases.write_results(out / f"results_{variant}.json", case_folder.PROGRAM, variant, scores["results"])
-    pictures.errors(
+    pictures.error_plot(
         out / f"errors_{variant}.png", f"variant {variant}", scores["start_mm"], scores["error_mm"], scores["passes_mm"]
     )
-    text = tables.table(scores, variant)
+    text = tables.score_table(scores, variant)
     with files.replacing(out / f"table_{variant}.txt") as temporary:
         temporary.write_text(text + "\n")
     return text, (
@@ -161,18 +209,28 @@ def report(case_file, variant, workdir, passes, out, score_volumes=True):
     )
 
 
-def held_out(model, case_file, names, variant, passes, refine):
-    """Start and final mTRE, mm, (C,) each, of a model that was not prepared for the patients, on the scenes `names`.
+def held_out(
+    model: trained.Model,
+    case_file: cases.CaseFile,
+    names: Collection[str],
+    variant: str,
+    passes: int,
+    refine: RefineConfig,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Registers cases of some scenes with a model that was not prepared for their patients.
 
     Args:
-      model: `trained.Model`; case_file: `cases.CaseFile` with truth; passes: of the network; refine: `gauss_newton.RefineConfig`.
+      case_file: cases with true poses; names: of the scenes; variant: array of the X-ray files.
+      passes: number of the network's passes; refine: the refinement after them.
+    Returns:
+      start and final mTRE, mm, (C,) each.
     Raises:
       InputError: an unreadable scan or X-ray, an absent or cut vertebra, a scene without its true pose.
     """
     prepare = untrained_loader(model, refine)
     chosen = [case for case in case_file.cases if case.scene in names]
-    errors = [
+    errors_mm = [
         [metrics.mtre(one.prepared.vertebra.points, T, one.truth) for T in one.outcome.trajectory]
         for one in _registered(case_file, chosen, variant, passes, prepare)
     ]
-    return np.array(errors)[:, 0], np.array(errors)[:, -1]
+    return np.array(errors_mm)[:, 0], np.array(errors_mm)[:, -1]

@@ -1,4 +1,7 @@
-"""Methods beside ours, on the same cases."""
+"""Other registration methods on the cases of a study."""
+
+import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +9,7 @@ import numpy as np
 
 from data_pipelines import cases
 from data_pipelines.io import files
+from experiments import configs
 from experiments.patients import preparing
 from experiments.reports import tables
 from experiments.runtime import progress
@@ -24,9 +28,26 @@ from radgs_jax.registration.prepared import FINE_GAUSSIANS
 from radgs_jax.training import sharding
 from radgs_jax.training.update import state_of
 
+OVERLAP_GAUSSIANS, OVERLAP_BLUR_MM = 256, 2.0
+"""Number and blur of the Gaussians whose overlap is compared, chosen by hand: their cost grows with the square of the number; a
+smaller blur compares detail, a larger one makes the optimum flat."""
+RAW_LEVELS = ((1.5, 64), (0.75, 112))
+"""(pixel size at the isocentre in mm, pixels per side) of the windows on the raw images, coarse to fine, chosen by hand to cover a
+vertebra (96 and 84 mm)."""
 
-def train_plain(patient, config, minutes, out, seed):
-    """The plain 2D network, trained on the pairs that the patient was prepared with, for so many minutes: its parameters."""
+
+def train_plain(
+    patient: conditions.Patient, config: configs.Config, minutes: float, out: pathlib.Path, seed: int
+) -> dict[str, Any]:
+    """Trains the plain 2D network on the pairs that the patient was prepared with.
+
+    Args:
+      config: of the training; minutes: training time; out: folder of the study; seed: of everything random.
+    Returns:
+      its parameters.
+    Raises:
+      DivergedError: as `loop.run_steps`.
+    """
     targets = [patient.target(label) for label in patient.labels]
     model_config = patient.prepared[patient.labels[0]].model.config
     folder = patient.workdir / patient.identity.scan(targets[0])
@@ -50,11 +71,22 @@ def train_plain(patient, config, minutes, out, seed):
     return state["params"]
 
 
-def compare(patient, params, condition, count, seed, out, passes):
-    """Errors of every method on the same cases: {method: list of mm}, kept in `out`/methods_VARIANT.json.
+def compare(
+    patient: conditions.Patient,
+    params: dict[str, Any] | None,
+    condition: conditions.Condition,
+    count: int,
+    seed: int,
+    out: pathlib.Path,
+    passes: int,
+) -> dict[str, list[float]]:
+    """Registers the same cases by every method, unless the results are there already.
 
     Args:
-      params: of the plain network, None for none.
+      params: of the plain network; None leaves it out.
+      condition, count, seed, out, passes: as in `conditions.register_condition`.
+    Returns:
+      method -> mTRE of each case, mm, kept in `out`/methods_VARIANT.json.
     """
     path = out / f"methods_{condition.variant}{'' if params is None else '_plain'}.json"
     if path.exists():
@@ -91,19 +123,23 @@ def compare(patient, params, condition, count, seed, out, passes):
     return found
 
 
-def reconstructions(patient, count, seed, out, passes):
-    """Text of the scores of the reconstructions and of the attention on the 'real' X-rays that methods are compared on."""
+def reconstructions(patient: conditions.Patient, count: int, seed: int, out: pathlib.Path, passes: int) -> str:
+    """Table of the reconstructions' and the attention's scores on the 'real' X-rays of `compare`, kept in `out`.
+
+    Args:
+      count, seed, out, passes: as in `conditions.register_condition`.
+    """
     path = out / "reconstructions.txt"
     if not path.exists():
         case_file = conditions.scenes_of(patient, conditions.Condition("methods", "real", "real"), count, seed, out)
         found = evaluate.evaluate(case_file, "real", lambda volume: patient.prepared[volume.full_label], passes)
         with files.replacing(path) as temporary:
-            temporary.write_text(tables.table(found, "real"))
+            temporary.write_text(tables.score_table(found, "real"))
     return path.read_text()
 
 
 def _otherwise_refined(prepared, xrays, start_world_from_ct, passes):
-    """{method: world_from_box} of the network's pose, refined by the methods of `refiners`."""
+    """Method of `refiners` -> world_from_box of the network's pose refined by it."""
     options = pipeline.RegisterOptions(passes, refine=False)
     network = pipeline.register(prepared, xrays, start_world_from_ct, options, kept)
     bare = bare_parts(prepared)
@@ -115,15 +151,15 @@ def _otherwise_refined(prepared, xrays, start_world_from_ct, passes):
     pose = refiners.to_clean_image(bare, clean, intrinsics, cameras, start)
     poses = {"then the clean image": pose}
     raw = pose
-    for pixel_mm, pixels in ((1.5, 64), (0.75, 112)):
+    for pixel_mm, pixels in RAW_LEVELS:
         seen = pyramid.at_resolution(xrays, pixel_mm)
         raw = refiners.to_raw_gradients(bare, seen, cameras, raw, pixels)
     poses["then that and raw gradients"] = raw
-    # One for one, and blurred alike: overlap is to compare places, not detail.
+    # Both clouds get the same number of Gaussians and the same blur, so that the overlap compares places and not detail.
     few = [
         gaussians.blur(
-            jax.tree.map(lambda a: a[:: FINE_GAUSSIANS // conditions.OVERLAP_GAUSSIANS], cloud),
-            conditions.OVERLAP_BLUR_MM,
+            jax.tree.map(lambda a: a[:: FINE_GAUSSIANS // OVERLAP_GAUSSIANS], cloud),
+            OVERLAP_BLUR_MM,
         )
         for cloud in (prepared.fine_cloud, network.reconstruction)
     ]

@@ -1,7 +1,8 @@
-"""Checkpoints: training states within a stage and finished models between stages, by Orbax, with a JSON manifest."""
+"""Checkpoints of training states, by Orbax."""
 
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -9,15 +10,18 @@ from orbax.checkpoint import v1 as ocp
 from experiments.patients import models
 
 
-def save_state(folder, step, state, place=None, skipped=0):
-    """Saves a training state and its place in the data as `folder`/step_N, whole or not at all. Older steps are removed.
+def save_state(folder: pathlib.Path | str, step: int, state: Any, place: Any = None, skipped: int = 0) -> None:
+    """Saves a training state atomically as `folder`/step_N, and removes older ones. All of jax's processes must call this.
 
-    place: plain JSON values, of `batches.Batches.get_state`; None where the step alone says it; skipped: how many of the steps
-    left the state as it was. Every one of jax's processes calls this.
+    Args:
+      step: number of steps taken.
+      state: a pytree of arrays.
+      place: plain JSON values that `set_state` of the batches takes; None where the step determines the place.
+      skipped: number of the steps that were skipped.
     """
     folder = pathlib.Path(folder).resolve()
-    beside = {"place": place, "skipped": skipped}
-    ocp.save_pytree(folder / f"step_{step}", state, overwrite=True, custom_metadata=beside)
+    metadata = {"place": place, "skipped": skipped}
+    ocp.save_pytree(folder / f"step_{step}", state, overwrite=True, custom_metadata=metadata)
     if jax.process_index() == 0:
         for old in _steps(folder):
             if old < step:
@@ -29,22 +33,28 @@ def _steps(folder):
     return sorted(int(name[5:]) for name in names)
 
 
-def latest(folder):
-    """Step of the latest state in `folder`, or None."""
+def latest(folder: pathlib.Path | str) -> int | None:
+    """Step of the latest state in `folder`; None without one."""
     return max(_steps(folder), default=None)
 
 
-def load_state(folder, like):
-    """The latest (step, state, place, skipped) in `folder`, or None; the state is like `like` in shapes, types and shardings."""
+def load_state(folder: pathlib.Path | str, like: Any) -> tuple[int, Any, Any, int] | None:
+    """The latest state in `folder` as the arguments of `save_state`; None without one.
+
+    Args:
+      like: a pytree of arrays with the state's shapes, types and shardings.
+    Returns:
+      (step, state, place, skipped).
+    """
     folder = pathlib.Path(folder).resolve()
     step = latest(folder)
     if step is None:
         return None
     path = folder / f"step_{step}"
-    beside = ocp.metadata(path).custom_metadata or {}
+    metadata = ocp.metadata(path).custom_metadata or {}
     return (
         step,
         ocp.load_pytree(path, jax.tree.map(models.abstract, like)),
-        beside.get("place"),
-        beside.get("skipped", 0),
+        metadata.get("place"),
+        metadata.get("skipped", 0),
     )

@@ -1,4 +1,4 @@
-"""One data stage of training: RecM, RegM, joint, each with checkpoints, restart, progress and logs."""
+"""One data stage of training: its phases (RecM, RegM, joint), with checkpoints, restart, progress bar and logs."""
 
 import contextlib
 import functools
@@ -6,12 +6,18 @@ import json
 import pathlib
 import time
 import zlib
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.io import files
+from data_pipelines.pairs.batches import PairSet
+from experiments import configs
 from experiments.runtime import progress
 from experiments.training import checkpoint
 from radgs_jax import errors
@@ -23,30 +29,63 @@ from radgs_jax.training.update import init_state
 from radgs_jax.training.update import make_update
 
 LOG_STEPS = 10
-"""Scalars are written, and skipped steps looked for, after so many: to ask the device more often would be to wait for it."""
+"""Number of steps between scalars and between checks for skipped steps. Both wait for the device: half of it waits twice as
+often, twice of it notices a diverged run that much later. Chosen by hand."""
 SKIPPED_IN_A_ROW = 10
-"""Skipped steps that end a run. Batches that are bad one by one make no such row: were it every fourth, one in a million steps
-would begin one. A state that is bad itself never leaves it, since a skipped step changes nothing."""
+"""Number of consecutive skipped steps that ends a run, chosen by hand. If every fourth batch were bad independently, one step in
+a million would begin such a row (with 5: one in a thousand). A bad state never recovers, because a skipped step changes
+nothing; 20 would only report it later."""
+TIMED_STEPS = 4
+"""Number of steps timed for a budget, of which the first compiles; chosen by hand. More take longer, fewer are less steady."""
+WARMUP_STEPS = 50
+"""Maximum number of warm-up steps of the learning rate; short phases warm up over a fifth of their steps. Chosen by hand: more
+delay the peak, fewer make the first steps larger."""
 
 
 class DivergedError(errors.RunError):
-    """Training that does not go on by itself. Its text is one line, with what repeats the steps."""
+    """A training run whose gradients stay non-finite. Its text is one line that says how to repeat the steps."""
 
 
-def run(config, workdir, name, pair_set, params, steps, learning_rate, modules=objectives.MODULES, budget_s=None):
-    """Trains the module stages of one data stage, going on from the last checkpoint where there is one.
+class BatchStream(Protocol):
+    """Endless batches with a place that can be saved and restored."""
+
+    def __next__(self) -> Any:
+        """The next batch, a pytree of arrays."""
+
+    def get_state(self) -> Any:
+        """The place of the next batch, as plain JSON values."""
+
+    def set_state(self, place: Any) -> None:
+        """Continues at a place."""
+
+
+def run_phases(
+    config: configs.Config,
+    workdir: pathlib.Path | str,
+    name: str,
+    pair_set: PairSet,
+    params: dict[str, Any],
+    steps: Sequence[int],
+    learning_rate: float,
+    modules: Sequence[str] = objectives.MODULES,
+    budget_s: float | None = None,
+) -> dict[str, Any]:
+    """Trains phases of one data stage, continuing from the last checkpoint.
 
     Args:
-      config: `configs.Config`; workdir: where checkpoints and logs go; name: the data stage's name.
-      pair_set: `batches.PairSet`; params: what the stage starts from.
-      steps: steps of (rec, reg, joint); learning_rate: peak of each module's cosine.
-      modules: which module stages to run, in order.
-      budget_s: if given, `steps` are shares of this many seconds; the step counts are fixed once measured and kept on disk, so
-        a restart follows the same schedule.
+      workdir: folder of checkpoints and logs.
+      name: of the data stage.
+      pair_set: training pairs.
+      params: parameters to start from.
+      steps: number of steps of (rec, reg, joint).
+      learning_rate: peak of each phase's schedule.
+      modules: phases to run, in order.
+      budget_s: training time in s, of which `steps` are shares; None takes `steps` as they are. The numbers of steps are
+        measured once and kept on disk, so a restart follows the same schedule.
     Returns:
       the trained parameters.
     Raises:
-      DivergedError: as `loop`.
+      DivergedError: as `run_steps`.
     """
     mesh = sharding.make_mesh()
     batch = -(-config.batch // mesh.size) * mesh.size
@@ -71,10 +110,10 @@ def run(config, workdir, name, pair_set, params, steps, learning_rate, modules=o
 def _module(config, workdir, name, module, mesh, batch, pair_set, params, steps, learning_rate, budget_s):
     stage = f"{name}_{module}"
     folder = workdir / "checkpoints" / stage
-    # Each stage has its own random stream, whatever ran before it.
+    # Each phase has its own random stream, independent of what ran before it.
     seed = zlib.crc32(f"{config.seed} {stage}".encode())
     update = make_update(mesh, module, config.model, config.losses, 1.0)
-    # Placed before the first step: a state that moves onto the mesh by itself would compile the update twice.
+    # Placed before the first step, because a state that jit moves onto the mesh itself would compile the update twice.
     state = sharding.replicate(init_state(jax.tree.map(jnp.copy, params), module), mesh)
     state = scheduled(
         folder,
@@ -94,26 +133,34 @@ def _module(config, workdir, name, module, mesh, batch, pair_set, params, steps,
 
 
 def scheduled(
-    folder,
-    log_folder,
-    mesh,
-    state,
-    update,
-    batches,
+    folder: pathlib.Path,
+    log_folder: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+    state: Any,
+    update: Callable,
+    batches: BatchStream,
     *,
-    seed,
-    learning_rate,
-    checkpoint_seconds,
-    steps=None,
-    budget_s=None,
-    finish=None,
-):
-    """As `loop`, under a cosine, closing `batches`.
+    seed: int,
+    learning_rate: float,
+    checkpoint_seconds: float,
+    steps: int | None = None,
+    budget_s: float | None = None,
+    finish: Callable[[progress.Log, int, Any, Any], None] | None = None,
+) -> Any:
+    """`run_steps` with a cosine schedule and, if asked for, a time budget; closes `batches`.
 
     Args:
-      seed: of all steps; learning_rate: the cosine's peak; steps: used without a budget.
-      budget_s: seconds, in which as many steps are taken as one that is timed leaves room for.
-      finish: called with (log, steps, state, last batch), if not None; the others as in `loop`.
+      folder, log_folder, mesh, state, update, checkpoint_seconds: as in `run_steps`.
+      batches: as in `run_steps`, with `close`.
+      seed: of all steps.
+      learning_rate: peak of the schedule.
+      steps: number of steps without a budget.
+      budget_s: training time in s; timed steps give the number of steps that fit.
+      finish: called with (log, steps, state, last batch) after the last step.
+    Returns:
+      the state after the last step.
+    Raises:
+      DivergedError: as `run_steps`.
     """
     key = jax.random.key(seed)
     with contextlib.closing(batches):
@@ -121,7 +168,7 @@ def scheduled(
             start = batches.get_state()
             steps = _steps_for(folder, budget_s, lambda: _time_step(update, state, key, next(batches), mesh))
             batches.set_state(start)
-        return loop(
+        return run_steps(
             folder,
             log_folder,
             mesh,
@@ -129,26 +176,45 @@ def scheduled(
             update,
             batches,
             key=key,
-            rate=lambda step: cosine(step, steps, learning_rate, min(50, max(1, steps // 5))),
+            rate=lambda step: cosine(step, steps, learning_rate, min(WARMUP_STEPS, max(1, steps // 5))),
             steps=steps,
             checkpoint_seconds=checkpoint_seconds,
             finish=None if finish is None else lambda log, state, batch: finish(log, steps, state, batch),
         )
 
 
-def loop(folder, log_folder, mesh, state, update, batches, *, key, rate, steps, checkpoint_seconds, finish=None):
-    """Trains for `steps`, going on from the last checkpoint in `folder`, with a progress bar.
+def run_steps(
+    folder: pathlib.Path,
+    log_folder: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+    state: Any,
+    update: Callable,
+    batches: BatchStream,
+    *,
+    key: jax.Array,
+    rate: Callable[[int], float],
+    steps: int,
+    checkpoint_seconds: float,
+    finish: Callable[[progress.Log, Any, Any], None] | None = None,
+) -> Any:
+    """Trains for a number of steps, continuing from the last checkpoint in `folder`, with a progress bar.
 
     Args:
-      folder: of checkpoints; the stage has its name; log_folder: of TensorBoard logs.
-      mesh: of `sharding`; state, update: of `training`.
-      batches: an iterator whose place `get_state` tells and `set_state` restores; key: PRNG key of all steps.
-      rate: step -> learning rate; finish: called with (log, state, last batch) after the last step, if not None.
+      folder: of checkpoints; its name is the stage's.
+      log_folder: of TensorBoard logs.
+      mesh: of `sharding.make_mesh`.
+      state, update: as `update.state_of` and `update.update_of` return them.
+      batches: the training batches.
+      key: PRNG key of all steps.
+      rate: step -> learning rate.
+      steps: number of steps, those before the checkpoint included.
+      checkpoint_seconds: minimum time between checkpoints, s.
+      finish: called with (log, state, last batch) after the last step.
     Returns:
       the state after the last step.
     Raises:
-      DivergedError: SKIPPED_IN_A_ROW steps in a row whose gradient is not finite. The last checkpoint is from before them,
-        so that the same call meets them again.
+      DivergedError: SKIPPED_IN_A_ROW consecutive steps whose gradient is not finite. The last checkpoint is older than these, so
+        the same call repeats them.
     """
     first, state, place, skipped = checkpoint.load_state(folder, state) or (0, state, batches.get_state(), 0)
     if first >= steps:
@@ -174,7 +240,7 @@ def loop(folder, log_folder, mesh, state, update, batches, *, key, rate, steps, 
                     bar.set_postfix({**shown, **({"skipped": skips.count} if skips.count else {})}, refresh=False)
                 bar.update()
                 skips.check(folder, key)
-                # Not in the midst of a row of skipped steps: there is nothing new, and whoever goes on is to meet the whole row.
+                # Not within a row of skipped steps: the state is unchanged, and a restart must repeat the whole row.
                 if last or saving and not skips.row:
                     checkpoint.save_state(folder, step + 1, state, batches.get_state(), skips.count)
                     saved = time.monotonic()
@@ -184,21 +250,23 @@ def loop(folder, log_folder, mesh, state, update, batches, *, key, rate, steps, 
 
 
 class _Skips:
-    """Counts steps whose update was skipped, without waiting for any of them before it is told to.
+    """Counts skipped steps, and waits for the device in `read` only.
 
-    count: how many so far; row: those at the end of what has been read, one after the other, as (step, place of its batch);
-    full: the first row of SKIPPED_IN_A_ROW, or None.
+    Attributes:
+      count: number of skipped steps.
+      row: the skipped steps that end what has been read, without a gap, as (step, place of its batch).
+      full: the first row of SKIPPED_IN_A_ROW steps; None without one.
     """
 
     def __init__(self, count):
         self.count, self.row, self.full, self._unread = count, [], None, []
 
     def add(self, step, place, skipped):
-        """Takes note of a step, whose batch was at `place`; skipped: 0 or 1, on the device."""
+        """Adds a step, whose batch was at `place`; skipped: 0 or 1, on the device."""
         self._unread.append((step, place, skipped))
 
     def read(self):
-        """Brings the counts up to date: waits for the device."""
+        """Updates the counts; waits for the device."""
         found = jax.device_get([skipped for _, _, skipped in self._unread])
         for (step, place, _), skipped in zip(self._unread, found):
             self.count += int(skipped)
@@ -208,7 +276,7 @@ class _Skips:
         self._unread = []
 
     def check(self, folder, key):
-        """Raises DivergedError where there was a full row; folder: of the stage; key: of all steps."""
+        """Raises DivergedError if there is a full row; folder: of the stage; key: of all steps."""
         if not self.full:
             return
         (first, place), (last, _) = self.full[0], self.full[-1]
@@ -223,7 +291,7 @@ class _Skips:
 
 
 def _whole(value, mesh):
-    """A number or an array of the host's, whole on every device of the mesh: what jit would move by itself holds up the step."""
+    """Copies a number or array of the host to every device of the mesh; left to jit, the copy would delay the step."""
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.make_array_from_process_local_data(whole, np.asarray(value), np.shape(value))
 
@@ -234,13 +302,17 @@ def _key_on(mesh, key):
 
 
 def _split(batch, mesh):
-    """A batch on the mesh: every process puts its own part on its own devices."""
+    """Shards a batch over the mesh; every process places its own part on its own devices."""
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(split, a), batch)
 
 
-def finished(workdir, name, module, steps):
-    """True when a module stage's last checkpoint is that of its final step."""
+def finished(workdir: pathlib.Path | str, name: str, module: str, steps: int) -> bool:
+    """Whether the last checkpoint of a phase is that of its final step.
+
+    Args:
+      workdir: as in `run_phases`; name: of the data stage; module: the phase; steps: its number of steps.
+    """
     folder = pathlib.Path(workdir) / "checkpoints" / f"{name}_{module}"
     return checkpoint.latest(folder) == steps
 
@@ -262,11 +334,11 @@ def _log_pictures(config, log, step, state, batch):
 
 
 def _time_step(update, state, key, batch, mesh):
-    # The state is donated, so the probe works on copies; the first call compiles. Placed as in `loop`, which would else compile
-    # once more.
+    # The update donates its state, so each probe works on a copy. Arguments are placed as in `run_steps`, which would otherwise
+    # compile again.
     key, rate, batch = _key_on(mesh, key), _whole(np.float32(0.0), mesh), _split(batch, mesh)
     times = []
-    for _ in range(4):
+    for _ in range(TIMED_STEPS):
         probe = jax.tree.map(jnp.copy, state)
         start = time.monotonic()
         jax.block_until_ready(update(probe, key, rate, batch))

@@ -1,1 +1,1 @@
-"""What every operator stands on."""
+"""Shared foundations of the operators."""

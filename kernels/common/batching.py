@@ -1,6 +1,8 @@
-"""Batches split over devices: the leading axes of an operator stay where they are, without a gather."""
+"""Batches split over devices: an operator's leading axes stay where they are, without a gather."""
 
 import functools
+from collections.abc import Callable
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +12,27 @@ from jax.extend import backend
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
+from kernels.common.types import Array
 
-def along_batch(function, events, *arrays, shared=0, summed=False):
-    """`function(*arrays)`, whose arguments and results lead with the same batch axes, computed shard by shard.
 
-    XLA cannot look into a kernel, so by itself it gathers a sharded batch on every device before the call. Here it is told
-    that batch axes are independent. vmap adds one more of them; where it maps a shared array or a sum, it is a loop.
+def along_batch(
+    function: Callable[..., tuple[Array, ...]],
+    events: Sequence[int],
+    *arrays: Array,
+    shared: int = 0,
+    summed: bool = False,
+) -> tuple[Array, ...]:
+    """Computes `function(*arrays)` shard by shard; arguments and results have the same leading batch axes.
+
+    XLA cannot see inside a kernel, so it would gather a sharded batch on every device before the call; declaring the batch axes
+    independent prevents that. vmap adds one more batch axis; where it maps a shared array or a sum, it becomes a loop.
 
     Args:
       function: arrays -> tuple of arrays; must accept any number and size of leading axes.
-      events: trailing axes of each array that are no batch axes; all arrays but the shared ones have the same batch axes.
+      events: number of trailing axes of each array that are not batch axes.
       arrays: the arguments.
-      shared: so many of the first arrays have no batch axes; every device holds them whole.
-      summed: the results have no batch axes either: they are sums over the batch, and are added up over devices.
-    Returns:
-      the tuple of results.
+      shared: number of leading arguments without batch axes; every device holds them whole.
+      summed: the results have no batch axes: they are sums over the batch, added up over devices.
     """
     again = functools.partial(along_batch, function, events, shared=shared, summed=summed)
 
@@ -53,7 +61,7 @@ def along_batch(function, events, *arrays, shared=0, summed=False):
 
 def _partitioned(function, events, arrays, shared, summed):
     batch = arrays[shared].ndim - events[shared]
-    # Not only the default devices: the arrays may be split over a host's processors beside one GPU.
+    # All kinds of devices count: the arrays may be split over a host's processors although the default device is one GPU.
     if batch == 0 or all(client.device_count() == 1 for client in backend.backends().values()):
         return function(*arrays)
     results = jax.eval_shape(function, *arrays)
@@ -76,7 +84,7 @@ def _partitioned(function, events, arrays, shared, summed):
     def infer(mesh, operands, _):
         return shardings(mesh, operands)[2]
 
-    # Einsum-like: b0, b1, ... are the batch axes of all arrays; every other axis is its own and must be whole.
+    # An einsum-like rule: b0, b1, ... are the batch axes of all arrays; every other axis has a name of its own and stays whole.
     own, sides = [], []
     for group, counts in zip((arrays, results), leading):
         mappings = []
@@ -85,7 +93,7 @@ def _partitioned(function, events, arrays, shared, summed):
             own += names
             mappings.append(" ".join([*(f"b{i}" for i in range(axes)), *names]))
         sides.append(", ".join(mappings))
-    # Under jit of its own, because constants that a function closes over are refused here.
+    # In a jit of its own, because custom_partitioning refuses functions that close over constants.
     call = custom_partitioning(jax.jit(function))
     call.def_partition(
         partition=partition,

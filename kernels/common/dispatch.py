@@ -1,9 +1,9 @@
 """Choice of a backend: a name, an order of names, or None for the best on the device that the computation runs on.
 
-Which device that is shows when a program is lowered, not yet when it is traced: its arguments may be committed to another than
-the default one, or it may be exported for another machine. So a call of an operator is one primitive, whose lowering for a kind
-of device traces the backend chosen for that. `jax.lax.platform_dependent` would trace them all, each time, and Pallas's on a
-CPU too.
+That device is known when a program is lowered, not when it is traced: its arguments may be committed to a device other than the
+default one, or it may be exported for another machine. So a call of an operator is one primitive, whose lowering for a kind of
+device traces the backend chosen for that kind. `jax.lax.platform_dependent` would trace all of them every time, Pallas's on a
+CPU included.
 """
 
 import contextvars
@@ -11,6 +11,9 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 from absl import logging
@@ -18,31 +21,44 @@ from jax.extend import backend as clients
 from jax.extend import core
 from jax.interpreters import mlir
 
-_lowered_for = contextvars.ContextVar("lowered_for", default=None)
-"""The kind of device that a backend is traced for within `run`."""
+from kernels.common.types import Array
+from kernels.common.types import Implementation
+
+Device = Literal["cpu", "gpu", "tpu"]
+"""Kinds of devices that have backends of their own."""
+
+_lowered_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("lowered_for", default=None)
+"""The kind of device that a backend is traced for inside `run`."""
 
 
 class NotBuilt(NotImplementedError):
-    """A backend is meant for the device and the arrays, but cannot be built on this machine; the text says why and what helps."""
+    """A backend suits the device and the arrays but cannot be built on this machine; the text says why, and what helps."""
 
 
-def run(op, backends, implementation, call, *arrays):
-    """Results of the first backend in the wanted order that does not raise NotImplementedError where the computation runs.
+def hashable(implementation: Implementation) -> Implementation:
+    """The argument `implementation=` in a form that jax can hash as a static argument."""
+    return implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
 
-    Outside of `jax.jit` that is the device that an array is committed to, or the default one.
+
+def run(
+    op: str, backends: Mapping[str, Callable], implementation: Implementation, call: Callable, *arrays: Array
+) -> tuple[Array, ...]:
+    """Results of the first backend, in the given order, that can run on the device of the computation.
+
+    Outside `jax.jit` that is the device that an array is committed to, or the default one. A backend that cannot run raises
+    NotImplementedError.
 
     Args:
       op: the operator's name, for messages.
-      backends: dict name -> callable, best first.
-      implementation: None (the dict's own order), a name, or a sequence of names.
+      backends: name -> callable, best first.
+      implementation: None (the order of `backends`), a name, or a sequence of names.
       call: (backend, *arrays) -> array or tuple of arrays; it may be traced later, and for several kinds of devices.
       arrays: the arguments.
-    Returns:
-      the tuple of results.
     Raises:
-      ValueError: an unknown backend name.
-      NotImplementedError: a single named backend can run on no device here; later, when lowered: not on that device.
-      ExceptionGroup: the same of several backends; it holds every reason.
+      ValueError: a name is unknown.
+      NotImplementedError: the only named backend can run on no device of this process, or, later, not on the device that the
+        program is lowered for.
+      ExceptionGroup: the same for several backends, with the reason of each.
     """
     names = (
         list(backends)
@@ -56,19 +72,21 @@ def run(op, backends, implementation, call, *arrays):
     return tuple(_operator.bind(*arrays, choice=choice))
 
 
-def warn_not_built(reason):
-    """Says once per process, where the reason for another backend is a NotBuilt, what that costs and what helps."""
+def warn_not_built(reason: Exception) -> None:
+    """Logs a warning with the cost and the remedy, once per process, if `reason` is a NotBuilt."""
     if isinstance(reason, NotBuilt):
         text = "the C++ kernels are not available, so XLA's run in their place, about four times slower: %s"
         logging.log_first_n(logging.WARNING, text, 1, reason)
 
 
-def on_call(device, module, *names):
-    """Functions of a module, by name, that import it when they are called for such a device: Pallas takes a sixth of a second.
+def on_call(device: Device, module: str, *names: str) -> tuple[Callable, ...]:
+    """Functions of a module, by name, that import it when they are called: importing Pallas takes a sixth of a second.
 
-    Raises, when called:
-      NotImplementedError: as `require`.
-      ImportError, AttributeError: no such module, or no such function in it; and what the function raises.
+    Args:
+      device: kind of device that the functions are for; a call for another raises NotImplementedError, as `require` does,
+        without the import.
+      module: full name of the module.
+      names: of its functions.
     """
 
     def later(name):
@@ -81,14 +99,16 @@ def on_call(device, module, *names):
     return tuple(later(name) for name in names)
 
 
-def require(device, arrays, interpret=False):
-    """What a float32 backend for one kind of device asks first.
+def require(device: Device, arrays: Sequence[Array], interpret: bool = False) -> None:
+    """Checks that a float32 backend for one kind of device can run.
 
     Args:
-      device: cpu, gpu or tpu; arrays: the arguments; interpret: the kernel is interpreted, which any device can do.
+      device: the kind of device that the backend is for.
+      arrays: the arguments.
+      interpret: the kernel is interpreted, which works on any device.
     Raises:
-      NotImplementedError: it is traced for another device (outside of `run`: the default one is another), or an array is not
-        float32.
+      NotImplementedError: the program is traced for another kind of device (outside `run`, the default device is of another
+        kind), or an array is not float32.
     """
     found = _lowered_for.get() or _default_device()
     if not interpret and found != device:
@@ -100,7 +120,7 @@ def require(device, arrays, interpret=False):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Choice:
-    """One call of an operator, with the programs that it has become for one kind of device or another."""
+    """One call of an operator, with its traced programs by kind of device and shapes."""
 
     op: str
     backends: dict
@@ -109,11 +129,11 @@ class _Choice:
     programs: dict = dataclasses.field(default_factory=dict, repr=False)
 
     def program(self, device, avals):
-        """The first backend that can run on a kind of device, traced; errors as `run`."""
+        """Traces the first backend that can run on a kind of device; errors as in `run`."""
         if (device, avals) not in self.programs:
             token = _lowered_for.set(device)
             try:
-                # Jax keeps traces by function and shapes: for another device, it must be another function.
+                # jax caches traces by function and shapes, so another device needs another function.
                 self.programs[device, avals] = jax.make_jaxpr(lambda *arrays: self._results(*arrays))(*avals)
             finally:
                 _lowered_for.reset(token)
@@ -137,17 +157,18 @@ class _Choice:
 
 
 def _kind(device):
-    """cpu, gpu, tpu or another, of a device or the name of a platform."""
+    """The kind (cpu, gpu, tpu or another) of a device or of a platform's name."""
     name = getattr(device, "platform", device)
     return "gpu" if name in ("cuda", "rocm") else name
 
 
 def _default_device():
-    return _kind(jax.config.jax_default_device or jax.default_backend())
+    # A configuration value without a declared attribute.
+    return _kind(getattr(jax.config, "jax_default_device") or jax.default_backend())  # noqa: B009
 
 
 def _devices():
-    """Kinds of devices that this process has, the default one first."""
+    """The kinds of devices of this process, the default one first."""
     return dict.fromkeys([_default_device(), *(_kind(client) for client in clients.backends().values())])
 
 
@@ -164,7 +185,7 @@ def _(*arrays, choice):
 
 @_operator.def_abstract_eval
 def _(*avals, choice):
-    # Shapes are the same on every device; what is traced for the default one will likely be lowered too.
+    # Shapes are the same on every device. The default one comes first, because its trace will probably be lowered too.
     refusals = []
     for device in _devices():
         try:

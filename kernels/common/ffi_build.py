@@ -1,4 +1,4 @@
-"""Builds and registers the C++ backends lazily, into a cache folder, when a compiler is present."""
+"""Builds the C++ backends at first use, into a cache folder, and registers them with jax."""
 
 import ctypes
 import functools
@@ -14,7 +14,7 @@ import jax
 
 from kernels.common import dispatch
 
-# Without errno and trapping arithmetic, sqrt and rounding become vector code; no result changes.
+# The last two let sqrt and rounding become vector code; no result changes.
 FLAGS = [
     "-O3",
     "-std=c++17",
@@ -26,11 +26,12 @@ FLAGS = [
     "-fno-trapping-math",
 ]
 HEADERS = pathlib.Path(__file__).parent
+"""Folder of the headers that all kernels share; a kernel's own headers are in its own folder."""
 X86_64_V3 = {
     *("cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2"),
     *("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"),
 }
-"""Features that the compiler may use for -march=x86-64-v3, as Linux names them; a virtual machine may hide any one."""
+"""Features that the compiler may use for -march=x86-64-v3, in Linux's names. A virtual machine may hide any of them."""
 
 
 def _cache_folder():
@@ -38,14 +39,15 @@ def _cache_folder():
     return pathlib.Path(root) / "radgs_jax" / "ffi"
 
 
-def register_targets(source, targets):
-    """Compiles `source` (once per content, headers, flags, kind of CPU and jax version); registers its functions as CPU targets.
+def register_targets(source: pathlib.Path | str, targets: tuple[tuple[str, str], ...]) -> None:
+    """Compiles `source` once per content, headers, flags, kind of CPU and jax version, and registers its functions for CPUs.
 
     Args:
-      targets: ((target, symbol of the library), ...).
+      source: the C++ file.
+      targets: (name in jax, symbol of the library) each.
     Raises:
       NotImplementedError: RADGS_NO_FFI=1.
-      dispatch.NotBuilt: no C++ compiler, or a failed build, with the reason. The process does not try again.
+      dispatch.NotBuilt: there is no C++ compiler, or the build failed; the process does not try again.
     """
     if os.environ.get("RADGS_NO_FFI") == "1":
         raise NotImplementedError("RADGS_NO_FFI=1")
@@ -55,13 +57,14 @@ def register_targets(source, targets):
 
 @functools.cache
 def _why_not(source, targets):
-    """Builds and registers; None, or the reason for a failure."""
+    """Builds and registers; returns the reason for a failure, or None."""
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     if compiler is None:
         return "no C++ compiler found; install g++ or clang++, or set CXX to one"
     march = ["-march=x86-64-v3"] if _has_x86_64_v3() else []
     command = [compiler, *FLAGS, *march, f"-I{HEADERS}", f"-I{jax.ffi.include_dir()}"]
-    content = b"".join(file.read_bytes() for file in [source, *sorted(HEADERS.glob("*.h"))])
+    headers = [file for folder in (HEADERS, source.parent) for file in sorted(folder.glob("*.h"))]
+    content = b"".join(file.read_bytes() for file in [source, *headers])
     made_with = [*FLAGS, *march, jax.__version__, compiler, platform.system(), platform.machine()]
     key = hashlib.sha256(content + " ".join(made_with).encode()).hexdigest()[:16]
     try:
@@ -76,7 +79,7 @@ def _why_not(source, targets):
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or [str(error)]
         return f"{source.name} did not compile: {lines[0].strip()}; install another g++ or clang++, or set CXX to one"
-    # A RuntimeError is pathlib's where nobody knows the home folder.
+    # pathlib raises a RuntimeError where the home folder is unknown.
     except (OSError, RuntimeError) as error:
         return f"{source.name} could not be built or loaded: {error}; set XDG_CACHE_HOME to a folder for libraries"
     for target, symbol in targets:
@@ -85,7 +88,7 @@ def _why_not(source, targets):
 
 
 def _has_x86_64_v3():
-    """Whether this is an x86-64 with AVX2 and all else in X86_64_V3."""
+    """Whether this is an x86-64 with all features in X86_64_V3."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
     try:

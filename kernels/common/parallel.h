@@ -1,4 +1,4 @@
-// What the C++ backends share: parallel loops over XLA's own threads, and the support rule of kernels/support.py.
+// Shared by the C++ backends: parallel loops over XLA's own threads, and the support rule of kernels/common/support.py.
 #ifndef RADGS_KERNELS_PARALLEL_H_
 #define RADGS_KERNELS_PARALLEL_H_
 
@@ -53,8 +53,8 @@ inline int64_t SlabsPerImage(const xla::ffi::ThreadPool& pool, int64_t images, i
 // Samples per step of the inner loops, which are plain loops over kLanes that the compiler turns into vector code.
 constexpr int kLanes = 8;
 
+// Q_FADE and Q_MAX of kernels/common/support.py, and TRACE_MAX of kernels/common/symmetric.py.
 constexpr float kQFade = 12.25f, kQMax = 16.0f;
-// And of kernels/symmetric.py.
 constexpr float kTraceMax = 1e12f;
 
 // Integers in [low, high] and [0, size), from real bounds; empty (last < first) where a bound is NaN. The margin keeps

@@ -5,10 +5,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from kernels.common import batching
 from kernels.common import dispatch
 from kernels.common.rays import rays
+from kernels.common.types import Array
+from kernels.common.types import Implementation
 from kernels.drr import ffi_cpu
 from kernels.drr import geometry
 from kernels.drr import xla
@@ -19,7 +22,16 @@ TO_VOLUME = {"ffi_cpu": ffi_cpu.to_volume, "xla": xla.to_volume}
 PER_RAY = {"ffi_cpu": ffi_cpu.per_ray, "xla": xla.per_ray}
 
 
-def drr(volume, voxel_from_camera, intrinsics, height, width, *, step_mm=1.0, implementation=None):
+def drr(
+    volume: Float[Array, "..."],
+    voxel_from_camera: Float[Array, "..."],
+    intrinsics: Float[Array, "..."],
+    height: int,
+    width: int,
+    *,
+    step_mm: float | int = 1.0,
+    implementation: Implementation = None,
+) -> Float[Array, "views height width"]:
     """Line integrals through a voxel volume, differentiable in the volume, the pose and the intrinsics.
 
     The definition is `kernels.drr.oracle.drr`: trilinear samples on a lattice of distances from the source that does not
@@ -29,10 +41,11 @@ def drr(volume, voxel_from_camera, intrinsics, height, width, *, step_mm=1.0, im
       volume: (X, Y, Z) attenuation, 1/mm.
       voxel_from_camera: (B, 3, 4) affine from camera mm to voxel indices (voxel i has its centre at i).
       intrinsics: (B, 4) fx, fy, cx, cy in pixels.
-      height, width: static image size; step_mm: static sample distance, mm, above 0.
+      height, width: static image size, px.
+      step_mm: static distance of samples along a ray, above 0.
       implementation: backend name, order of names, or None for the best available.
     Returns:
-      (B, height, width) line integrals, no unit. A view that `geometry.usable_views` refuses is 0 and has no gradients.
+      (B, height, width) line integrals, no unit. Views rejected by `geometry.usable_views` are 0 and have zero gradients.
     Raises:
       ValueError: shapes that do not fit, a step that is not positive, or an unknown implementation.
     """
@@ -45,18 +58,26 @@ def drr(volume, voxel_from_camera, intrinsics, height, width, *, step_mm=1.0, im
     return _drr(float(step_mm), implementation, jnp.asarray(volume, dtype), origin, direction)
 
 
-def drr_and_motion(volume, voxel_from_camera, intrinsics, height, width, *, step_mm=1.0, implementation=None):
-    """Line integrals as `drr` has them, and how every pixel answers to a rigid motion of the volume: what Gauss-Newton needs.
+def drr_and_motion(
+    volume: Float[Array, "..."],
+    voxel_from_camera: Float[Array, "..."],
+    intrinsics: Float[Array, "..."],
+    height: int,
+    width: int,
+    *,
+    step_mm: float | int = 1.0,
+    implementation: Implementation = None,
+) -> tuple[Float[Array, "views height width"], Float[Array, "views height width 6"]]:
+    """Line integrals, as by `drr`, and every pixel's derivative with respect to a rigid motion of the volume, for Gauss-Newton.
 
     A motion x -> exp([w]) x + t of camera-frame points changes the image by `motion @ (w, t)` to first order. With g the
     volume's gradient, in camera axes, at the samples tau d of a ray: d/dt = -sum g, d/dw = -sum tau d x g.
 
-    Args:
-      as `drr`.
+    Arguments and errors are those of `drr`.
+
     Returns:
-      image (B, height, width); motion (B, height, width, 6), per rad about the source, then per mm. Neither is differentiable.
-    Raises:
-      ValueError: as `drr`.
+      image (B, height, width), and motion (B, height, width, 6): per rad about the source, then per mm. Neither is
+      differentiable.
     """
     implementation = _checked(volume, voxel_from_camera, intrinsics, step_mm, implementation)
     dtype = jnp.result_type(volume, voxel_from_camera, intrinsics)
@@ -71,7 +92,7 @@ def drr_and_motion(volume, voxel_from_camera, intrinsics, height, width, *, step
 
     arrays = jax.lax.stop_gradient((jnp.asarray(volume, dtype), origin, direction))
     image, by_origin, by_direction = batching.along_batch(run, (3, 1, 3), *arrays, shared=1)
-    # A moved volume is sampled where the motion's inverse takes the rays; voxel slopes turn into camera axes.
+    # A moved volume is sampled where the inverse motion takes the rays; slopes per voxel become slopes in camera axes.
     linear, d = jax.lax.stop_gradient((affine[:, None, None, :, :3], rays(intrinsics, height, width)))
     push, pull = (jnp.sum(linear * slope[..., None], -2) for slope in (by_origin, by_direction))
     d = d / jnp.linalg.norm(d, axis=-1, keepdims=True)
@@ -79,7 +100,7 @@ def drr_and_motion(volume, voxel_from_camera, intrinsics, height, width, *, step
 
 
 def _checked(volume, voxel_from_camera, intrinsics, step_mm, implementation):
-    """`implementation` as something hashable, of arguments that fit together."""
+    """Checks that the arguments fit together; returns a hashable `implementation`."""
     if volume.ndim != 3:
         raise ValueError(f"drr: volume has shape {volume.shape}, wanted (X, Y, Z)")
     batch = intrinsics.shape[:1]
@@ -90,7 +111,7 @@ def _checked(volume, voxel_from_camera, intrinsics, step_mm, implementation):
         )
     if not step_mm > 0:
         raise ValueError(f"drr: step_mm is {step_mm}, wanted more than 0")
-    return implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
+    return dispatch.hashable(implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -106,7 +127,7 @@ def _drr_fwd(step_mm, implementation, *arrays):
 
 
 def _drr_bwd(step_mm, implementation, arrays, cotangent):
-    # Apart, so that XLA drops the one whose gradient nobody uses.
+    # Two calls, so that XLA removes the one whose gradient is unused.
     volume, *views = *arrays, cotangent
     events, shape = (1, 3, 2), volume.shape
 
@@ -124,18 +145,18 @@ _drr.defvjp(_drr_fwd, _drr_bwd)
 
 
 def _run(backends, implementation, step_mm, *arrays, first=()):
-    """The chosen backend's results; `first` are its arguments before the arrays."""
+    """Results of the chosen backend; `first` are its arguments before the arrays."""
     call = lambda backend, *arrays: backend(*first, *arrays, step_mm)
     return dispatch.run("drr", backends, implementation, call, *arrays)
 
 
 def _one_axis(events, views):
-    """`views` with all their leading axes as one, which is what backends take."""
+    """`views` with all leading axes merged into one, as backends take them."""
     size = math.prod(views[0].shape[: views[0].ndim - events[0]])
     return tuple(a.reshape(size, *a.shape[a.ndim - event :]) for a, event in zip(views, events))
 
 
 def _one_batch(function, events, *views):
-    """`function(*views)` with leading axes as one; the results have them all."""
+    """`function(*views)` with merged leading axes; the results have all of them again."""
     batch = views[0].shape[: views[0].ndim - events[0]]
     return tuple(a.reshape(*batch, *a.shape[1:]) for a in function(*_one_axis(events, views)))

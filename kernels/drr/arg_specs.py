@@ -1,4 +1,4 @@
-"""Named realistic shapes of `drr`, shared by tests and benchmarks: a vertebra's crop of a CT before a C-arm."""
+"""Named realistic arguments of `drr` for tests and benchmarks: a vertebra's crop of a CT in front of a C-arm."""
 
 import dataclasses
 
@@ -9,12 +9,14 @@ from kernels.common.rays import SOURCE_ISOCENTRE_MM
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
-    """One volume before one camera, its centre at the isocentre, turned so that no ray runs along its axes.
+class DrrSpec:
+    """One volume in front of one camera, with its centre at the isocentre, rotated so that no ray is parallel to its axes.
 
     Attributes:
-      shape: voxels per axis; spacing_mm: side of a voxel.
-      height, width: image size, px; pixel_mm: size of a pixel at the isocentre.
+      shape: number of voxels per axis.
+      spacing_mm: side of a voxel.
+      height, width: image size, px.
+      pixel_mm: size of a pixel at the isocentre.
       step_mm: distance of samples along a ray.
     """
 
@@ -26,22 +28,22 @@ class Spec:
     step_mm: float
 
     @property
-    def size(self):
-        """What `drr` takes after the arrays."""
+    def size(self) -> tuple[int, int]:
+        """Positional arguments of `drr` after the arrays."""
         return self.height, self.width
 
     @property
-    def options(self):
+    def options(self) -> dict[str, float]:
         """Keyword arguments of `drr`."""
         return {"step_mm": self.step_mm}
 
-    def describe(self):
-        """One phrase for people."""
+    def describe(self) -> str:
+        """A phrase for reports."""
         volume = f"{' x '.join(map(str, self.shape))} voxels of {self.spacing_mm:g} mm"
         return f"{volume}, {self.height} x {self.width} px, a sample every {self.step_mm:g} mm"
 
-    def arrays(self, seed=0):
-        """volume (X, Y, Z) 1/mm, voxel_from_camera (1, 3, 4), intrinsics (1, 4) px; float32 numpy, one set a seed.
+    def arrays(self, seed: int = 0) -> tuple[np.ndarray, ...]:
+        """Random float32 arrays: volume (X, Y, Z) 1/mm, voxel_from_camera (1, 3, 4), intrinsics (1, 4) px.
 
         The volume is an ellipsoid of bone in soft tissue, both with smooth random texture.
         """
@@ -65,13 +67,13 @@ class Spec:
 
 def _crop(pixels):
     """A cube of 96 mm that fills the image; 128 samples for a ray through its middle."""
-    return Spec((96, 96, 96), 1.0, pixels, pixels, 96.0 / pixels, 0.75)
+    return DrrSpec((96, 96, 96), 1.0, pixels, pixels, 96.0 / pixels, 0.75)
 
 
 SPECS = {
-    "tiny": Spec((12, 14, 10), 1.5, 16, 20, 1.2, 1.0),
+    "tiny": DrrSpec((12, 14, 10), 1.5, 16, 20, 1.2, 1.0),
     "crop_96": _crop(128),
 }
 
 GROWTH = {"pixels": tuple(_crop(n) for n in (32, 57, 101, 180, 320))}
-"""Series of specs in which one size grows a hundredfold and all else stays."""
+"""Series of specs in which one size grows a hundredfold and all else is constant."""

@@ -19,10 +19,10 @@ namespace {
 
 using radgs::kLanes;
 
-constexpr int64_t kRun = 64;   // samples worked on at a time
-constexpr int64_t kTile = 16;  // pixels
+constexpr int64_t kRun = 64;   // samples processed at a time
+constexpr int64_t kTile = 16;  // side of a tile, px
 
-// Two neighbours along z, wherever they lie.
+// Two neighbours along z, at any alignment.
 typedef float Pair __attribute__((vector_size(8), aligned(4), may_alias));
 
 // An array in row-major order.

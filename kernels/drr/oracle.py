@@ -1,25 +1,37 @@
-"""The definition of `drr`, dense and plain; exact in float64, the yardstick of every backend."""
+"""The definition of `drr`, dense and simple; exact in float64, the reference for every backend."""
 
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
+from jaxtyping import Float
 
 from kernels.common.rays import rays
+from kernels.common.types import Array
 
 
-def drr(volume, voxel_from_camera, intrinsics, height, width, step_mm, far_mm):
+def drr(
+    volume: Float[Array, "x y z"],
+    voxel_from_camera: Float[Array, "views 3 4"],
+    intrinsics: Float[Array, "views 4"],
+    height: int,
+    width: int,
+    step_mm: float,
+    far_mm: float,
+) -> Float[Array, "views height width"]:
     """Line integrals by the midpoint rule on a fixed lattice of distances from the source, out to `far_mm`.
 
     Samples lie at distances t_i = (i + 1/2) * step_mm along each ray's unit direction, at
     voxel_from_camera @ [t_i d / |d|, 1] in voxel indices. The volume is trilinear between voxel centres and falls linearly
-    to 0 one voxel beyond them. The lattice does not move with the pose, so the image is a smooth function of it.
+    to 0 one voxel beyond them. The lattice does not move with the pose, so the image is a smooth function of the pose.
 
     Args:
-      volume: (X, Y, Z) attenuation, 1/mm.
-      voxel_from_camera: (B, 3, 4) affine to voxel indices.
-      intrinsics: (B, 4) fx, fy, cx, cy in pixels.
-      height, width: image size; step_mm: sample distance in mm; far_mm: where to stop.
+      volume: attenuation, 1/mm.
+      voxel_from_camera: affine from camera mm to voxel indices.
+      intrinsics: fx, fy, cx, cy in pixels.
+      height, width: image size, px.
+      step_mm: distance of samples along a ray.
+      far_mm: length of the rays.
     Returns:
-      (B, height, width) line integrals, no unit.
+      Line integrals, no unit.
     """
     d = rays(intrinsics, height, width)
     unit = d / jnp.linalg.norm(d, axis=-1, keepdims=True)

@@ -1,11 +1,14 @@
-"""`drr` in plain XLA: all rays march together, one lattice step at a time; hand-written backward; any device."""
+"""`drr` in plain XLA: all rays march together, one lattice step at a time; hand-written backward; runs on any device."""
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float
 
+from kernels.common.types import Array
 from kernels.drr import geometry
 
 
@@ -17,8 +20,12 @@ def _padded(shape):
 def _march(origin, direction, shape, step_mm, body, carry):
     """Runs `carry = body(corners, f, t, inside, carry)` for every lattice step of rays (B, H, W) in voxel indices.
 
-    corners: eight (offset into the padded volume, bits) of the cell that a sample lies in, bits 1 where the corner is the
-    upper one of an axis; f: place in the cell, three (B, H, W); t: distance from the source, mm; inside: bool (B, H, W).
+    The body receives
+      corners: of the cell around each sample, eight (offset into the padded volume, bits); a bit is 1 for the upper corner on
+        that axis.
+      f: position in the cell, three (B, H, W).
+      t: distance from the source, mm.
+      inside: bool (B, H, W).
     """
     first, count = geometry.sample_range(origin, direction, shape, step_mm)
     _, Y, Z = _padded(shape)
@@ -40,21 +47,29 @@ def _march(origin, direction, shape, step_mm, body, carry):
 
 
 def _weight(bits, f):
-    """Trilinear weight of a corner; of the axes that `bits` and `f` name."""
+    """Trilinear weight of a corner, over the given axes."""
     return math.prod(x if bit else 1.0 - x for bit, x in zip(bits, f))
 
 
-def forward(volume, origin, direction, step_mm):
-    """Line integrals (B, H, W): sums of samples along rays, times `step_mm`.
+def forward(
+    volume: Float[Array, "x y z"],
+    origin: Float[Array, "views 3"],
+    direction: Float[Array, "views height width 3"],
+    step_mm: float,
+) -> Float[Array, "views height width"]:
+    """Line integrals: sums of samples along rays, times `step_mm`.
 
     Args:
-      volume: (X, Y, Z), 1/mm; origin: (B, 3), direction: (B, H, W, 3) per mm, in voxel indices.
+      volume: 1/mm.
+      origin: of each view's rays, in voxel indices.
+      direction: of each ray, in voxel indices per mm.
+      step_mm: distance of samples.
     """
     flat = jnp.pad(volume, 1).reshape(-1)
 
     def body(corners, f, t, inside, image):
         del t
-        # Axis by axis, z first: a third of the products of eight weights.
+        # Axis by axis, z first, which takes a third of the products of eight weights.
         values = [flat[index] for index, _ in corners]
         for x in reversed(f):
             values = [low + x * (high - low) for low, high in zip(values[::2], values[1::2])]
@@ -64,8 +79,15 @@ def forward(volume, origin, direction, step_mm):
     return step_mm * _march(origin, direction, volume.shape, step_mm, body, start)
 
 
-def per_ray(volume, origin, direction, step_mm):
-    """Line integrals (B, H, W), as `forward`, and their derivatives to each ray's own origin and direction, (B, H, W, 3) each."""
+def per_ray(
+    volume: Float[Array, "x y z"],
+    origin: Float[Array, "views 3"],
+    direction: Float[Array, "views height width 3"],
+    step_mm: float,
+) -> tuple[
+    Float[Array, "views height width"], Float[Array, "views height width 3"], Float[Array, "views height width 3"]
+]:
+    """Line integrals, as by `forward`, and their derivatives with respect to each ray's own origin and direction."""
     flat = jnp.pad(volume, 1).reshape(-1)
 
     def body(corners, f, t, inside, carry):
@@ -77,24 +99,37 @@ def per_ray(volume, origin, direction, step_mm):
                 value * (2 * bits[axis] - 1) * _weight([bits[i] for i in others], [f[i] for i in others])
                 for value, (_, bits) in zip(values, corners)
             )
-            # Selected, because the weights of a ray that is not finite are not.
+            # jnp.where, because the weights of a ray that is not finite are not finite either.
             slopes.append(jnp.where(inside, sum(signed), 0.0))
         slope = jnp.stack(slopes, -1)
         value = sum(value * _weight(bits, f) for value, (_, bits) in zip(values, corners))
         return carry[0] + jnp.where(inside, value, 0.0), carry[1] + slope, carry[2] + t[..., None] * slope
 
     start = (jnp.zeros(direction.shape[:-1], direction.dtype), jnp.zeros_like(direction), jnp.zeros_like(direction))
-    return tuple(step_mm * total for total in _march(origin, direction, volume.shape, step_mm, body, start))
+    image, by_origin, by_direction = _march(origin, direction, volume.shape, step_mm, body, start)
+    return step_mm * image, step_mm * by_origin, step_mm * by_direction
 
 
-def to_rays(volume, origin, direction, cotangent, step_mm):
-    """Gradients to origin (B, 3) and direction (B, H, W, 3) from the cotangent (B, H, W) of `forward`."""
+def to_rays(
+    volume: Float[Array, "x y z"],
+    origin: Float[Array, "views 3"],
+    direction: Float[Array, "views height width 3"],
+    cotangent: Float[Array, "views height width"],
+    step_mm: float,
+) -> tuple[Float[Array, "views 3"], Float[Array, "views height width 3"]]:
+    """Gradients to origin and direction from the cotangent of `forward`."""
     _, by_origin, by_direction = per_ray(volume, origin, direction, step_mm)
     return jnp.sum(cotangent[..., None] * by_origin, (1, 2)), cotangent[..., None] * by_direction
 
 
-def to_volume(shape, origin, direction, cotangent, step_mm):
-    """Gradient to the volume of that shape, summed over views, from the cotangent (B, H, W) of `forward`."""
+def to_volume(
+    shape: Sequence[int],
+    origin: Float[Array, "views 3"],
+    direction: Float[Array, "views height width 3"],
+    cotangent: Float[Array, "views height width"],
+    step_mm: float,
+) -> Float[Array, "x y z"]:
+    """Gradient to the volume of that shape, summed over views, from the cotangent of `forward`."""
     scaled = cotangent * step_mm
 
     def body(corners, f, t, inside, d_volume):

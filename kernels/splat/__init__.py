@@ -1,4 +1,4 @@
-"""X-ray splatting: radiative Gaussians to an image of line integrals."""
+"""X-ray splatting: an image of line integrals through radiative Gaussians."""
 
 from kernels.splat.api import splat
 

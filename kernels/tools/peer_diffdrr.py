@@ -1,14 +1,21 @@
-"""DiffDRR's trilinear renderer as a process that times itself; run by `kernels.bench`, under the python that has DiffDRR.
+"""DiffDRR's trilinear renderer as a process that times itself; `race` runs it under a Python that has DiffDRR.
 
-    python -I kernels/peer_diffdrr.py '{"volume": "volume.npy", ...}'
+    python -I kernels/tools/peer_diffdrr.py '{"volume": "volume.npy", ...}'
 
-The settings: `volume` (NPY, (X, Y, Z), 1/mm), `spacing_mm`, `matrix` (4x4, volume mm from camera mm; the volume's centre is
-its origin, the camera looks along +z), `pixels` (height, width), `focal_px`, `weights` (NPY of the image's size, the cotangent),
-`samples` (per ray) and `threads`. It prints one line of JSON once it is ready, then answers each line of its standard input:
+The settings:
+  volume      NPY, (X, Y, Z), 1/mm.
+  spacing_mm  side of a voxel.
+  matrix      4x4, volume mm from camera mm; the volume's origin is its centre, and the camera looks along +z.
+  pixels      height and width of the image.
+  focal_px    focal length.
+  weights     NPY of the image's size, the cotangent.
+  samples     per ray.
+  threads     of torch.
 
-    forward    renders; answers with the seconds that it took
-    both       renders and takes the gradient of <weights, image> to the six numbers of the pose; answers with the seconds
-    image FILE writes the image as NPY, rows down and columns to the right; answers "written"
+It prints one line of JSON when it is ready, then answers each line of its standard input:
+  forward     renders; the answer is its seconds.
+  both        renders and takes the gradient of <weights, image> to the six numbers of the pose; the answer is its seconds.
+  image FILE  writes the image as NPY, rows down and columns to the right; the answer is "written".
 """
 
 import json
@@ -16,16 +23,17 @@ import sys
 import time
 
 
-def main():
+def main() -> None:
     """Reads the settings from the first argument, then answers until standard input ends."""
     settings = json.loads(sys.argv[1])
+    # DiffDRR and torch are not dependencies: they are in another Python.
     try:
         import numpy as np
-        import torch
-        import torchio
-        from diffdrr.data import read
-        from diffdrr.drr import DRR
-        from diffdrr.pose import RigidTransform
+        import torch  # pyright: ignore[reportMissingImports]
+        import torchio  # pyright: ignore[reportMissingImports]
+        from diffdrr.data import read  # pyright: ignore[reportMissingImports]
+        from diffdrr.drr import DRR  # pyright: ignore[reportMissingImports]
+        from diffdrr.pose import RigidTransform  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         print(json.dumps({"missing": str(error)}), flush=True)
         return
@@ -35,14 +43,14 @@ def main():
     affine[:3, 3] = -0.5 * settings["spacing_mm"] * (np.array(volume.shape) - 1)
     subject = read(torchio.ScalarImage(tensor=volume[None], affine=affine), orientation=None, center_volume=False)
     height, width = settings["pixels"]
-    # Only the ratio of the two lengths, the focal length in pixels, matters.
-    detector_mm, pixel_mm = 1000.0, 1000.0 / settings["focal_px"]
-    drr = DRR(subject, sdd=detector_mm, height=height, width=width, delx=pixel_mm, renderer="trilinear")
-    # `read` takes Hounsfield units and maps them to a density of its own; the volume here already is an attenuation.
+    # Only the ratio of the two lengths matters; it is the focal length in pixels.
+    panel_mm, pixel_mm = 1000.0, 1000.0 / settings["focal_px"]
+    drr = DRR(subject, sdd=panel_mm, height=height, width=width, delx=pixel_mm, renderer="trilinear")
+    # `read` expects Hounsfield units and maps them to a density of its own; the volume here is an attenuation already.
     drr.density.copy_(volume)
     matrix = torch.tensor(settings["matrix"], dtype=torch.float32)
     rotation, translation = RigidTransform(matrix).convert("axis_angle")
-    # `reverse_x_axis`, on by default, leaves the image turned by 180 degrees against rows down and columns to the right.
+    # With `reverse_x_axis`, on by default, the image is rotated by 180 degrees from rows down and columns to the right.
     weights = torch.from_numpy(np.load(settings["weights"])[::-1, ::-1].copy())
 
     def render():

@@ -1,17 +1,24 @@
-"""What the programs of kernels and data_pipelines share: flags of their own, and what is wrong as one line with status 2."""
+"""Command lines of programs with their own flags: errors are one line on standard error and status 2."""
 
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 from absl import flags
 
 
-def read_flags(flag_values, help_flag, text, check):
-    """Reads a program's flags, then calls `check()`, which may raise flags.Error; False after --help, which prints `text`.
-
-    Bad flags end the program with one line on standard error and status 2.
+def read_flags(
+    flag_values: flags.FlagValues, help_flag: flags.FlagHolder, text: str | None, check: Callable[[], object]
+) -> bool:
+    """Reads and checks a program's flags; bad ones end the program with one line on standard error and status 2.
 
     Args:
-      flag_values: `flags.FlagValues` of the program; help_flag: the holder of its --help.
+      flag_values: the program's flags.
+      help_flag: its --help.
+      text: printed after --help, before the flags.
+      check: raises flags.Error for flags that are wrong.
+    Returns:
+      False after --help: there is nothing to do.
     """
     try:
         rest = flag_values(sys.argv)[1:]
@@ -26,7 +33,7 @@ def read_flags(flag_values, help_flag, text, check):
     return True
 
 
-def stop(line, status=2):
+def stop(line: str, status: int = 2) -> NoReturn:
     """Ends the program with `line` on standard error and that exit status."""
     print(f"error: {line}", file=sys.stderr)
     sys.exit(status)

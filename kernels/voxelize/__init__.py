@@ -1,4 +1,4 @@
-"""Density voxelisation: radiative Gaussians sampled at voxel centres."""
+"""Voxelisation: the density of radiative Gaussians, sampled at voxel centres."""
 
 from kernels.voxelize.api import voxelize
 

@@ -1,12 +1,16 @@
 """Public `voxelize`: one definition, one custom gradient, several backends."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from kernels.common import batching
 from kernels.common import dispatch
+from kernels.common.types import Array
+from kernels.common.types import Implementation
 from kernels.voxelize import ffi_cpu
 from kernels.voxelize import xla
 
@@ -17,7 +21,14 @@ BACKENDS = {
 }
 
 
-def voxelize(density, mean, precision, shape, *, implementation=None):
+def voxelize(
+    density: Float[Array, "..."],
+    mean: Float[Array, "..."],
+    precision: Float[Array, "..."],
+    shape: Sequence[int],
+    *,
+    implementation: Implementation = None,
+) -> Float[Array, "..."]:
     """Density of radiative Gaussians at voxel centres, differentiable in every array argument.
 
     The definition, with its support rule, is `kernels.voxelize.oracle.voxelize`. Leading axes are a batch.
@@ -29,8 +40,8 @@ def voxelize(density, mean, precision, shape, *, implementation=None):
       shape: three static sizes.
       implementation: backend name, order of names, or None for the best available.
     Returns:
-      (..., *shape) density, 1/mm. Gaussians that are not finite, or whose precision is not positive
-      definite, add nothing and get zero gradients.
+      (..., *shape) density, 1/mm. Gaussians that are not finite, or whose precision is not positive definite, add nothing and
+      get zero gradients.
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.
     """
@@ -40,13 +51,10 @@ def voxelize(density, mean, precision, shape, *, implementation=None):
             raise ValueError(
                 f"voxelize: {name} has shape {array.shape}, wanted {wanted} to match density {density.shape}"
             )
-    implementation = (
-        implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
-    )
     dtype = jnp.result_type(density, mean, precision)
     density, mean, precision = (jnp.asarray(a, dtype) for a in (density, mean, precision))
     density = jnp.where(jnp.isfinite(density), density, 0.0)
-    return _voxelize(tuple(shape), implementation, density, mean, precision)
+    return _voxelize(tuple(shape), dispatch.hashable(implementation), density, mean, precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

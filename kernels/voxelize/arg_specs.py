@@ -1,4 +1,4 @@
-"""Named realistic shapes of `voxelize`, shared by tests and benchmarks: clouds in a cube of 96 mm."""
+"""Named realistic arguments of `voxelize` for tests and benchmarks: clouds in a cube of 96 mm."""
 
 import dataclasses
 
@@ -6,17 +6,18 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 SIDE_MM = 96.0
+"""Side of the cube, of the order of a vertebra's crop. Chosen by hand."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class VoxelizeSpec:
     """One cloud on one grid.
 
     Attributes:
-      gaussians: N.
-      shape: voxels per axis.
+      gaussians: number of Gaussians, N.
+      shape: number of voxels per axis.
       voxel_mm: side of a voxel.
-      radius_mm: range of the three 3-sigma half-axes, each drawn alone.
+      radius_mm: range of the 3-sigma half-axes, each drawn independently.
       blob_mm: standard deviation of the means per axis.
     """
 
@@ -27,21 +28,21 @@ class Spec:
     blob_mm: tuple[float, float, float] = (14.0, 14.0, 14.0)
 
     @property
-    def size(self):
-        """What `voxelize` takes after the arrays."""
+    def size(self) -> tuple[tuple[int, int, int]]:
+        """Positional arguments of `voxelize` after the arrays."""
         return (self.shape,)
 
     @property
-    def options(self):
+    def options(self) -> dict[str, float]:
         """Keyword arguments of `voxelize`."""
         return {}
 
-    def describe(self):
-        """One phrase for people."""
+    def describe(self) -> str:
+        """A phrase for reports."""
         return f"{self.gaussians:,} Gaussians, {' x '.join(map(str, self.shape))} voxels of {self.voxel_mm:g} mm"
 
-    def arrays(self, seed=0):
-        """density (N,) 1/mm, mean (N, 3) in voxel indices, precision (N, 6) 1/voxel^2; float32 numpy, one set a seed."""
+    def arrays(self, seed: int = 0) -> tuple[np.ndarray, ...]:
+        """Random float32 arrays: density (N,) 1/mm, mean (N, 3) in voxel indices, precision (N, 6) 1/voxel^2."""
         rng, n = np.random.default_rng(seed), self.gaussians
         mean_mm = rng.normal(size=(n, 3)) * self.blob_mm
         axes = Rotation.random(n, rng).as_matrix() / (rng.uniform(*self.radius_mm, (n, 1, 3)) / 3.0 / self.voxel_mm)
@@ -52,11 +53,11 @@ class Spec:
 
 
 def _cube(gaussians, side):
-    return Spec(gaussians, (side, side, side), SIDE_MM / side)
+    return VoxelizeSpec(gaussians, (side, side, side), SIDE_MM / side)
 
 
 SPECS = {
-    "tiny": Spec(200, (16, 20, 12), 1.5, blob_mm=(5.0, 6.0, 4.0)),
+    "tiny": VoxelizeSpec(200, (16, 20, 12), 1.5, blob_mm=(5.0, 6.0, 4.0)),
     "paper_50k_64": _cube(50_000, 64),
     "paper_50k_128": _cube(50_000, 128),
 }
@@ -65,4 +66,4 @@ GROWTH = {
     "gaussians": tuple(_cube(n, 64) for n in (10_000, 31_623, 100_000, 316_228, 1_000_000)),
     "voxels": tuple(_cube(10_000, side) for side in (28, 41, 60, 88, 130)),
 }
-"""Series of specs in which one size grows a hundredfold and all else stays, footprints in mm included."""
+"""Series of specs in which one size grows a hundredfold; all else is constant, including footprints in mm."""

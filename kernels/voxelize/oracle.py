@@ -1,26 +1,37 @@
-"""The definition of `voxelize`, dense and plain; exact in float64, the yardstick of every backend."""
+"""The definition of `voxelize`, dense and simple; exact in float64, the reference for every backend."""
+
+from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from kernels.common import support
 from kernels.common import symmetric
+from kernels.common.types import Array
 
 
-def voxelize(density, mean, precision, shape, *, use_support=True):
+def voxelize(
+    density: Float[Array, "*batch n"],
+    mean: Float[Array, "*batch n 3"],
+    precision: Float[Array, "*batch n 6"],
+    shape: Sequence[int],
+    *,
+    use_support: bool = True,
+) -> Float[Array, "*batch x y z"]:
     """Density of a sum of Gaussians, sampled at voxel centres.
 
     Coordinates are voxel indices (voxel i has its centre at i), which makes the operator independent of spacing and
-    orientation: the caller carries mean and precision into index space with the grid's affine.
+    orientation: the caller transforms mean and precision to index space with the grid's affine.
 
     Args:
-      density: (..., N) peak attenuation, 1/mm.
-      mean: (..., N, 3) in voxel indices.
-      precision: (..., N, 6) inverse covariance, 1/voxel^2.
+      density: peak attenuation, 1/mm.
+      mean: in voxel indices.
+      precision: inverse covariance, 1/voxel^2.
       shape: three static sizes.
-      use_support: False gives the unlimited sum.
+      use_support: False gives the sum without the support rule.
     Returns:
-      (..., *shape) density, 1/mm: sum of density * weight(r'Kr), r = index - mean, over Gaussians that are finite and whose
-      precision is positive definite.
+      Density, 1/mm: sum of density * weight(r'Kr), r = index - mean, over Gaussians that are finite and whose precision is
+      positive definite.
     """
     axes = [jnp.arange(n, dtype=mean.dtype) for n in shape]
     index = jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1)

@@ -1,30 +1,36 @@
 """`voxelize` and its gradient on a GPU: two Pallas kernels, compiled by Triton.
 
-Built as `splat`'s are, with bricks of voxels for tiles of pixels: kernels/splat/pallas_triton.py says how any number of
-(Gaussian, brick) pairs is drawn in fixed memory, and why nothing needs atomics. As in voxelize.cc the quadratic form is
-completed to squares, q = a dx^2 + b (dy + yx dx)^2 + k_zz (dz + zx dx + zy dy)^2, whose terms cannot cancel.
+They are built like those of `splat`, with bricks of voxels in place of tiles of pixels: kernels/splat/pallas_triton.py explains
+how any number of (Gaussian, brick) pairs is drawn in fixed memory, and why nothing needs atomics. As in voxelize.cc the quadratic
+form is a sum of squares, q = a dx^2 + b (dy + yx dx)^2 + k_zz (dz + zx dx + zy dy)^2, whose terms cannot cancel.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxtyping import Float
 
 from kernels.common import dispatch
 from kernels.common import exact
 from kernels.common import support
 from kernels.common import symmetric
 from kernels.common import triton_tiles
+from kernels.common.types import Array
 
-BRICK = (8, 8, 4)  # voxels of a forward program
-BLOCK = (4, 4, 4)  # voxels a backward program evaluates at a time
+BRICK = (8, 8, 4)
+"""Voxels per axis of a forward program. Chosen by hand, as `TILE` of splat's."""
+BLOCK = (4, 4, 4)
+"""Voxels per axis that a backward program evaluates at a time. Chosen by hand."""
 SUMS = 10
+"""Number of sums over its voxels in which a Gaussian's gradients are linear."""
 
 
 def _prepare(mean, precision, shape):
-    """Fields (M, 9) that place and shape every Gaussian (zeros where it is not drawn), and its first and last voxels (M, 3)."""
+    """Fields (M, 9) of every Gaussian (zeros where it is not drawn), and its first and last voxels (M, 3)."""
     xx, _, xz, yy, yz, zz = precision.T
     (a_xx, a_xy, _, a_yy, _, a_zz), det = exact.adjugate(precision)
     a, b = det / a_xx, a_xx / zz
@@ -65,13 +71,20 @@ def _draw(across, starts, owners, table, volumes, out):
     out[...] = volumes[...] + jnp.sum(total, 3)
 
 
-def forward(density, mean, precision, shape, *, interpret=False):
+def forward(
+    density: Float[Array, "*batch n"],
+    mean: Float[Array, "*batch n 3"],
+    precision: Float[Array, "*batch n 6"],
+    shape: Sequence[int],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "*batch x y z"]:
     """As `xla.forward`, float32 only.
 
     Args:
-      interpret: run the kernel as plain JAX, on any device (slow; for tests).
+      interpret: run the kernel as plain JAX, on any device; slow, for tests.
     Raises:
-      NotImplementedError: the device is no GPU, or an array is not float32.
+      NotImplementedError: the device is not a GPU, or an array is not float32.
     """
     arrays = (density, mean, precision)
     dispatch.require("gpu", arrays, interpret)
@@ -133,7 +146,14 @@ def _gather(split, shape, n, boxes, table, cotangent, out):
         out[program * SUMS + k] = jnp.sum(total)
 
 
-def backward(density, mean, precision, cotangent, *, interpret=False):
+def backward(
+    density: Float[Array, "*batch n"],
+    mean: Float[Array, "*batch n 3"],
+    precision: Float[Array, "*batch n 6"],
+    cotangent: Float[Array, "*batch x y z"],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "..."], ...]:
     """As `xla.backward`, float32 only; `interpret` and errors as in `forward`."""
     arrays = (density, mean, precision, cotangent)
     dispatch.require("gpu", arrays, interpret)
@@ -155,6 +175,6 @@ def backward(density, mean, precision, cotangent, *, interpret=False):
     xx, xy, xz, yy, yz, zz = jnp.where(drawn[:, None], precision, 0.0).T
     x, y, z = -2.0 * density * sums[:, 1:4].T
     to_mean = jnp.stack([xx * x + xy * y + xz * z, xy * x + yy * y + yz * z, xz * x + yz * y + zz * z], -1)
-    # Off-diagonal entries stand for two.
+    # An off-diagonal entry is two of the matrix.
     to_precision = density[:, None] * sums[:, 4:] * jnp.asarray([1.0, 2.0, 2.0, 1.0, 2.0, 1.0], jnp.float32)
     return tuple(part.reshape(s) for part, s in zip((sums[:, 0], to_mean, to_precision), shapes))

@@ -335,7 +335,7 @@ void ToGradients(const Gaussian& g, const double* sums, float* to_density, float
   to_mean[1] = static_cast<float>(turn * (v + down * w));
   to_mean[2] = static_cast<float>(turn * w);
   to_precision[0] = static_cast<float>(g.density * uu);
-  to_precision[1] = static_cast<float>(2.0 * g.density * xy);  // off-diagonal entries stand for two
+  to_precision[1] = static_cast<float>(2.0 * g.density * xy);  // an off-diagonal entry is two of the matrix
   to_precision[2] = static_cast<float>(2.0 * g.density * xz);
   to_precision[3] = static_cast<float>(g.density * (vv - shift * (uv + xy)));
   to_precision[4] = static_cast<float>(2.0 * g.density * (vr - shift * xz));
@@ -355,7 +355,7 @@ void SortByPlane(const float* mean, int64_t n, int64_t size, int64_t* order) {
   for (int64_t i = 0; i < n; ++i) order[starts[plane(i)]++] = i;
 }
 
-// Asks for a Gaussian that is wanted soon; in sorted order the processor cannot foresee it.
+// Prefetches a Gaussian that is needed soon; in sorted order the processor cannot predict it.
 constexpr int64_t kAhead = 8;
 inline void Fetch(const float* mean, const float* precision, int64_t i) {
   __builtin_prefetch(mean + 3 * i);
@@ -373,7 +373,7 @@ ffi::Error Forward(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> density, ffi::Buf
   const int64_t size = sizes.x * sizes.y * sizes.z, n = density.dimensions().back(), volumes = total / n;
   const float *rho = density.typed_data(), *m = mean.typed_data(), *K = precision.typed_data();
 
-  // Volumes that are in work at once, bounded for the memory of their prepared Gaussians.
+  // Number of volumes processed at once, limited to bound the memory of their prepared Gaussians.
   constexpr int64_t kPrepared = 1 << 18, kGrain = 256;
   const int64_t group = std::clamp<int64_t>(kPrepared / n, 1, volumes), blocks = (n + kGrain - 1) / kGrain;
   const int64_t slabs = pool.num_threads() > 1 ? radgs::SlabsPerImage(pool, group, sizes.x) : 1;

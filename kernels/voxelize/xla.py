@@ -1,22 +1,31 @@
 """`voxelize` in plain XLA: bricks, window scatter, hand-written backward; runs on any device."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
+from jaxtyping import Int32
 
+from kernels.common import exact
 from kernels.common import instances
 from kernels.common import support
 from kernels.common import symmetric
+from kernels.common.types import Array
 
 BRICK = (4, 4, 8)
+"""Voxels per axis of a tile. Chosen by hand: larger tiles make larger scatters and evaluate more voxels in vain."""
 
 
-def voxel_boxes(mean, precision, shape):
-    """First and last voxel, int32 (M, 3) each, of the region q < 16 clipped to the grid; last < first if there is none."""
+def voxel_boxes(
+    mean: Float[Array, "m 3"], precision: Float[Array, "m 6"], shape: Sequence[int]
+) -> tuple[Int32[Array, "m 3"], Int32[Array, "m 3"]]:
+    """First and last voxel of the region q < 16, clipped to the grid; last < first if there is none."""
     covariance = symmetric.inverse(precision)
     half = support.SIGMA_MAX * jnp.sqrt(jnp.maximum(covariance[..., np.array([0, 3, 5])], 0.0))
     size = jnp.asarray(np.array(shape), mean.dtype)
-    low = jnp.clip(jnp.ceil(mean - half - 1e-3), 0, size).astype(jnp.int32)
-    high = jnp.clip(jnp.floor(mean + half + 1e-3), -1, size - 1).astype(jnp.int32)
+    low = jnp.clip(jnp.ceil(mean - half - exact.BOX_MARGIN), 0, size).astype(jnp.int32)
+    high = jnp.clip(jnp.floor(mean + half + exact.BOX_MARGIN), -1, size - 1).astype(jnp.int32)
     shown = (symmetric.is_positive(precision) & jnp.all(jnp.isfinite(mean), -1))[..., None]
     return jnp.where(shown, low, 0), jnp.where(shown, high, -1)
 
@@ -36,7 +45,12 @@ def _pairs(owner, corner, mean, precision):
     return r, Kr, r[0] * Kr[0] + r[1] * Kr[1] + r[2] * Kr[2]
 
 
-def forward(density, mean, precision, shape):
+def forward(
+    density: Float[Array, "*batch n"],
+    mean: Float[Array, "*batch n 3"],
+    precision: Float[Array, "*batch n 6"],
+    shape: Sequence[int],
+) -> Float[Array, "*batch x y z"]:
     """As `oracle.voxelize`, float32 or float64."""
     batch, n = density.shape[:-1], density.shape[-1]
     density, mean, precision = density.reshape(-1), mean.reshape(-1, 3), precision.reshape(-1, 6)
@@ -55,7 +69,12 @@ def forward(density, mean, precision, shape):
     return volumes[:, : shape[0], : shape[1], : shape[2]].reshape(*batch, *shape)
 
 
-def backward(density, mean, precision, cotangent):
+def backward(
+    density: Float[Array, "*batch n"],
+    mean: Float[Array, "*batch n 3"],
+    precision: Float[Array, "*batch n 6"],
+    cotangent: Float[Array, "*batch x y z"],
+) -> tuple[Float[Array, "..."], ...]:
     """Gradients to density, mean and precision: dv/drho = w; dv/dm = -2 rho w' K r; dv/dK = rho w' r r' (w' = dw/dq)."""
     shape, shapes, n = cotangent.shape[-3:], (density.shape, mean.shape, precision.shape), density.shape[-1]
     density, mean, precision = density.reshape(-1), mean.reshape(-1, 3), precision.reshape(-1, 6)
@@ -82,7 +101,7 @@ def backward(density, mean, precision, cotangent):
             2.0 * slope * r[1] * r[2],
             slope * r[2] * r[2],
         ]
-        # Idle lanes compute with some owner, and its NaN times 0 would be NaN.
+        # Idle lanes compute with some owner, and 0 * nan is nan.
         terms = jnp.stack([jnp.sum(term, (1, 2, 3)) for term in terms], -1)
         return sums.at[owner].add(jnp.where(valid[:, None], terms, 0.0))
 

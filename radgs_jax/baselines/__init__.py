@@ -1,1 +1,1 @@
-"""What the method is measured against."""
+"""Baselines: methods that this one is compared with."""

@@ -1,32 +1,49 @@
-"""Ways to refine a pose that know nothing of the rest of the body: what `radgs_jax.refinement` is measured against.
+"""Refinements of a pose that do not model the rest of the body, for comparison with `registration.gauss_newton`.
 
-Each is Levenberg and Marquardt's method on SE(3), with analytic Jacobians: against the clean image that a reconstruction
-renders, against the gradients of the raw X-ray round the vertebra, and of the overlap of Gaussians in 3D.
+Each is the Levenberg-Marquardt method on SE(3). They fit the vertebra's projection to the image that a reconstruction renders, fit
+its gradients to those of the raw X-ray around the vertebra, or maximise the overlap of Gaussians in 3D.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from kernels.common import symmetric
+from kernels.common.types import Array
 from radgs_jax import gaussians
+from radgs_jax.gaussians import Gaussians
 from radgs_jax.geometry import camera
 from radgs_jax.geometry import rigid
 from radgs_jax.registration import edges
 from radgs_jax.registration import gauss_newton
+from radgs_jax.registration.prepared import Parts
 
 SILHOUETTE = 0.02
-"""Line integral above which a pixel shows the vertebra."""
+"""Line integral above which a pixel shows the vertebra, no unit. Chosen by hand: about 1 mm of spongy bone; half and twice move the
+outline by less than a pixel."""
 MARGIN_PX = 4
+"""Margin around the vertebra's silhouette within which gradients are compared, pixels. Chosen by hand: at half, a start that is far
+off leaves the vertebra's edges outside; at twice, more of the neighbours enters."""
+FIRST_DAMPING = 1e-2
+"""Damping at the start, relative to the diagonal. Chosen by hand, as are the next two: less takes longer first steps, more takes
+shorter ones; the factors correct it within a few steps."""
+DAMPING_FACTORS = (0.3, 4.0)
+"""Factors on the damping after a step that lowers the cost, and after one that does not."""
+DAMPING_RANGE = (1e-6, 1e3)
+"""Limits of the damping: a pure Gauss-Newton step, and almost none."""
+MIN_CURVATURE = 1e-4
+"""Smallest curvature of the overlap's logarithm, 1/mm^2. Chosen by hand: it limits steps in flat directions; at half and twice,
+these are longer and shorter."""
 
 
 def _descend(linearise, start, steps):
-    """The pose (4, 4) after `steps` of Levenberg and Marquardt; a step that does not lower the cost is not taken.
+    """The pose (4, 4) after `steps` Levenberg-Marquardt steps; a step that does not lower the cost is not taken.
 
     Args:
-      linearise: pose -> cost, gradient (6,) and curvature (6, 6) in a twist about its centre in world axes, over
-        `rigid.TWIST_SCALE`.
+      linearise: pose -> cost, gradient (6,) and curvature (6, 6) with respect to a twist about the pose's centre in world axes, in
+        units of `rigid.TWIST_SCALE`.
     """
 
     def body(state, _):
@@ -38,9 +55,9 @@ def _descend(linearise, start, steps):
         found = linearise(tried)
         better = found[0] < cost
         chosen = jax.tree.map(lambda a, b: jnp.where(better, a, b), (tried, found), (pose, (cost, gradient, curvature)))
-        return (*chosen, jnp.clip(jnp.where(better, 0.3, 4.0) * damping, 1e-6, 1e3)), None
+        return (*chosen, jnp.clip(jnp.where(better, *DAMPING_FACTORS) * damping, *DAMPING_RANGE)), None
 
-    state, _ = jax.lax.scan(body, (start, linearise(start), jnp.float32(1e-2)), None, length=steps)
+    state, _ = jax.lax.scan(body, (start, linearise(start), jnp.float32(FIRST_DAMPING)), None, length=steps)
     return state[0]
 
 
@@ -60,14 +77,24 @@ def _drawn(bare, pose, views, camera_from_world, size, step_mm):
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def to_clean_image(bare, images, intrinsics, camera_from_world, start, steps=20):
-    """Least squares of the vertebra's projection, under a free gain a view, to images of the vertebra alone.
+def to_clean_image(
+    bare: Parts,
+    images: Float[Array, "views size size"],
+    intrinsics: Float[Array, "views 4"],
+    camera_from_world: Float[Array, "views 4 4"],
+    start: Float[Array, "4 4"],
+    steps: int = 20,
+) -> Float[jax.Array, "4 4"]:
+    """Fits the vertebra's projection, with a free gain per view, to images of the vertebra alone, by least squares.
 
     Args:
-      bare: `prepared.Parts` of the vertebra in air; images: (V, S, S) line integrals, as a reconstruction renders them.
-      intrinsics: (V, 4); camera_from_world: (V, 4, 4); start: (4, 4) world_from_box.
+      bare: the vertebra in air.
+      images: line integrals, as a reconstruction renders them.
+      start: world_from_box.
+      steps: number of steps, static.
+
     Returns:
-      world_from_box (4, 4).
+      world_from_box.
     """
 
     def linearise(pose):
@@ -79,11 +106,26 @@ def to_clean_image(bare, images, intrinsics, camera_from_world, start, steps=20)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "steps"))
-def to_raw_gradients(bare, views, camera_from_world, start, size, steps=15, sigma_px=1.0):
-    """Correlation of the gradients of the vertebra's projection and of the raw X-rays, round the vertebra at the start.
+def to_raw_gradients(
+    bare: Parts,
+    views: gauss_newton.LevelViews,
+    camera_from_world: Float[Array, "views 4 4"],
+    start: Float[Array, "4 4"],
+    size: int,
+    steps: int = 15,
+    sigma_px: float = 1.0,
+) -> Float[jax.Array, "4 4"]:
+    """Maximises the correlation between gradients of the vertebra's projection and of the raw X-rays, around its place at the
+    start.
 
     Args:
-      bare, camera_from_world, start: as in `to_clean_image`; views: `gauss_newton.LevelViews`; size: pixels along the window.
+      bare, start, steps: as in `to_clean_image`.
+      views: X-rays at one resolution.
+      size: side of the window, pixels, static.
+      sigma_px: standard deviation of the derivative filter.
+
+    Returns:
+      world_from_box.
     """
     camera_from_box = rigid.matmul(camera_from_world, start)
     images, valid, intrinsics = camera.windows(views.images, views.valid, views.intrinsics, camera_from_box, size)
@@ -112,11 +154,11 @@ def to_raw_gradients(bare, views, camera_from_world, start, size, steps=15, sigm
     return _descend(linearise, start, steps)
 
 
-def overlap(a, b):
-    """Integral over space of the product of two densities of Gaussians, (N,) and (M,), in closed form; 1/mm.
+def overlap(a: Gaussians, b: Gaussians) -> Float[jax.Array, ""]:
+    """Integral over space of the product of two clouds, (N,) and (M,), in closed form; mm.
 
-    Of two Gaussians with covariances A and B it is their densities times (2 pi)^(3/2) sqrt(|A| |B| / |A + B|)
-    exp(-d' (A + B)^-1 d / 2), d the distance of their means.
+    For two Gaussians with covariances A and B it is their densities times (2 pi)^(3/2) sqrt(|A| |B| / |A + B|)
+    exp(-d' (A + B)^-1 d / 2), with d the difference of their means.
     """
 
     def covariance(cloud):
@@ -132,11 +174,18 @@ def overlap(a, b):
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def to_gaussians(cloud, reconstruction, start, steps=10):
-    """The pose at which the CT's Gaussians overlap the reconstruction's most.
+def to_gaussians(
+    cloud: Gaussians, reconstruction: Gaussians, start: Float[Array, "4 4"], steps: int = 10
+) -> Float[jax.Array, "4 4"]:
+    """Maximises the overlap of the CT's Gaussians with the reconstruction's.
 
     Args:
-      cloud: Gaussians (N,), box frame; reconstruction: Gaussians (M,), world frame; start: (4, 4) world_from_box.
+      cloud: (N,), box frame.
+      reconstruction: (M,), world frame.
+      start, steps: as in `to_clean_image`.
+
+    Returns:
+      world_from_box.
     """
 
     def linearise(pose):
@@ -145,8 +194,8 @@ def to_gaussians(cloud, reconstruction, start, steps=10):
             return -jnp.log(overlap(gaussians.move(cloud, moved), reconstruction) + 1e-9)
 
         zero = jnp.zeros(6)
-        # Away from the optimum the curvature may be negative; its absolute value descends there, too.
+        # Far from the optimum the curvature may be negative; with its absolute value the step still descends.
         values, vectors = jnp.linalg.eigh(jax.hessian(cost)(zero))
-        return cost(zero), jax.grad(cost)(zero), (vectors * jnp.maximum(jnp.abs(values), 1e-4)) @ vectors.T
+        return cost(zero), jax.grad(cost)(zero), (vectors * jnp.maximum(jnp.abs(values), MIN_CURVATURE)) @ vectors.T
 
     return _descend(linearise, start, steps)

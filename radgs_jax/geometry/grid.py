@@ -1,20 +1,29 @@
 """Voxel grids: a shape and an affine from voxel indices to a frame in mm."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import flax.struct
-import jax
 import jax.numpy as jnp
+
+from kernels.common.types import Leaf
 
 
 @flax.struct.dataclass
 class VoxelGrid:
-    """frame_from_index: (..., 4, 4) affine, voxel i has its centre at i; shape: three static sizes."""
+    """A grid of voxels in a frame.
 
-    frame_from_index: jax.Array
-    shape: tuple = flax.struct.field(pytree_node=False)
+    Attributes:
+      frame_from_index: (..., 4, 4) affine, mm; the centre of voxel i has index i.
+      shape: three static sizes.
+    """
+
+    frame_from_index: Leaf
+    shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
 
-def centred(shape, spacing_mm, dtype=jnp.float32):
-    """Axis-aligned `VoxelGrid` of three sizes whose middle is the frame's origin; `spacing_mm` one number or three."""
+def centred(shape: Sequence[int], spacing_mm: float | Sequence[float], dtype: Any = jnp.float32) -> VoxelGrid:
+    """Axis-aligned grid of three sizes whose middle is the frame's origin. `spacing_mm` is one number or one per axis."""
     size = jnp.asarray(shape, dtype)
     spacing = jnp.broadcast_to(jnp.asarray(spacing_mm, dtype), (3,))
     affine = jnp.diag(jnp.concatenate([spacing, jnp.ones(1, dtype)]))

@@ -1,7 +1,7 @@
 """Rigid transforms: rotations and SE(3) by exp and log, motions about a point, distances.
 
-A transform is a (..., 4, 4) matrix named `target_from_source`; points are mm. A twist is (..., 6): a rotation vector in
-radians, then a translation in mm. Everything is differentiable, also at the identity.
+A transform is a 4x4 matrix named `target_from_source`; points are in mm. A twist is a rotation vector in radians, then a
+translation in mm. Every function is differentiable, also at the identity.
 """
 
 import math
@@ -9,22 +9,28 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
+from jaxtyping import Real
+
+from kernels.common.types import Array
 
 LEVER_MM = 25.0
-"""Length that turns a rotation into mm where a pose distance is one number: about a vertebra's radius."""
+"""Lever arm that converts a rotation in rad to mm, mm: about a vertebra's radius. At half, rotations count half as much in pose
+distances, losses and step limits; at twice, twice as much."""
 START_RAD = math.radians(25.0)
-"""Largest rotation of a simulated start pose: more than a surgeon's patient is turned on the table against the CT."""
+"""Largest rotation of a simulated start pose, rad. Chosen by hand, to be larger than a patient is turned on the table against the
+CT. At half, the network is not trained for patients who lie that obliquely; at twice, fewer examples are near the usual starts."""
 TWIST_SCALE = np.array([1.0 / LEVER_MM] * 3 + [1.0] * 3)
-"""A twist (6,), rad and mm, of which every part moves the lever's end by 1 mm."""
+"""Unit of each part of a twist (6,), rad and mm: each moves the end of the lever by 1 mm."""
 
 
-def matmul(a, b):
-    """Product (..., i, k) of (..., i, j) and (..., j, k) at full float32 precision on every device, which coordinates need."""
+def matmul(a: Real[Array, "*#batch i j"], b: Real[Array, "*#batch j k"]) -> Real[jax.Array, "... i k"]:
+    """Matrix product at full float32 precision on every device, which coordinates need."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def skew(w):
-    """(..., 3) -> (..., 3, 3) with skew(w) x = w x x."""
+def skew(w: Float[Array, "*batch 3"]) -> Float[jax.Array, "*batch 3 3"]:
+    """The matrix of the cross product: skew(w) x = w x x."""
     x, y, z = w[..., 0], w[..., 1], w[..., 2]
     o = jnp.zeros_like(x)
     return jnp.stack([jnp.stack([o, -z, y], -1), jnp.stack([z, o, -x], -1), jnp.stack([-y, x, o], -1)], -2)
@@ -37,29 +43,29 @@ def _safe_norm(v):
 
 
 def _coefficients(square):
-    """sin(t)/t, (1-cos t)/t^2 and (t-sin t)/t^3 for t^2 = square, by Taylor series where the quotients lose digits."""
+    """sin(t)/t, (1-cos t)/t^2 and (t-sin t)/t^3 for t^2 = square, by Taylor series where the quotients lose precision."""
     small = square < 1e-2
     s = jnp.where(small, square, 0.0)
     t2 = jnp.where(small, 1.0, square)
     t = jnp.sqrt(t2)
     a = jnp.where(small, 1 - s / 6 * (1 - s / 20 * (1 - s / 42 * (1 - s / 72))), jnp.sin(t) / t)
-    # (1 - cos t) = 2 sin^2(t/2) keeps its digits for every t.
+    # 1 - cos t = 2 sin^2(t/2), which keeps full precision for every t.
     b = jnp.where(small, 0.5 * (1 - s / 12 * (1 - s / 30 * (1 - s / 56))), 2 * jnp.sin(0.5 * t) ** 2 / t2)
     c = jnp.where(small, (1 - s / 20 * (1 - s / 42 * (1 - s / 72))) / 6, (t - jnp.sin(t)) / (t2 * t))
     return a[..., None], b[..., None], c[..., None]
 
 
-def exp_so3(rotation_vector):
-    """Rotation matrix (..., 3, 3) of a rotation vector (..., 3) in radians (Rodrigues)."""
+def exp_so3(rotation_vector: Float[Array, "*batch 3"]) -> Float[jax.Array, "*batch 3 3"]:
+    """Rotation matrix of a rotation vector in radians (Rodrigues)."""
     W = skew(rotation_vector)
     a, b, _ = _coefficients(jnp.sum(rotation_vector**2, -1, keepdims=True))
     return jnp.eye(3, dtype=rotation_vector.dtype) + a * W + b * matmul(W, W)
 
 
-def quaternion_from_matrix(R):
-    """Unit quaternion (w, x, y, z), w >= 0, of a rotation matrix (..., 3, 3); well conditioned at every angle.
+def quaternion_from_matrix(R: Float[Array, "*batch 3 3"]) -> Float[jax.Array, "*batch 4"]:
+    """Unit quaternion (w, x, y, z), w >= 0, of a rotation matrix; well conditioned at every angle.
 
-    The rows of 4 q q' are linear in R; the row with the largest diagonal, normalised, is q.
+    The rows of 4 q q' are linear in R; the row with the largest diagonal entry, normalised, is q.
     """
     r = [[R[..., i, j] for j in range(3)] for i in range(3)]
     wx, wy, wz = r[2][1] - r[1][2], r[0][2] - r[2][0], r[1][0] - r[0][1]
@@ -85,8 +91,8 @@ def quaternion_from_matrix(R):
     return jnp.where(q[..., :1] < 0, -q, q)
 
 
-def matrix_from_quaternion(q):
-    """Rotation matrix (..., 3, 3) of a unit quaternion (..., 4), order (w, x, y, z)."""
+def matrix_from_quaternion(q: Float[Array, "*batch 4"]) -> Float[jax.Array, "*batch 3 3"]:
+    """Rotation matrix of a unit quaternion, order (w, x, y, z)."""
     w, x, y, z = (q[..., i] for i in range(4))
     return jnp.stack(
         [
@@ -98,8 +104,8 @@ def matrix_from_quaternion(q):
     )
 
 
-def multiply_quaternions(a, b):
-    """Hamilton product (..., 4), order (w, x, y, z): the rotation b followed by a."""
+def multiply_quaternions(a: Float[Array, "*#batch 4"], b: Float[Array, "*#batch 4"]) -> Float[jax.Array, "... 4"]:
+    """Hamilton product, order (w, x, y, z): the rotation b followed by a."""
     aw, ax, ay, az = (a[..., i] for i in range(4))
     bw, bx, by, bz = (b[..., i] for i in range(4))
     return jnp.stack(
@@ -113,8 +119,8 @@ def multiply_quaternions(a, b):
     )
 
 
-def log_so3(R):
-    """Rotation vector (..., 3) in radians of a rotation matrix (..., 3, 3), angle in [0, pi]; stable near 0 and near pi."""
+def log_so3(R: Float[Array, "*batch 3 3"]) -> Float[jax.Array, "*batch 3"]:
+    """Rotation vector in radians of a rotation matrix, angle in [0, pi]; stable near 0 and near pi."""
     q = quaternion_from_matrix(R)
     w, v = q[..., :1], q[..., 1:]
     norm, square = _safe_norm(v)
@@ -126,31 +132,33 @@ def log_so3(R):
     return ratio * v
 
 
-def transform(R, t):
-    """The transform x -> R x + t: (..., 3, 3), (..., 3) -> (..., 4, 4)."""
+def transform(R: Float[Array, "*batch 3 3"], t: Float[Array, "*batch 3"]) -> Float[jax.Array, "*batch 4 4"]:
+    """The transform x -> R x + t."""
     top = jnp.concatenate([R, t[..., None]], -1)
     bottom = jnp.broadcast_to(jnp.asarray([0, 0, 0, 1], top.dtype), (*top.shape[:-2], 1, 4))
     return jnp.concatenate([top, bottom], -2)
 
 
-def inverse(target_from_source):
-    """Inverse of a rigid transform (..., 4, 4), by transposition."""
+def inverse(target_from_source: Float[Array, "*batch 4 4"]) -> Float[jax.Array, "*batch 4 4"]:
+    """Inverse of a rigid transform, by transposition."""
     Rt = jnp.swapaxes(target_from_source[..., :3, :3], -1, -2)
     return transform(Rt, -apply_rotation(Rt, target_from_source[..., :3, 3]))
 
 
-def apply_rotation(R, vectors):
-    """R (..., 3, 3) times vectors (..., 3)."""
+def apply_rotation(R: Float[Array, "*#batch 3 3"], vectors: Real[Array, "*#batch 3"]) -> Float[jax.Array, "... 3"]:
+    """R times vectors; batch axes are broadcast."""
     return jnp.sum(R * vectors[..., None, :], -1)
 
 
-def apply(target_from_source, points):
-    """Points (..., N, 3) moved by one transform (..., 4, 4) each batch."""
+def apply(
+    target_from_source: Float[Array, "*#batch 4 4"], points: Real[Array, "*#batch n 3"]
+) -> Float[Array, "... n 3"]:
+    """Points moved by one transform for each element of the batch; batch axes are broadcast."""
     return apply_rotation(target_from_source[..., None, :3, :3], points) + target_from_source[..., None, :3, 3]
 
 
-def exp_se3(twist):
-    """The transform (..., 4, 4) of a twist (..., 6), by the group's exponential."""
+def exp_se3(twist: Float[Array, "*batch 6"]) -> Float[jax.Array, "*batch 4 4"]:
+    """The transform of a twist, by the group's exponential."""
     w, v = twist[..., :3], twist[..., 3:]
     W = skew(w)
     a, b, c = _coefficients(jnp.sum(w**2, -1, keepdims=True))
@@ -158,8 +166,8 @@ def exp_se3(twist):
     return transform(eye + a * W + b * W2, apply_rotation(eye + b * W + c * W2, v))
 
 
-def log_se3(T):
-    """The twist (..., 6) of a transform (..., 4, 4), by the group's logarithm: inverse of `exp_se3` for angles below pi."""
+def log_se3(T: Float[Array, "*batch 4 4"]) -> Float[jax.Array, "*batch 6"]:
+    """The twist of a transform, by the group's logarithm: the inverse of `exp_se3` for angles below pi."""
     w = log_so3(T[..., :3, :3])
     square = jnp.sum(w**2, -1, keepdims=True)
     a, b, _ = _coefficients(square)
@@ -172,32 +180,37 @@ def log_se3(T):
     return jnp.concatenate([w, apply_rotation(V_inverse, T[..., :3, 3])], -1)
 
 
-def motion_about(centre, twist):
-    """The motion x -> R (x - centre) + centre + t of a twist (rotation vector, t): (..., 3), (..., 6) -> (..., 4, 4).
+def motion_about(centre: Float[Array, "*#batch 3"], twist: Float[Array, "*#batch 6"]) -> Float[jax.Array, "... 4 4"]:
+    """The motion x -> R (x - centre) + centre + t of a twist (rotation vector, t).
 
-    Applied on the left of a pose with `centre` the vertebra's centre in world axes, this is the small motion in which loss,
-    optimiser and covariance are expressed.
+    Losses, refinement and covariances express a small motion of a vertebra this way, applied on the left of its pose, with `centre`
+    its centre in the world.
     """
     R = exp_so3(twist[..., :3])
     return transform(R, centre + twist[..., 3:] - apply_rotation(R, centre))
 
 
-def twist_about(centre, motion):
-    """Inverse of `motion_about`: the twist (..., 6) of a motion (..., 4, 4) about `centre` (..., 3)."""
+def twist_about(centre: Float[Array, "*#batch 3"], motion: Float[Array, "*#batch 4 4"]) -> Float[jax.Array, "... 6"]:
+    """Inverse of `motion_about`: the twist of a motion about `centre`."""
     R = motion[..., :3, :3]
     return jnp.concatenate([log_so3(R), motion[..., :3, 3] - centre + apply_rotation(R, centre)], -1)
 
 
-def rotation_angle(R_a, R_b):
-    """Geodesic distance on SO(3) in radians between (..., 3, 3) rotations, in [0, pi]."""
+def rotation_angle(R_a: Float[Array, "*#batch 3 3"], R_b: Float[Array, "*#batch 3 3"]) -> Float[jax.Array, "..."]:
+    """Geodesic distance on SO(3) between rotations, radians, in [0, pi]."""
     vector = log_so3(matmul(jnp.swapaxes(R_a, -1, -2), R_b))
     return _safe_norm(vector)[0][..., 0]
 
 
-def distance(T_a, T_b, centre, lever_mm=LEVER_MM):
-    """Geodesic distance in mm between poses (..., 4, 4): sqrt(|dt|^2 + (lever * angle)^2), dt taken at `centre` (..., 3).
+def distance(
+    T_a: Float[Array, "*#batch 4 4"],
+    T_b: Float[Array, "*#batch 4 4"],
+    centre: Float[Array, "*#batch 3"],
+    lever_mm: float | Float[Array, ""] = LEVER_MM,
+) -> Float[jax.Array, "..."]:
+    """Geodesic distance between poses, mm: sqrt(|dt|^2 + (lever * angle)^2), with dt the distance that `centre` moves.
 
-    `centre` is in the source frame of both poses. The product metric of SO(3) x R^3, with a lever that gives both parts mm.
+    This is the product metric of SO(3) x R^3. `centre` is in the source frame of both poses.
     """
     shift = apply_rotation(T_a[..., :3, :3] - T_b[..., :3, :3], centre) + T_a[..., :3, 3] - T_b[..., :3, 3]
     angle = rotation_angle(T_a[..., :3, :3], T_b[..., :3, :3])

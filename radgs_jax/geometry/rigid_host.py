@@ -1,27 +1,38 @@
 """Rigid transforms on the host, in float64 numpy."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import scipy
+from jaxtyping import Float
+from jaxtyping import Real
+
+from kernels.common.types import Array
 
 
-def matrix(rotation_vector, translation):
-    """(4, 4) rigid matrix of a rotation vector (3,) in radians and a translation (3,) in mm."""
+def matrix(
+    rotation_vector: Real[Array, "3"] | Sequence[float | int],
+    translation: Real[Array, "3"] | Sequence[float | int] | float | int,
+) -> Float[np.ndarray, "4 4"]:
+    """Rigid transform of a rotation vector, radians, and a translation, mm (one number for all three axes)."""
     T = np.eye(4)
     T[:3, :3] = scipy.spatial.transform.Rotation.from_rotvec(rotation_vector).as_matrix()
     T[:3, 3] = translation
     return T
 
 
-def nearest_rigid(T):
-    """The matrix (4, 4) nearest to T whose rotation is one: what float32 has left is 1e-6 off."""
+def nearest_rigid(T: Real[np.ndarray, "4 4"]) -> Float[np.ndarray, "4 4"]:
+    """T with its upper left block replaced by the nearest orthogonal matrix, which removes float32's rounding error of 1e-6."""
     u, _, vt = np.linalg.svd(T[:3, :3])
     T = T.copy()
     T[:3, :3] = u @ vt
     return T
 
 
-def motion_about(centre, twist):
-    """The motion (4, 4) of `radgs_jax.rigid.motion_about`, in float64 numpy: centre (3,) mm, twist (6,) rad, then mm."""
+def motion_about(
+    centre: Real[Array, "3"] | Sequence[float | int], twist: Real[Array, "6"] | Sequence[float | int]
+) -> Float[np.ndarray, "4 4"]:
+    """The motion of `rigid.motion_about` for one centre, mm, and one twist, radians and mm."""
     T = matrix(twist[:3], 0.0)
     T[:3, 3] = np.asarray(centre) + twist[3:] - T[:3, :3] @ centre
     return T

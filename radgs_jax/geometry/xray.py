@@ -1,9 +1,12 @@
-"""A calibrated X-ray: line integrals, the pixels that count, and the camera."""
+"""A calibrated X-ray: line integrals, valid pixels and camera."""
 
 import dataclasses
 
 import numpy as np
+from jaxtyping import Bool
+from jaxtyping import Shaped
 
+from kernels.common.types import Array
 from radgs_jax.geometry import camera as cameras
 from radgs_jax.geometry.camera import Camera
 
@@ -13,23 +16,21 @@ class XRay:
     """One view of the patient.
 
     Attributes:
-      line_integrals: (H, W) -ln(I / I0), no unit.
-      valid: (H, W) bool, the pixels that count; None stands for all of them.
-      camera: `Camera` with arrays (4,) and (4, 4), of the same height and width.
+      line_integrals: -ln(I / I0), no unit.
+      valid: pixels that may be used; None, which becomes an array of True, for all of them.
+      camera: one view, of the same height and width.
 
     Raises:
-      ValueError: arrays whose shapes are not the camera's.
+      ValueError: an array's shape is not the camera's.
     """
 
-    line_integrals: np.ndarray
-    valid: np.ndarray | None
+    line_integrals: Shaped[Array, "..."]
+    valid: Bool[Array, "..."] | None
     camera: Camera
 
     def __post_init__(self):
         if self.valid is None:
             object.__setattr__(self, "valid", np.ones(np.shape(self.line_integrals), bool))
-        if self.camera is None:
-            return
         wanted = (self.camera.height, self.camera.width)
         for name in ("line_integrals", "valid"):
             found = np.shape(getattr(self, name))
@@ -38,10 +39,11 @@ class XRay:
 
 
 def bin_xray(xray: XRay, pixel_mm: float) -> XRay:
-    """Averages pixels to about `pixel_mm` at the isocentre; the camera follows exactly.
+    """Averages pixels to about `pixel_mm` at the isocentre, with the exact camera.
 
-    A binned pixel is valid where all pixels that it averages are.
+    A binned pixel is valid if all the pixels in its block are.
     """
+    assert xray.valid is not None
     factor = cameras.binning(xray.camera, pixel_mm)
     return XRay(
         cameras.bin_image(xray.line_integrals, factor),

@@ -1,1 +1,1 @@
-"""Which vertebra is where in single X-rays, and in several that agree."""
+"""Localization: the level and the place of each vertebra in single X-rays, and in several together."""

@@ -1,41 +1,63 @@
 """Levels chained along the spine, in one image. numpy.
 
-Levels follow each other from head to feet. A hidden Markov chain over them says so: each level is in a cell of the image or
-out of sight, those in sight are without a gap, and a level lies below the one above it by a spacing from a Gaussian. Its
-forward-backward recursion gives the marginals, its Viterbi path the best joint answer (Rabiner, Proc. IEEE 77 (1989) 257).
+Levels follow each other from head to feet, which a hidden Markov chain over the levels describes: each level is in a cell of the
+image or not visible, the visible levels have no gap, and each lies below the previous one by a spacing with a Gaussian
+distribution. The forward-backward recursion gives the marginals, the Viterbi path the best joint answer (Rabiner, Proc. IEEE 77
+(1989) 257).
 """
 
 import dataclasses
 
 import numpy as np
 import scipy
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import Real
 
+from kernels.common.types import Array
 from radgs_jax.localization.network import STRIDE
 
 _DOWN, _ACROSS = 10, 5
-"""Cells within which the next level is sought."""
+"""Number of cells down, and to either side, within which the next level is sought: 60 and 30 mm at 1.5 mm pixels. Chosen by hand,
+above the largest adult spacing of about 36 mm. At half, tall or tilted spines are cut off; at twice, the recursions do four times
+the work."""
+_NEAR = 2
+"""Number of cells around the best cell over which a place is averaged, 12 mm. Chosen by hand: at half, the tails of the network's
+distribution are cut off; at twice, the window reaches the neighbouring vertebrae."""
+_MIN_SPREAD_CELLS = 0.5
+"""Smallest standard deviation of a spacing, cells: a smaller one would fall between cells. Chosen by hand; at half, a spacing
+between two cells is penalised; at twice, levels are chained more loosely."""
+_MIN_SPREAD_PX = 1.0
+"""Smallest standard deviation of a place, pixels. Chosen by hand: it keeps one certain view from outweighing the others without
+bound; at half and twice that bound is looser and tighter."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """What is known of neighbouring levels in an upright image; lengths in mm at the isocentre.
+    """Relations of neighbouring levels in an upright image; lengths are in mm at the isocentre.
 
-    spacing_mm: (K - 1,) from each level down to the next; spread_mm: (2,) standard deviations across and down the image.
-    weight: of a detector's log-probabilities; link: log-odds of a pair of neighbours both being in sight.
-    trained: (K,) bool, levels that the detector has seen; the others are never answered.
+    Attributes:
+      spacing_mm: from each of the K levels down to the next.
+      spread_mm: standard deviations of the spacing across and down the image.
+      weight: factor on the localizer's log-probabilities.
+      link: log-odds of two neighbouring levels both being visible.
+      trained: levels that the localizer has been trained on; the others are never answered.
     """
 
-    spacing_mm: np.ndarray
-    spread_mm: np.ndarray
+    spacing_mm: Float[np.ndarray, " links"]
+    spread_mm: Float[np.ndarray, "2"]
     weight: float
     link: float
-    trained: np.ndarray
+    trained: Bool[np.ndarray, " levels"]
 
 
-def fit_spacing(centres, seen, pixel_mm):
-    """`spacing_mm` and `spread_mm` of a `Chain` from true centres (N, K, 2) in pixels and whether they are in sight (N, K).
+def fit_spacing(
+    centres: Real[Array, "n levels 2"], seen: Bool[Array, "n levels"], pixel_mm: float
+) -> tuple[Float[np.ndarray, " links"], Float[np.ndarray, "2"]]:
+    """`spacing_mm` and `spread_mm` of a `Chain`, from true centres in pixels and whether they are visible.
 
-    A pair of levels that is never in sight together takes the mean of all, which is nan where there is none.
+    A pair of levels that is never visible together gets the mean over all pairs, which is nan if there are none.
     """
     step = (centres[:, 1:] - centres[:, :-1]) * pixel_mm
     both = seen[:, 1:] & seen[:, :-1]
@@ -46,18 +68,28 @@ def fit_spacing(centres, seen, pixel_mm):
 
 
 class Lattice:
-    """The chain over one image's cells, for its L trained levels, which have no gap between them.
+    """The chain over the cells of one image, for its L trained levels, which are contiguous."""
 
-    log_cells: (K, h, w); log_absent: (K,): a detector's answer for all levels; chain: `Chain`; step_mm: side of a cell.
-    """
+    def __init__(
+        self,
+        log_cells: Real[Array, "levels h w"],
+        log_absent: Real[Array, " levels"],
+        chain: Chain,
+        step_mm: float,
+    ) -> None:
+        """Weights the network's answer and tabulates the links.
 
-    def __init__(self, log_cells, log_absent, chain, step_mm):
+        Args:
+          log_cells, log_absent: the network's answer for all K levels, as in `network.Levels`.
+          chain: relations of the levels.
+          step_mm: side of a cell at the isocentre.
+        """
         levels = np.flatnonzero(chain.trained)
         self.cells = chain.weight * np.asarray(log_cells, np.float64)[levels]
         self.absent = chain.weight * np.asarray(log_absent, np.float64)[levels]
         down = np.arange(1, _DOWN + 1)[:, None] * step_mm
         across = np.arange(-_ACROSS, _ACROSS + 1)[None] * step_mm
-        sx, sy = np.maximum(chain.spread_mm, 0.5 * step_mm)
+        sx, sy = np.maximum(chain.spread_mm, _MIN_SPREAD_CELLS * step_mm)
         self.links = [
             chain.link - 0.5 * ((down - chain.spacing_mm[level]) / sy) ** 2 - 0.5 * (across / sx) ** 2
             for level in levels[:-1]
@@ -65,11 +97,11 @@ class Lattice:
 
     @staticmethod
     def _total(score, link, towards):
-        """(h, w): log of the summed probability of all neighbours above (-1) or below (+1), each with its link."""
+        """(h, w): log of the sum over all neighbours above (-1) or below (+1) of their probability times their link."""
         top = score.max()
         if top == -np.inf:
             return score
-        # Probabilities that underflow are 300 orders of magnitude from any that matter.
+        # Probabilities that underflow are 300 orders of magnitude below the largest, so they do not matter.
         kernel = np.zeros((2 * _DOWN + 1, 2 * _ACROSS + 1))
         kernel[_DOWN + 1 :] = np.exp(link)
         if towards > 0:
@@ -79,7 +111,7 @@ class Lattice:
 
     @staticmethod
     def _above(score, link):
-        """(shifts, h, w): score of the neighbour above at each shift, with its link."""
+        """(shifts, h, w): score of the neighbour above at each shift, plus its link."""
         h, w = score.shape
         padded = np.pad(score, ((_DOWN, 0), (_ACROSS, _ACROSS)), constant_values=-np.inf)
         return np.stack(
@@ -90,11 +122,13 @@ class Lattice:
             ]
         )
 
-    def marginals(self):
-        """Probabilities: cells (L, h, w), absent (L,); and the logarithm of the sum over all joint answers."""
+    def marginals(
+        self,
+    ) -> tuple[Float[np.ndarray, "trained h w"], Float[np.ndarray, " trained"], float | np.floating]:
+        """Marginal probabilities of the cells and of absence, and the logarithm of the sum over all joint answers."""
         count = len(self.cells)
         total = scipy.special.logsumexp
-        # States of a level: out of sight before the first one, in a cell, out of sight after the last one.
+        # States of a level: not visible and above the first visible one, in a cell, not visible and below the last visible one.
         forward, before, after = [self.cells[0]], [self.absent[0]], [-np.inf]
         for level in range(1, count):
             arrive = self._total(forward[-1], self.links[level - 1], -1)
@@ -116,8 +150,8 @@ class Lattice:
         out = np.logaddexp(np.array(before) + from_before, np.array(after) + from_after)
         return cells, np.exp(out - z), z
 
-    def best(self):
-        """The most probable joint answer: for each of the L levels its cell (row, column), or None."""
+    def best(self) -> list[tuple[int, int] | None]:
+        """The most probable joint answer: the cell (row, column) of each of the L levels, or None."""
         count = len(self.cells)
         h, w = self.cells[0].shape
         score, came = [self.cells[0]], [np.full((h, w), -1)]
@@ -130,7 +164,7 @@ class Lattice:
             score.append(self.cells[level] + np.where(first, before[level - 1], link))
         left = before[-1] - before
         ends = np.array([s.max() for s in score]) + left
-        answer = [None] * count
+        answer: list[tuple[int, int] | None] = [None] * count
         if ends.max() <= before[-1]:
             return answer
         level = int(ends.argmax())
@@ -146,28 +180,31 @@ class Lattice:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The n levels found in one image, head to feet.
+    """The levels found in one image, head to feet.
 
-    levels: (n,) indices into the trained levels; uv: (n, 2) pixels of the network's image; confidence: (n,) probability
-    that the level is there; spread_px: (n,) standard deviation along an axis.
-    evidence: (n, L) log-probability of each place for each trained level; absent: (L,) that of each level's absence.
+    Attributes:
+      levels: indices into the trained levels.
+      uv: places in pixels of the network's image.
+      confidence: probability that the level is at its place.
+      spread_px: standard deviation of a place along one axis.
+      evidence: log-probability of each place for each trained level.
+      absent: log-probability that each trained level is not visible.
     """
 
-    levels: np.ndarray
-    uv: np.ndarray
-    confidence: np.ndarray
-    spread_px: np.ndarray
-    evidence: np.ndarray
-    absent: np.ndarray
+    levels: Int[np.ndarray, " n"]
+    uv: Real[np.ndarray, "n 2"]
+    confidence: Real[np.ndarray, " n"]
+    spread_px: Real[np.ndarray, " n"]
+    evidence: Real[np.ndarray, "n trained"]
+    absent: Real[np.ndarray, " trained"]
 
 
-def decode(log_cells, log_absent, chain, step_mm):
-    """`Found` of one image.
+def decode(
+    log_cells: Real[Array, "levels h w"], log_absent: Real[Array, " levels"], chain: Chain, step_mm: float
+) -> Found:
+    """Finds the levels of one image. Arguments are those of `Lattice`.
 
-    The place of a level is the detector's mean over the 5 x 5 cells round its cell in the best joint answer.
-
-    Args:
-      log_cells: (K, h, w); log_absent: (K,); chain: `Chain`; step_mm: side of a cell at the isocentre.
+    The place of a level is the network's mean over the 5 x 5 cells around its cell in the best joint answer.
     """
     lattice = Lattice(log_cells, log_absent, chain, step_mm)
     marginal, _, _ = lattice.marginals()
@@ -177,9 +214,10 @@ def decode(log_cells, log_absent, chain, step_mm):
         if cell is None:
             continue
         row, column = cell
-        rows = slice(max(row - 2, 0), min(row + 3, h))
-        columns = slice(max(column - 2, 0), min(column + 3, w))
-        # The chain tells which level, the detector alone where: the chain's spacing would draw a moved vertebra back.
+        rows = slice(max(row - _NEAR, 0), min(row + _NEAR + 1, h))
+        columns = slice(max(column - _NEAR, 0), min(column + _NEAR + 1, w))
+        # The chain decides the level and the network alone the place, because the chain's spacing would pull back a vertebra that
+        # has moved.
         share = scipy.special.softmax(lattice.cells[level, rows, columns] / chain.weight)
         v, u = np.mgrid[rows, columns]
         mean = np.array([(share * u).sum(), (share * v).sum()])
@@ -187,7 +225,7 @@ def decode(log_cells, log_absent, chain, step_mm):
         levels.append(level)
         places.append(mean * STRIDE + 0.5 * (STRIDE - 1))
         confidence.append(min(marginal[level, rows, columns].sum(), 1.0))
-        spreads.append(max(STRIDE * np.sqrt(variance), 1.0))
+        spreads.append(max(STRIDE * np.sqrt(variance), _MIN_SPREAD_PX))
         evidence.append(scipy.special.logsumexp(lattice.cells[:, rows, columns], axis=(1, 2)))
     return Found(
         np.array(levels, int),

@@ -2,50 +2,80 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import cast
 
 import jax
 import numpy as np
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Real
 
+from kernels.common.types import Array
 from radgs_jax import errors
+from radgs_jax.geometry.xray import XRay
 from radgs_jax.levels import level_name
 from radgs_jax.localization import agreement
 from radgs_jax.localization import network
 from radgs_jax.localization import upright
 from radgs_jax.localization.chain import Chain
 from radgs_jax.localization.chain import decode
+from radgs_jax.localization.chain import Found
 
 
 @dataclasses.dataclass(frozen=True)
 class Localizer:
-    """A detector: parameters, their configuration, and the chain of its levels.
+    """A localizer.
 
-    centres_ct: VerSe number -> (3,) CT mm, of the patient whom it was adapted to; empty for a generic one.
+    Attributes:
+      params: of the network; None before training.
+      config: sizes of the network.
+      chain: relations of its levels; None before training.
+      centres_ct: centres of the vertebrae, (3,) CT mm by VerSe number, of the patient it was adapted to; empty for a generic one.
     """
 
-    params: dict
+    params: Mapping[str, Any] | None
     config: network.DetectorConfig
-    chain: Chain
-    centres_ct: dict = dataclasses.field(default_factory=dict)
+    chain: Chain | None
+    centres_ct: dict[int, Float[np.ndarray, "3"]] = dataclasses.field(default_factory=dict)
 
     @property
-    def levels(self):
-        """VerSe numbers that it answers with, head to feet."""
+    def levels(self) -> tuple[int, ...]:
+        """VerSe numbers of the levels it was trained on, head to feet."""
+        assert self.chain is not None
         return tuple(n for n, trained in zip(self.config.levels, self.chain.trained) if trained)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def predict(params, config, images, valid, beam):
-    return network.Detector(config).apply(params, images, valid, beam)
+def predict(
+    params: Mapping[str, Any],
+    config: network.DetectorConfig,
+    images: Real[Array, "batch height width"],
+    valid: Bool[Array, "batch height width"],
+    beam: Real[Array, "batch 3"],
+) -> network.Levels:
+    """The compiled network; arguments are those of `network.Detector`."""
+    return cast(network.Levels, network.Detector(config).apply(params, images, valid, beam))
 
 
-def look(model, image, valid, intrinsics, camera_from_world):
-    """What a detector finds in one X-ray: `upright.Upright` and the `chain.Found` in it.
+def look(
+    model: Localizer,
+    image: Real[Array, "height width"],
+    valid: Bool[Array, "height width"] | None,
+    intrinsics: Real[Array, "4"],
+    camera_from_world: Real[Array, "4 4"],
+) -> tuple[upright.Upright, Found]:
+    """Turns one X-ray upright and finds the levels in it.
 
     Args:
-      image, valid: (H, W), line integrals up to scale and offset; intrinsics (4,), camera_from_world (4, 4).
+      image: line integrals up to scale and offset.
+
     Raises:
       InputError: a beam along the patient.
     """
+    assert model.params is not None and model.chain is not None and valid is not None
     try:
         view = upright.upright(image, valid, intrinsics, camera_from_world, model.config.pixel_mm)
     except ValueError as error:
@@ -58,34 +88,41 @@ def look(model, image, valid, intrinsics, camera_from_world):
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """centre (3,): a vertebra's centre, world mm; covariance (3, 3) mm^2; report: a plain dict, as `write_json` takes it.
+    """A vertebra that was found.
 
-    centres: VerSe number -> (3,), of every level that two views show.
+    Attributes:
+      centre: world mm.
+      covariance: of the centre, mm^2.
+      report: plain values for a JSON file (see `locate`).
+      centres: (3,) world mm of every level that two views show, by VerSe number.
     """
 
-    centre: np.ndarray
-    covariance: np.ndarray
-    report: dict
-    centres: dict
+    centre: Float[np.ndarray, "3"]
+    covariance: Float[np.ndarray, "3 3"]
+    report: dict[str, Any]
+    centres: dict[int, Float[np.ndarray, "3"]]
 
 
-def locate(model, xrays, label):
-    """Finds one vertebra in two X-rays or more of one patient.
+def locate(model: Localizer, xrays: Sequence[XRay], label: int) -> Located:
+    """Finds one vertebra in two or more X-rays of one patient.
 
     Args:
-      xrays: `XRay`s, whose line integrals may be off by a factor and an offset; label: VerSe number.
+      xrays: line integrals may be wrong by a factor and an offset.
+      label: VerSe number.
+
     Returns:
-      `Located`. Its report has, for each view, the levels found (level, u, v in the view's pixels, confidence); `shifts`,
-      by how many levels each view's own answer had to move for the views to agree; `probability` of that numbering;
-      `apart_mm`, by level, how far the views' rays pass each other, and `own_apart_mm`, before the move.
+      The vertebra. Its report contains the `level`, its centre and covariance, and the centres of all levels (`centres_mm`); the
+      entries `shifts`, `probability`, `apart_mm` and `own_apart_mm` of `agreement.Agreement`, by name of level; `mixed_up`, whether
+      the views' own numberings differ; and for each of the `views` the levels found, their pixels in the view and confidences.
+
     Raises:
-      InputError: a level that the detector was not trained on, that is not found in two views, or whose rays pass
-        each other by more than `agreement.APART_MM`; one camera given twice.
+      InputError: a level that the localizer was not trained on, that is not found in two views, or for which the views' rays are
+        more than `agreement.MAX_RAY_GAP_MM` apart; a camera that is given twice.
     """
     name = level_name(label)
     if label not in model.levels:
         wanted = f"one of {level_name(model.levels[0])} to {level_name(model.levels[-1])}"
-        errors.fail("detector", "label", name, wanted)
+        errors.fail("localizer", "label", name, wanted)
     seen = [look(model, x.line_integrals, x.valid, x.camera.intrinsics, x.camera.camera_from_world) for x in xrays]
     found = [f for _, f in seen]
     cameras = [u.intrinsics for u, _ in seen], [u.camera_from_world for u, _ in seen]
@@ -99,7 +136,7 @@ def locate(model, xrays, label):
     if together is None or level not in together.centres:
         listed = [", ".join(level_name(model.levels[n]) for n in f.levels) or "nothing" for f in found]
         errors.fail("X-rays", name, "; ".join(listed), "that level in two views")
-    if together.apart_mm[level] > agreement.APART_MM:
+    if together.apart_mm[level] > agreement.MAX_RAY_GAP_MM:
         errors.fail("X-rays", name, f"rays that pass {together.apart_mm[level]:.0f} mm apart", "one point in all views")
     names = {n: level_name(model.levels[n]) for n in range(len(model.levels))}
     report = {
@@ -124,13 +161,15 @@ def locate(model, xrays, label):
     return Located(together.centres[level], together.covariances[level], report, centres)
 
 
-def start_pose(model, located, label, centre_ct):
-    """A first pose world_from_ct (4, 4) of a vertebra that was found.
+def start_pose(
+    model: Localizer, located: Located, label: int, centre_ct: Real[np.ndarray, "3"] | Sequence[float]
+) -> Float[np.ndarray, "4 4"]:
+    """Start pose world_from_ct of a vertebra that was found.
 
-    A localizer adapted to the patient knows the neighbours in the CT, too (`agreement.pose_from_centres`). With a generic one
-    the axes stay the world's.
+    A localizer that was adapted to the patient also knows the neighbours' centres in the CT, which turn the pose
+    (`agreement.pose_from_centres`). With a generic localizer the CT's axes are those of the world.
 
     Args:
-      centre_ct: (3,) CT mm, the centroid of the vertebra's mask (the origin of `Vertebra.ct_from_box`).
+      centre_ct: centroid of the vertebra's mask, CT mm (the origin of `Vertebra.ct_from_box`).
     """
     return agreement.pose_from_centres(located.centres, {**model.centres_ct, label: np.asarray(centre_ct)}, label)

@@ -1,64 +1,101 @@
-"""Vertebra detector for single X-rays: for each level, where its centre is, or that it is not in sight.
+"""The localizer's network, for single X-rays: the distribution of each level's centre over the image and 'not visible'.
 
-Payer et al. ("Coarse to fine vertebrae localization and segmentation", VISAPP 2020) regress one heatmap a level; here
-each is a distribution, over the cells of the image and 'not in sight', whose sum is 1, so that levels can be chained
-(`radgs_jax.detection`). Images are upright (the head up) and of one pixel size at the isocentre.
+Payer et al. ("Coarse to fine vertebrae localization and segmentation", VISAPP 2020) regress one heatmap per level. Here each is a
+probability distribution over the cells of the image and 'not visible', so that `chain` can connect the levels. Images are upright
+(the head up) and of one pixel size at the isocentre.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Real
 
+from kernels.common.types import Array
+from kernels.common.types import Leaf
 from radgs_jax.models import backbones
 
 STRIDE = 4
-"""Pixels along a cell."""
+"""Pixels along a cell, which follows from the backbone: 2 x 2. Half would need a finer level of it, twice a coarser one."""
 MULTIPLE = 16
-"""Images are whole multiples of this many pixels high and wide."""
+"""Heights and widths of images are multiples of this number of pixels: the coarsest stride of the default backbone."""
+_QUANTILES = (0.1, 0.5, 0.9)
+"""Quantiles that standardise an image, no unit. Chosen by hand: closer to 0 and 1 metal and air enter, closer to 0.5 the range is
+that of soft tissue."""
+_CLIP = 4.0
+"""Limit of a standardised value, in units of its scale. Chosen by hand: at half, bone is clipped; at twice, metal is brighter."""
+_MIN_RANGE = 1e-3
+"""Smallest scale of an image, line integral. Chosen by hand: it keeps flat images finite; half or twice changes only such
+images."""
+_MIN_VARIANCE = 1e-4
+"""Smallest local variance, in units of the squared scale. Chosen by hand: it keeps flat regions finite; larger values hide faint
+texture, smaller ones amplify noise there."""
 _CONTRAST_PX = 10
+"""Radius in pixels of the window for local contrast, 15 mm: about half a vertebra. Chosen by hand: at half, the window is inside a
+vertebral body; at twice, it spans its neighbours."""
+_MIN_VALID = 0.5
+"""Fraction of a cell's pixels that must be valid for the cell to be an answer, no unit. Chosen by hand: at half, centres behind the
+collimator's edge can be answered; at 1, only cells that are fully visible can."""
 _OUTSIDE = -20.0
+"""Added to the logit of a cell that is not valid: its probability falls by exp(-20) = 2e-9. Chosen by hand: at half by 5e-5, where
+such cells may still be answered; twice is no different from it in practice."""
+_ABSENT_LOGIT = 7.0
+"""First logit of 'not visible', chosen by hand: exp(7) is about 1100 cells, so at first a level is as likely absent as anywhere in
+the image. Training starts from less balanced answers at half or twice."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DetectorConfig:
-    """levels: VerSe numbers from head to feet, T1 to L5 (no T13 or L6: no scan here has one); pixel_mm: at the isocentre.
+    """Sizes of the localizer's network, chosen by hand for a CPU.
 
-    widths, blocks, features: of the backbone.
+    Attributes:
+      levels: VerSe numbers from head to feet, by default T1 to L5; the scans in use have no T13 or L6.
+      pixel_mm: pixel size at the isocentre.
+      widths, blocks, features: of the backbone, `backbones.SmallCNN`.
     """
 
-    levels: tuple = tuple(range(8, 25))
+    levels: tuple[int, ...] = tuple(range(8, 25))
     pixel_mm: float = 1.5
-    widths: tuple = (16, 32, 64, 96)
-    blocks: tuple = (1, 1, 2, 2)
+    widths: tuple[int, ...] = (16, 32, 64, 96)
+    blocks: tuple[int, ...] = (1, 1, 2, 2)
     features: int = 48
 
 
 @flax.struct.dataclass
 class Levels:
-    """A distribution for each level, as a prediction its logarithm: cells (B, K, h, w), absent (B, K)."""
+    """A distribution for each level; in predictions, its logarithm.
 
-    cells: jax.Array
-    absent: jax.Array
-
-
-def standardise(images, valid):
-    """What the network sees of line integrals (B, H, W): (B, H, W, 3), free of gain, air value and the beam's hardness.
-
-    The image less its median over half the range of its middle 80 %, its local contrast (less the mean, over the standard
-    deviation, of the 21 x 21 pixels around), both within +-4 and taken over valid pixels (B, H, W) only; and these.
+    Attributes:
+      cells: (B, K, h, w) that the level's centre is in a cell.
+      absent: (B, K) that the level is not visible.
     """
-    low, middle, high = jnp.nanquantile(jnp.where(valid, images, jnp.nan), jnp.array([0.1, 0.5, 0.9]), axis=(1, 2))
-    scale = jnp.maximum(0.5 * (high - low), 1e-3)[:, None, None]
-    x = jnp.clip((images - middle[:, None, None]) / scale, -4.0, 4.0)
+
+    cells: Leaf
+    absent: Leaf
+
+
+def standardise(
+    images: Real[Array, "batch height width"], valid: Bool[Array, "batch height width"]
+) -> Float[jax.Array, "batch height width 3"]:
+    """The network's input from line integrals, independent of gain, air value and the beam's hardness.
+
+    The channels are: the image minus its median, divided by half the range of its middle 80 %; its local contrast (minus the mean,
+    divided by the standard deviation, of the 21 x 21 pixels around); and the valid pixels. Only valid pixels enter the statistics.
+    """
+    low, middle, high = jnp.nanquantile(jnp.where(valid, images, jnp.nan), jnp.array(_QUANTILES), axis=(1, 2))
+    scale = jnp.maximum(0.5 * (high - low), _MIN_RANGE)[:, None, None]
+    x = jnp.clip((images - middle[:, None, None]) / scale, -_CLIP, _CLIP)
     mask = valid.astype(images.dtype)
     x = jnp.where(valid, x, 0.0)
     share = jnp.maximum(_box_sum(mask), 1.0)
     mean = _box_sum(x) / share
-    spread = jnp.sqrt(jnp.maximum(_box_sum(x * x) / share - mean**2, 1e-4))
-    contrast = jnp.where(valid, jnp.clip((x - mean) / spread, -4.0, 4.0), 0.0)
+    spread = jnp.sqrt(jnp.maximum(_box_sum(x * x) / share - mean**2, _MIN_VARIANCE))
+    contrast = jnp.where(valid, jnp.clip((x - mean) / spread, -_CLIP, _CLIP), 0.0)
     return jnp.stack([x, contrast, mask], -1)
 
 
@@ -70,16 +107,26 @@ def _box_sum(x):
 
 
 class Detector(nn.Module):
-    """Line integrals, valid pixels (B, H, W) and beam directions (B, 3) in the world to log `Levels` of H/4 x W/4 cells.
-
-    Raises:
-      ValueError: a height or width that is not a multiple of `MULTIPLE`.
-    """
+    """The localizer's network."""
 
     config: DetectorConfig
 
     @nn.compact
-    def __call__(self, images, valid, beam):
+    def __call__(
+        self,
+        images: Real[Array, "batch height width"],
+        valid: Bool[Array, "batch height width"],
+        beam: Real[Array, "batch 3"],
+    ) -> Levels:
+        """Log-probabilities on height / 4 x width / 4 cells.
+
+        Args:
+          images: line integrals.
+          beam: direction of the camera's axis in the world.
+
+        Raises:
+          ValueError: a height or width that is not a multiple of `MULTIPLE`.
+        """
         batch, height, width = images.shape
         if height % MULTIPLE or width % MULTIPLE:
             raise ValueError(f"Detector: image of {height} x {width}, wanted multiples of {MULTIPLE}")
@@ -89,28 +136,29 @@ class Detector(nn.Module):
         x = backbones.SmallCNN(config.widths, config.blocks, 2, config.features)(x)
         x = nn.relu(backbones.ResidualBlock()(nn.relu(x)))
         cells = nn.Dense(count, kernel_init=nn.initializers.zeros)(x)
-        covered = valid.reshape(batch, height // STRIDE, STRIDE, width // STRIDE, STRIDE).mean((2, 4)) < 0.5
+        covered = valid.reshape(batch, height // STRIDE, STRIDE, width // STRIDE, STRIDE).mean((2, 4)) < _MIN_VALID
         cells = cells + jnp.where(covered[..., None], _OUTSIDE, 0.0)
         pooled = jnp.concatenate([x.mean((1, 2)), x.max((1, 2))], -1)
-        # At the start a level is as likely out of sight as anywhere in the image.
-        bias = nn.initializers.constant(7.0)
+        bias = nn.initializers.constant(_ABSENT_LOGIT)
         absent = nn.Dense(count, kernel_init=nn.initializers.zeros, bias_init=bias)(pooled)
         flat = jnp.concatenate([cells.reshape(batch, -1, count), absent[:, None]], 1)
         flat = jax.nn.log_softmax(flat, 1).transpose(0, 2, 1)
         return Levels(flat[..., :-1].reshape(batch, count, height // STRIDE, width // STRIDE), flat[..., -1])
 
 
-def init(config, key):
-    """Fresh parameters of a `Detector` with a `DetectorConfig`, from a PRNG key."""
+def init(config: DetectorConfig, key: jax.Array) -> Any:
+    """Initial parameters of a `Detector`, from a PRNG key."""
     image = jnp.zeros((1, 2 * MULTIPLE, 2 * MULTIPLE))
     return Detector(config).init(key, image, jnp.ones(image.shape, bool), jnp.zeros((1, 3)))
 
 
-def target(centres, seen, shape):
-    """The truth as `Levels`: each centre shared by the four cells around it, so that the cells' mean is the centre.
+def target(centres: Real[Array, "batch levels 2"], seen: Bool[Array, "batch levels"], shape: tuple[int, ...]) -> Levels:
+    """The true distribution: each centre is distributed over the four cells around it, so that their mean is the centre.
 
     Args:
-      centres: (B, K, 2) pixels u, v; seen: (B, K) bool, in sight; shape: (height, width) in pixels.
+      centres: pixels u, v.
+      seen: whether a level is visible.
+      shape: height and width of the image in pixels.
     """
     weights = []
     for axis, size in ((1, shape[0]), (0, shape[1])):
@@ -121,7 +169,7 @@ def target(centres, seen, shape):
     return Levels(jnp.where(seen[..., None, None], cells, 0.0), jnp.where(seen, 0.0, 1.0))
 
 
-def loss(prediction, target, known):
-    """Cross-entropy of log `Levels` against the truth, averaged over the levels whose truth is `known` (B, K): a scalar."""
+def loss(prediction: Levels, target: Levels, known: Bool[Array, "batch levels"]) -> Float[jax.Array, ""]:
+    """Cross-entropy of a prediction (logarithms) against the truth, averaged over the levels whose truth is `known`."""
     entropy = -jnp.sum(prediction.cells * target.cells, (-1, -2)) - prediction.absent * target.absent
     return jnp.sum(entropy * known) / jnp.maximum(jnp.sum(known), 1.0)

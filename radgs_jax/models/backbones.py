@@ -1,28 +1,39 @@
-"""Image encoders for radiographs and for volumes: ResNet-50, DenseNet-121, ViT-12 and a small one for CPUs.
+"""Image encoders for X-rays and volumes: ResNet-50, DenseNet-121, ViT-12 and a small one for CPUs.
 
-Every encoder maps (B, *spatial, C_in) to a feature map (B, *spatial / stride, C_out), channels last, and reads the
-number of spatial axes from the rank of its input; convolutions pad with SAME, so a strided one rounds a size up.
-Parameters are float32. `apply` is a pure function of the parameters and the input, without mutable collections or a
-training flag: where the published networks have BatchNorm these have GroupNorm (Wu & He, "Group Normalization", ECCV
-2018), which has as many parameters, keeps no running statistics and makes no example depend on the rest of its batch;
-batches of one or two, all that volumes leave room for, are too few for BatchNorm's estimates.
+Every encoder maps (B, *spatial, C_in) to a feature map (B, *spatial / stride, C_out), channels last, and takes the number of
+spatial axes from the rank of its input. Convolutions pad with SAME, so a strided one rounds a size up. Parameters are float32.
+`apply` is a pure function of the parameters and the input. Where the published networks have BatchNorm, these have GroupNorm (Wu &
+He, "Group Normalization", ECCV 2018): it has as many parameters, keeps no running statistics and does not make an example depend
+on the rest of its batch, and batches of volumes (one or two) are too small for BatchNorm.
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
+from jaxtyping import Shaped
+
+from kernels.common.types import Array
+
+Input = Float[Array, "batch *spatial channels"]
+"""An image or a volume."""
+Features = Float[Array, "batch *cells features"]
+"""A feature map."""
 
 
-def space_to_depth(x, factor):
+def space_to_depth(x: Shaped[Array, "batch *spatial channels"], factor: int) -> Shaped[Array, "batch *cells features"]:
     """Moves cells of `factor` samples per spatial axis into the channels.
 
     Args:
-      x: (B, *spatial, C), any number of spatial axes.
+      x: with any number of spatial axes.
       factor: edge of a cell in samples.
+
     Returns:
-      (B, *(spatial / factor), factor**dims * C), channels in row-major order of (place in the cell, input channel).
+      (B, *(spatial / factor), factor**dims * C), with channels in row-major order of (place in the cell, input channel).
+
     Raises:
       ValueError: a spatial size that `factor` does not divide.
     """
@@ -39,7 +50,7 @@ def space_to_depth(x, factor):
 _HE = nn.initializers.he_normal()
 
 
-# The three helpers below create submodules of whichever compact method calls them.
+# The three helpers below create submodules of the compact method that calls them.
 
 
 def _conv(x, features, size, stride=1, use_bias=False, kernel_init=_HE):
@@ -48,8 +59,8 @@ def _conv(x, features, size, stride=1, use_bias=False, kernel_init=_HE):
 
 
 def _norm(x):
-    # 32 groups as in Wu & He, fewer where 32 does not divide the channels. The two-pass variance does not cancel
-    # where the mean is large, as after a bright and nearly flat image.
+    # 32 groups as in Wu & He, or fewer if 32 does not divide the channels. The two-pass variance stays accurate where the mean is
+    # large compared with it, as for a bright and nearly flat image.
     return nn.GroupNorm(math.gcd(32, x.shape[-1]), use_fast_variance=False)(x)
 
 
@@ -67,9 +78,9 @@ class Bottleneck(nn.Module):
     stride: int
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Input) -> Features:
         y = nn.relu(_norm(_conv(x, self.width, 1)))
-        # The stride is that of the 3-wide convolution, as in torchvision's; a 1-wide one would drop samples.
+        # The 3-wide convolution has the stride, as in torchvision; in a 1-wide one it would skip samples.
         y = nn.relu(_norm(_conv(y, self.width, 3, self.stride)))
         y = _norm(_conv(y, 4 * self.width, 1))
         if x.shape != y.shape:
@@ -84,10 +95,10 @@ class ResNet50(nn.Module):
     after the first halves the size and doubles the width.
     """
 
-    blocks: tuple = (3, 4, 6, 3)
+    blocks: tuple[int, ...] = (3, 4, 6, 3)
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Input) -> Features:
         x = _stem(x)
         for stage, count in enumerate(self.blocks):
             for block in range(count):
@@ -101,7 +112,7 @@ class DenseLayer(nn.Module):
     growth: int
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Input) -> Features:
         x = _conv(nn.relu(_norm(x)), 4 * self.growth, 1)
         return _conv(nn.relu(_norm(x)), self.growth, 3)
 
@@ -114,10 +125,10 @@ class DenseNet121(nn.Module):
     """
 
     growth: int = 32
-    blocks: tuple = (6, 12, 24, 16)
+    blocks: tuple[int, ...] = (6, 12, 24, 16)
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Input) -> Features:
         x = _stem(x)
         dims = x.ndim - 2
         for block, count in enumerate(self.blocks):
@@ -137,7 +148,7 @@ class TransformerLayer(nn.Module):
     mlp: int
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Input) -> Features:
         x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x))
         y = nn.gelu(nn.Dense(self.mlp)(nn.LayerNorm()(x)), approximate=False)
         return x + nn.Dense(x.shape[-1])(y)
@@ -146,11 +157,16 @@ class TransformerLayer(nn.Module):
 class ViT12(nn.Module):
     """ViT-Base without class token and head (Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021).
 
-    (B, *spatial, C) to (B, *(spatial / patch), width): the tokens, in their places on the grid. The position embedding
-    is learned for the grid seen at `init`; `apply` takes that spatial size only.
+    (B, *spatial, C) to (B, *(spatial / patch), width): the tokens, at their places on the grid. The position embedding is learned
+    for the grid of `init`, so `apply` accepts that spatial size only.
 
-    Fields:
+    Attributes:
       patch: edge of a patch in samples; None for 16 in 2D and 8 in 3D.
+      depth: number of layers.
+      width: channels of a token.
+      heads: number of attention heads.
+      mlp: width of the perceptrons' hidden layer.
+
     Raises:
       ValueError: a spatial size that the patch does not divide.
     """
@@ -162,7 +178,7 @@ class ViT12(nn.Module):
     mlp: int = 3072
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Input) -> Features:
         patch = self.patch or (16 if x.ndim == 4 else 8)
         x = nn.Dense(self.width)(space_to_depth(x, patch))
         shape = x.shape
@@ -176,12 +192,12 @@ class ViT12(nn.Module):
 class ResidualBlock(nn.Module):
     """Two 3-wide convolutions and a skip, without norms; (B, *spatial, C) to the same shape.
 
-    The second convolution starts at zero, so that a block starts as the identity on its rectified input and depth does
-    not scale the signal at the start of training (Zhang et al., "Fixup Initialization", ICLR 2019).
+    The second convolution starts at zero, so a block starts as the identity on its rectified input, and depth does not change the
+    scale of the signal at the start of training (Zhang et al., "Fixup Initialization", ICLR 2019).
     """
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Input) -> Features:
         y = nn.relu(_conv(x, x.shape[-1], 3, use_bias=True))
         y = _conv(y, x.shape[-1], 3, use_bias=True, kernel_init=nn.initializers.zeros)
         return nn.relu(x + y)
@@ -191,33 +207,35 @@ class SmallCNN(nn.Module):
     """Small residual encoder with a top-down path (after Lin et al., "Feature Pyramid Networks", CVPR 2017), for CPUs.
 
     Level i has widths[i] channels at stride reduce * 2**i. (B, *spatial, C) to (B, *ceil(spatial / stride), out), where
-    the stride is 2 * reduce, that of level 1, or reduce if level 0 is the only one. The output is linear, not
+    the stride is 2 * reduce, that of level 1, or reduce if there is only level 0. The output is linear, not
     rectified. There are no norms, so that the absolute attenuation of the input reaches the features.
 
-    Fields:
-      widths, blocks: channels and number of residual blocks of each level, finest first.
-      reduce: space-to-depth factor at the input, which has to divide the spatial sizes.
+    Attributes:
+      widths: channels of each level, finest first.
+      blocks: number of residual blocks of each level.
+      reduce: space-to-depth factor at the input, which must divide the spatial sizes.
       out: output channels.
       pyramid: False omits the top-down path and returns the coarsest level, of stride reduce * 2**(len(widths) - 1).
+
     Raises:
       ValueError: widths and blocks of different length, or a spatial size that `reduce` does not divide.
     """
 
-    widths: tuple = (32, 64, 96)
-    blocks: tuple = (1, 2, 2)
+    widths: tuple[int, ...] = (32, 64, 96)
+    blocks: tuple[int, ...] = (1, 2, 2)
     reduce: int = 2
     out: int = 64
     pyramid: bool = True
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Input) -> Features:
         if len(self.widths) != len(self.blocks):
             raise ValueError(f"SmallCNN: widths {self.widths} and blocks {self.blocks} differ in length")
         x = space_to_depth(x, self.reduce)
         levels = []
         for level, (width, count) in enumerate(zip(self.widths, self.blocks)):
-            # A strided 2-wide kernel keeps each sample at the middle of its cell, where `resize` takes it to be;
-            # a 3-wide one would shift the features by half a sample per level.
+            # A strided 2-wide kernel keeps each sample at the middle of its cell, as `resize` assumes; a 3-wide one would shift the
+            # features by half a sample per level.
             x = nn.relu(_conv(x, width, 2, 2, use_bias=True) if level else _conv(x, width, 3, use_bias=True))
             for _ in range(count):
                 x = ResidualBlock()(x)
@@ -235,8 +253,8 @@ class SmallCNN(nn.Module):
 _BACKBONES = {"small": SmallCNN, "resnet50": ResNet50, "densenet121": DenseNet121, "vit12": ViT12}
 
 
-def make_backbone(name, **kwargs):
-    """Backbone by name, one of 'small', 'resnet50', 'densenet121' and 'vit12'; `kwargs` are the module's fields.
+def make_backbone(name: str, **kwargs: Any) -> Any:
+    """Backbone by name: 'small', 'resnet50', 'densenet121' or 'vit12'. `kwargs` are the module's attributes.
 
     Raises:
       ValueError: an unknown name.
@@ -246,6 +264,6 @@ def make_backbone(name, **kwargs):
     return _BACKBONES[name](**kwargs)
 
 
-def count_parameters(params):
+def count_parameters(params: Any) -> int:
     """Number of scalars in a tree of arrays or of their abstract shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,26 +1,38 @@
 """Sizes of the networks, frozen."""
 
 import dataclasses
+from typing import Any
+
+Backbone = tuple[str, tuple[tuple[str, Any], ...]]
+"""A family of `backbones` and its options, (name, ((option, value), ...)); hashable, so that a config can be a static argument."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of RadGS-Reg.
+    """Sizes of RadGS-Reg, chosen by hand for a CPU.
 
-    backbone_2d, backbone_3d: a family and its options, as (name, ((option, value), ...)); hashable, so a config can key jit.
-    backbone_3d None leaves RegM with its closed form and learned weights.
-    head: 'anchored' (queries at the CT's Gaussians see back-projected features) or 'paper' (one global Linear-ReLU-Linear).
-    gaussians: number of Gaussians N. anchors: so many of them are looked for in the X-rays, the others follow.
-    matching_heads, matching_width: descriptors an anchor has, channels of their features.
-    attention_maps: M of the counterfactual attention. counterfactual_draws: samples of the expectation in Eq. 1 in training
-    (inference takes the mean map and is deterministic); 0 for no attention at all.
-    hidden, context: widths of the heads' layers and of the context that views share ('anchored').
-    crop_px, pixel_mm: the X-ray window of a view, and the pixel size at the isocentre it is binned to.
-    grid, voxel_mm, grid_blur_mm: RegM's volume; Gaussians are blurred by grid_blur_mm so that it can sample them.
+    Attributes:
+      backbone_2d: encoder of the X-rays.
+      backbone_3d: encoder of RegM's volumes; with None, RegM is its closed form with learned weights.
+      head: 'anchored' (queries at the CT's Gaussians read features of the X-rays there) or 'paper' (one global Linear-ReLU-Linear).
+      gaussians: number of Gaussians.
+      anchors: number of Gaussians that are looked for in the X-rays; the others follow them.
+      matching_heads: number of descriptors of an anchor.
+      matching_width: channels of the features that descriptors are compared with.
+      attention_maps: number of maps of the counterfactual attention.
+      counterfactual_draws: number of samples of the expectation in Eq. 1 in training; inference takes the mean map. With 0 there is
+        no attention.
+      hidden: width of the heads' layers.
+      context: width of the context that views share ('anchored').
+      crop_px: side of a view's window, pixels.
+      pixel_mm: pixel size at the isocentre, to which X-rays are binned.
+      grid: side of RegM's volume, voxels.
+      voxel_mm: side of such a voxel.
+      grid_blur_mm: standard deviation by which Gaussians are blurred before that volume samples them.
     """
 
-    backbone_2d: tuple = ("small", (("widths", (24, 64, 96)), ("blocks", (0, 1, 2)), ("reduce", 2), ("out", 64)))
-    backbone_3d: tuple | None = None
+    backbone_2d: Backbone = ("small", (("widths", (24, 64, 96)), ("blocks", (0, 1, 2)), ("reduce", 2), ("out", 64)))
+    backbone_3d: Backbone | None = None
     head: str = "anchored"
     gaussians: int = 512
     anchors: int = 128

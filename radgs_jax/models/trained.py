@@ -8,9 +8,11 @@ import numpy as np
 from radgs_jax.models.config import ModelConfig
 
 MEAN_SHAPE = (56, 56, 48)
-"""Voxels of a mean shape, in the vertebra's own frame."""
+"""Voxels of a mean shape, in the vertebra's own frame: 112 x 112 x 96 mm, which an adult's vertebra fits into. Part of the file
+format. At half, processes are cut off; at twice, the file is eight times larger."""
 MEAN_SHAPE_MM = 2.0
-"""Spacing of those voxels."""
+"""Spacing of those voxels, mm. Part of the file format. Chosen by hand: a mean over patients has no finer detail; at half, the
+file is eight times larger, at twice, the arch is lost."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +20,8 @@ class Model:
     """A trained model.
 
     Attributes:
-      params: {'recm': ..., 'regm': ...} as of `radgs_reg.init`.
-      config: the sizes that the parameters belong to.
+      params: {'recm': ..., 'regm': ...}, in the form of `radgs_reg.init`.
+      config: sizes of the networks.
       mean_shapes: mean density (MEAN_SHAPE) in 1/mm by VerSe label; 0 is the mean over all labels.
     """
 
@@ -28,7 +30,7 @@ class Model:
     mean_shapes: dict[int, np.ndarray]
 
     def mean_shape(self, label: int) -> np.ndarray:
-        """Mean density (MEAN_SHAPE) of a level in 1/mm, float32; that of all levels where this one was not trained on."""
+        """Mean density (MEAN_SHAPE) of a level in 1/mm, float32; the mean over all levels if this one was not trained on."""
         return self.mean_shapes.get(label, self.mean_shapes[0]).astype(np.float32)
 
 

@@ -1,89 +1,123 @@
-"""How far to trust a refined pose: the chance that it is right, its covariance, and a radius that holds its error.
+"""Acceptance and uncertainty of a refined pose, from what the refinement reports about itself.
 
-Three calibrated maps of what a refinement says of itself: a logistic model for the chance of an mTRE below 2 mm, a log-linear
-one for the size of the error where it is right, and one factor for the radius. `experiments.calibrate` fits them on simulated
-patients.
+An `AcceptanceRule` holds three fitted models: a logistic model of the chance of an mTRE below 2 mm, a log-linear model of the size
+of the error of a right pose, and the ratio of radius to that size. `experiments.calibrate` fits them to simulated patients.
 """
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool
+from jaxtyping import Float
 
+from kernels.common.types import Array
 from radgs_jax import metrics
+from radgs_jax.registration.gauss_newton import RefineConfig
+from radgs_jax.registration.gauss_newton import Refined
+from radgs_jax.registration.search import SearchConfig
 
-FLOOR_MM = 0.02
-"""Least radius: float32 and the samples along a ray are no finer."""
-VIEWS = 2
-"""Fewest views of a pose that may be accepted: one shows depth by its magnification alone, and a misfit of that it hides."""
+MIN_RADIUS_MM = 0.02
+"""Minimum radius, mm. Chosen by hand, about the resolution of float32 poses and of the samples along a ray; half or twice matters
+to noise-free simulated X-rays alone, whose errors are 0.01 to 0.02 mm."""
+MIN_VIEWS = 2
+"""Minimum number of views for acceptance. A single view constrains depth only through magnification, so its error would go
+unnoticed."""
 SEARCHES = 2
-"""Wider searches that may follow a refinement; poses that have come through one are other than those that needed none."""
-FEATURES = ("support", "least_support", "similarity", "least_similarity", "log_step", "margin", "log_apart")
-APART_FACTOR = 4.0
-"""Error of a pose over how far its views are apart, about the median where cameras are not quite where they are said to be."""
+"""Number of wider searches that may follow a refinement. Each has a threshold of its own, since poses that needed a search differ
+from those that did not."""
+FEATURES = ("support", "least_support", "similarity", "least_similarity", "log_step", "margin", "log_disagreement")
+ERROR_PER_DISAGREEMENT = 4.0
+"""Ratio of pose error to view disagreement, no unit: roughly the median in simulated scenes with displaced cameras. At half, the
+radius is too small where cameras are off; at twice, views that disagree by more than 0.25 mm are refused, by 0.5 mm today."""
+COVERAGE = 0.965
+"""Fraction of the right poses of the fit whose error the radius holds. Chosen with the study's 280 scenes in sight, of which it
+holds 95.3 %; at 0.97, the median radius was 3.02 times the median error (docs/accuracy.md, "How the rule does on other scenes")."""
+STEP_OFFSET_MM = 1e-3
+"""Added to the last step before its logarithm, mm, so that a step of 0 is finite. Chosen by hand, below any step that tells right
+from wrong; like the next three constants it belongs to the fitted rule, which must be fitted again when it changes."""
+DISAGREEMENT_OFFSET_MM = 1e-2
+"""Added to the view disagreement before its logarithm, mm. Chosen by hand: disagreements below it are noise."""
+LARGE_MARGIN = 0.5
+"""Margins above this count as this, no unit. Chosen by hand: a rival that fits so much worse is as good as none."""
+ERROR_OFFSET_MM = 1e-3
+"""Added to the error before its logarithm in the fit, mm. Chosen by hand, below any error that matters."""
+REFUSED_SD = (np.pi / 2, 100.0)
+"""Standard deviations, rad and mm, and radius, mm, of a pose whose refinement is not finite or not positive definite. Chosen by
+hand: larger than any pose's error, so that the exact value is unimportant."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AcceptanceRule:
-    """chance: weights of a constant and of FEATURES in the log odds of a right pose; thresholds (1 + SEARCHES,): chance from which
-    it is accepted at once and after each search.
+    """The fitted models.
 
-    size: weights of a constant, the log of the predicted error, the support, the log step and the log of how far the views are
-    apart in the log of the error;
-    radius: how many times that size holds the error in 95 of 100 cases;
-    fitted_for: `method_digest` of the refinement and search whose answers it was fitted to. It says nothing of another's.
+    Attributes:
+      chance: (1 + len(FEATURES),) weights of a constant and of FEATURES in the log odds of a right pose.
+      thresholds: (1 + SEARCHES,) minimum chance of an accepted pose, after the first refinement and after each search.
+      size: (5,) weights in the log of the error's size, of a constant, the log of the predicted error, the support, the log of the
+        last step and the log of the view disagreement.
+      radius: ratio of radius to size that holds the error of about 95 in 100 cases.
+      fitted_for: `method_digest` of the refinement and search whose answers it was fitted to; it does not apply to others.
     """
 
-    chance: tuple
-    thresholds: tuple
-    size: tuple
+    chance: tuple[float, ...]
+    thresholds: tuple[float, ...]
+    size: tuple[float, ...]
     radius: float
     fitted_for: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Confidence:
-    """chance of a right pose; accepted; covariance (6, 6) of the twist about the vertebra's centre in world axes, rad and mm;
-    uncertainty_mm: radius that holds the mTRE in 95 of 100 cases."""
+    """What is known about the error of a pose.
+
+    Attributes:
+      chance: that the pose is right, 0 to 1.
+      accepted: whether the pose may be used.
+      covariance: (6, 6) of the twist about the vertebra's centre in world axes, rad and mm.
+      uncertainty_mm: radius that holds the mTRE of about 95 in 100 cases.
+    """
 
     chance: float
     accepted: bool
-    covariance: np.ndarray
+    covariance: Float[np.ndarray, "6 6"]
     uncertainty_mm: float
 
 
-def method_digest(refine, search):
-    """Short digest of how poses are refined and searched for, as frozen dataclasses of plain values."""
+def method_digest(refine: RefineConfig, search: SearchConfig) -> str:
+    """Short digest of the names and values of both configs' fields."""
     plain = [dataclasses.asdict(config) for config in (refine, search)]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def features(refined):
-    """FEATURES (7,) of a `gauss_newton.Refined` in numpy: correlations, last step, margin over the rival, views' disagreement."""
+def features(refined: Refined) -> Float[np.ndarray, " features"]:
+    """FEATURES of a refinement in numpy."""
     return np.array(
         [
             np.mean(refined.support),
             np.min(refined.support),
             np.mean(refined.similarity),
             np.min(refined.similarity),
-            np.log(float(refined.step_mm) + 1e-3),
-            min(float(refined.margin), 0.5),
-            np.log(float(refined.apart_mm) + 1e-2),
+            np.log(float(refined.step_mm) + STEP_OFFSET_MM),
+            min(float(refined.margin), LARGE_MARGIN),
+            np.log(float(refined.view_disagreement_mm) + DISAGREEMENT_OFFSET_MM),
         ]
     )
 
 
-def spread_mm(information, points):
-    """Root mean square motion, mm, of points (N, 3) about the vertebra's centre in world axes, for a twist of `information`^-1.
+def spread_mm(information: Float[Array, "6 6"], points: Float[Array, "n 3"]) -> float:
+    """Root mean square motion, mm, of points under a random twist.
 
     Args:
-      information: (6, 6), positive definite.
+      information: inverse covariance of the twist, rad and mm, positive definite; points: mm, about the twist's centre and in its
+        axes.
     """
     covariance = np.linalg.inv(information)
     x, y, z = np.asarray(points, np.float64).T
     o, one = np.zeros_like(x), np.ones_like(x)
-    # d (w x p + t) / d (w, t)
+    # Derivative of w x p + t by (w, t).
     rows = [[o, z, -y, one, o, o], [-z, o, x, o, one, o], [y, -x, o, o, o, one]]
     jacobian = np.moveaxis(np.array(rows), -1, 0)
     return float(np.sqrt(np.einsum("nij,jk,nik->", jacobian, covariance, jacobian) / len(x)))
@@ -91,15 +125,19 @@ def spread_mm(information, points):
 
 def _size_terms(refined, predicted_mm):
     values = dict(zip(FEATURES, features(refined)))
-    return np.array([1.0, np.log(predicted_mm), *(values[name] for name in ("support", "log_step", "log_apart"))])
+    return np.array(
+        [1.0, np.log(predicted_mm), *(values[name] for name in ("support", "log_step", "log_disagreement"))]
+    )
 
 
-def judge(refined, points, rule, searches=0):
-    """`Confidence` in a `gauss_newton.Refined`, of numpy arrays; a pose whose radius is beyond a right one's error is not accepted.
+def judge(refined: Refined, points: Float[Array, "n 3"], rule: AcceptanceRule, searches: int = 0) -> Confidence:
+    """Judges a refinement in numpy.
+
+    A pose is accepted where its chance reaches the threshold, its radius is at most `metrics.SUCCESS_MM`, and it has at least
+    `MIN_VIEWS` views.
 
     Args:
-      points: (N, 3) of the vertebra, about its centre in world axes, mm; rule: `AcceptanceRule`; searches: that it has come
-        through.
+      points: of the vertebra's surface, about its centre in world axes, mm; searches: number of wider searches before this pose.
     """
     information = np.asarray(refined.information, np.float64)
     values = features(refined)
@@ -107,25 +145,31 @@ def judge(refined, points, rule, searches=0):
         np.isfinite(information).all() and np.isfinite(values).all() and (np.linalg.eigvalsh(information) > 0).all()
     )
     if not usable:
-        large = np.diag([(np.pi / 2) ** 2] * 3 + [100.0**2] * 3)
-        return Confidence(0.0, False, large, 100.0)
+        turn, shift_mm = REFUSED_SD
+        return Confidence(0.0, False, np.diag([turn**2] * 3 + [shift_mm**2] * 3), shift_mm)
     odds = float(np.dot(rule.chance, [1.0, *values]))
     chance = 1.0 / (1.0 + np.exp(-np.clip(odds, -50.0, 50.0)))
     predicted = spread_mm(information, points)
     size = float(np.exp(np.clip(np.dot(rule.size, _size_terms(refined, predicted)), -5.0, 5.0)))
-    apart_mm = APART_FACTOR * float(refined.apart_mm)
+    camera_mm = ERROR_PER_DISAGREEMENT * float(refined.view_disagreement_mm)
     covariance = np.linalg.inv(information) * (size / predicted) ** 2
-    # What views disagree by, their cameras may be off by in any direction. As a variance, so that the radius is the same
-    # multiple of the covariance's root mean square, `rule.radius`, however far apart they are.
-    covariance[3:, 3:] += np.eye(3) * (apart_mm / rule.radius) ** 2 / 3.0
-    radius = max(FLOOR_MM, float(np.hypot(rule.radius * size, apart_mm)))
+    # Errors of the cameras may shift the pose in any direction. They are added as a variance, so that the radius is always
+    # `rule.radius` times the covariance's root mean square.
+    covariance[3:, 3:] += np.eye(3) * (camera_mm / rule.radius) ** 2 / 3.0
+    radius = max(MIN_RADIUS_MM, float(np.hypot(rule.radius * size, camera_mm)))
     sure = chance >= rule.thresholds[searches] and radius <= metrics.SUCCESS_MM
-    accepted = sure and len(refined.support) >= VIEWS
+    accepted = sure and len(refined.support) >= MIN_VIEWS
     return Confidence(chance, bool(accepted), covariance, radius)
 
 
 def _logistic(x, y, ridge=1e-2, steps=100):
-    """Weights of a ridge logistic regression of labels y (N,) on x (N, K), the first column constant and free of the ridge."""
+    """Weights (K,) of a logistic regression of labels y (N,) on x (N, K), whose first column is constant.
+
+    Args:
+      ridge: penalty on the other weights, per case and column. Chosen by hand: it keeps the weights of separable cases finite;
+        larger values pull the chances towards the mean.
+      steps: number of Newton steps, each of at most 1 in any weight; far more than converge.
+    """
     weights = np.zeros(x.shape[1])
     penalty = ridge * len(y) * np.diag([0.0] + [1.0] * (x.shape[1] - 1)) / x.shape[1]
     for _ in range(steps):
@@ -136,19 +180,25 @@ def _logistic(x, y, ridge=1e-2, steps=100):
     return weights
 
 
-def threshold(chance, right):
-    """The chance (N,) of the surest pose that is not `right` (N,), and a trifle; no less than even odds."""
+def threshold(chance: Float[Array, " n"], right: Bool[Array, " n"]) -> float:
+    """Just above the largest chance of a pose that is not right, and at least one half."""
     return max(0.5, float(np.max(chance[~right], initial=0.0))) + 1e-6
 
 
-def fit_rule(refined, points, error_mm, fitted_for, coverage=0.965):
-    """The `AcceptanceRule` of simulated cases, with the threshold of poses that have come through no search for each of them.
+def fit_rule(
+    refined: Sequence[Refined],
+    points: Sequence[Float[Array, "_ 3"]],
+    error_mm: Sequence[float] | Float[Array, " n"],
+    fitted_for: str,
+    coverage: float = COVERAGE,
+) -> AcceptanceRule:
+    """Fits a rule to simulated cases, with the threshold of the first refinement for all searches.
 
     Args:
-      refined: N `gauss_newton.Refined` in numpy; points: N arrays as in `judge`; error_mm: (N,) mTRE.
-      fitted_for: `method_digest` of what refined them; coverage: share of the right poses whose error the radius holds.
+      refined: of each case, in numpy; points: of each, as in `judge`; error_mm: mTRE of each.
+      fitted_for: `method_digest` of what refined them; coverage: fraction of the right poses whose error the radius holds.
     Raises:
-      ValueError: no right pose or no wrong one among them.
+      ValueError: no pose is right, or all are.
     """
     error_mm = np.asarray(error_mm)
     right = error_mm < metrics.SUCCESS_MM
@@ -161,9 +211,9 @@ def fit_rule(refined, points, error_mm, fitted_for, coverage=0.965):
     odds = x @ chance
     first = threshold(1.0 / (1.0 + np.exp(-odds)), right)
     terms = np.array([_size_terms(r, spread_mm(r.information, p)) for r, p in zip(refined, points)])
-    fitted, *_ = np.linalg.lstsq(terms[right], np.log(error_mm[right] + 1e-3), rcond=None)
-    apart = APART_FACTOR * np.array([r.apart_mm for r in refined])
-    ratio = np.sqrt(np.maximum(error_mm**2 - apart**2, 0.0))[right] / np.exp(terms[right] @ fitted)
+    fitted, *_ = np.linalg.lstsq(terms[right], np.log(error_mm[right] + ERROR_OFFSET_MM), rcond=None)
+    camera_mm = ERROR_PER_DISAGREEMENT * np.array([r.view_disagreement_mm for r in refined])
+    ratio = np.sqrt(np.maximum(error_mm**2 - camera_mm**2, 0.0))[right] / np.exp(terms[right] @ fitted)
     return AcceptanceRule(
         tuple(map(float, chance)),
         (first,) * (1 + SEARCHES),

@@ -1,13 +1,34 @@
-"""The gain between image and model: fitted, and eliminated from a step."""
+"""The gain between image and model: fitted, and eliminated from a Gauss-Newton step.
 
+Scatter and beam hardening scale the derivatives of an image by a gain that varies smoothly over the image and with the
+thickness of the body. The gain of the rest is a constant, plus terms linear in thickness, u and v; that of the vertebra is the
+same plus a constant. The pose is solved for with these K = 5 gains eliminated (variable projection, Golub and Pereyra 1973).
+"""
+
+import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
+from kernels.common.types import Array
 from radgs_jax.registration import edges
+
+CONSTANT_PENALTY = 0.01
+"""Penalty on the constant gain as a fraction of the penalty on the others, no unit. Chosen by hand: with a `gain_ridge` of 0.01
+it draws that gain towards 0 by about 0.01 %, and by half or twice as much at half or twice the value."""
+THICKNESS_SCALE = 0.5
+"""Factor from line integral to the thickness term, no unit. Chosen by hand so that the term is about 1 in size, as u and v are.
+At half, the penalty draws that term to 0 four times as strongly; at twice, a quarter as strongly."""
+MIN_GAIN = 0.02
+"""Minimum of a pixel's gain, no unit. Chosen by hand: it only keeps gains positive. The gain that scatter leaves is about
+1 / (1 + scatter-to-primary ratio), several times the minimum, so that half or twice should matter to outliers alone."""
+ITERATIONS = 3
+"""Number of times that gains and weights are fitted in turn, in every Gauss-Newton step anew. Chosen by hand: fewer leave
+outliers more weight; more cost time in proportion."""
 
 
 def _gain_ridge(normal, ridge):
-    """Diagonals (V, K) of the quadratic penalty on gains: `ridge` times the first gain's own normal, a hundredth on that gain."""
-    free = jnp.asarray([0.01] + [1.0] * (normal.shape[-1] - 1))
+    """Diagonals (V, K) of the quadratic penalty on gains: `ridge` times the constant gain's own entry of the normal matrix."""
+    free = jnp.asarray([CONSTANT_PENALTY] + [1.0] * (normal.shape[-1] - 1))
     return ridge * free * normal[:, :1, 0] + 1e-9
 
 
@@ -18,24 +39,39 @@ def _gain_normal(columns, weights, ridge):
     return normal + penalty[..., None] * jnp.eye(normal.shape[-1]), penalty
 
 
-def solve_gains(columns, target, weights, ridge):
-    """Gains (V, K) of columns (V, S, S, K, 2) by weighted, penalised least squares."""
+def solve_gains(
+    columns: Float[Array, "views size size gains 2"],
+    target: Float[Array, "views size size 2"],
+    weights: Float[Array, "views size size"],
+    ridge: float,
+) -> Float[jax.Array, "views gains"]:
+    """Gains by weighted, penalised least squares.
+
+    Args:
+      columns: derivatives of the model by gain; target: derivatives of the image; ridge: `RefineConfig.gain_ridge`.
+    """
     normal, _ = _gain_normal(columns, weights, ridge)
     right = edges.einsum("vyxad,vyxd,vyx->va", columns, target, weights)
     return jnp.linalg.solve(normal, right[..., None])[..., 0]
 
 
-def eliminate_gains(columns, gains, jacobian, residual, weights, ridge):
-    """Normal equations of a Gauss-Newton step over P parameters and the gains, the gains eliminated (a Schur complement).
+def eliminate_gains(
+    columns: Float[Array, "views size size gains 2"],
+    gains: Float[Array, "views gains"],
+    jacobian: Float[Array, "views size size params 2"],
+    residual: Float[Array, "views size size 2"],
+    weights: Float[Array, "views size size"],
+    ridge: float,
+) -> tuple[Float[jax.Array, "views params params"], Float[jax.Array, "views params"]]:
+    """Normal equations of a Gauss-Newton step over P parameters and the gains, with the gains eliminated (a Schur complement).
 
     The objective is sum_pixels weights |residual|^2 + sum_k penalty_k gains_k^2, with the weights and the penalty held at
     their current values; at a step s the residual is residual - jacobian s - columns d, for gains + d.
 
     Args:
-      columns: (V, S, S, K, 2) derivatives of the model by gain; gains: (V, K) where it is linearised.
-      jacobian: (V, S, S, P, 2); residual: (V, S, S, 2); weights: (V, S, S); ridge: as in `_gain_ridge`.
+      columns: derivatives of the model by gain; gains: where it is linearised; ridge: `RefineConfig.gain_ridge`.
     Returns:
-      normals (V, P, P), rights (V, P).
+      normal matrices and right sides, by view.
     """
     normal, penalty = _gain_normal(columns, weights, ridge)
     cross = edges.einsum("vyxad,vyxpd,vyx->vap", columns, jacobian, weights)
@@ -49,28 +85,44 @@ def eliminate_gains(columns, gains, jacobian, residual, weights, ridge):
     return normals, rights
 
 
-def fit_gains(window, rest, excess, thickness, ridge):
+def fit_gains(
+    target: Float[Array, "views size size 2"],
+    inside: Float[Array, "views size size"],
+    weights: Float[Array, "views size size"],
+    edge_count: Float[Array, "views 1 1"],
+    rest: Float[Array, "views size size 2"],
+    excess: Float[Array, "views size size 2"],
+    thickness: Float[Array, "views size size"],
+    ridge: float,
+) -> tuple[
+    Float[Array, "views size size"],
+    Float[Array, "views size size"],
+    Float[Array, "views size size gains 2"],
+    Float[Array, "views gains"],
+    Float[Array, "views size size"],
+]:
     """The model that fits the image best over all gains, and the residuals' weights.
 
     Args:
-      window: `_Window`; rest, excess: (V, S, S, 2) derivatives; thickness: (V, S, S) line integrals of both parts.
+      target: derivatives of the image; inside: 1 where they count; weights: those of the first fit.
+      edge_count: number of pixels with edges.
+      rest, excess: derivatives of the two parts' line integrals; thickness: line integrals of both parts.
+      ridge: `RefineConfig.gain_ridge`.
     Returns:
-      gain of the rest and of the excess (V, S, S), columns (V, S, S, K, 2), their gains (V, K), weights (V, S, S) in
-      1 / residual variance.
+      gain of the rest and of the excess at every pixel, columns, their gains, weights in 1 / residual variance.
     """
-    target, inside, weights = window.target, window.inside, window.weights
     total = rest + excess
     counted = jnp.maximum(jnp.sum(inside, (1, 2), keepdims=True), 1.0)
-    level = 0.5 * (thickness - jnp.sum(thickness * inside, (1, 2), keepdims=True) / counted)
+    level = THICKNESS_SCALE * (thickness - jnp.sum(thickness * inside, (1, 2), keepdims=True) / counted)
     u = jnp.broadcast_to(jnp.linspace(-1.0, 1.0, level.shape[-1]), level.shape)
     basis = jnp.stack([jnp.ones_like(level), level, u, jnp.swapaxes(u, 1, 2)], -1)
     columns = jnp.concatenate([basis[..., None] * total[..., None, :], excess[..., None, :]], -2)
-    for _ in range(3):
+    for _ in range(ITERATIONS):
         gains = solve_gains(columns, target, weights, ridge)
-        of_rest = jnp.maximum(edges.einsum("vyxk,vk->vyx", basis, gains[:, :-1]), 0.02)
-        of_excess = jnp.maximum(of_rest + gains[:, -1, None, None], 0.02)
+        of_rest = jnp.maximum(edges.einsum("vyxk,vk->vyx", basis, gains[:, :-1]), MIN_GAIN)
+        of_excess = jnp.maximum(of_rest + gains[:, -1, None, None], MIN_GAIN)
         residual = target - of_rest[..., None] * rest - of_excess[..., None] * excess
         square = jnp.sum(residual**2, -1)
-        variance = jnp.sum(weights * square, (1, 2), keepdims=True) / (2.0 * window.told) + 1e-12
+        variance = jnp.sum(weights * square, (1, 2), keepdims=True) / (2.0 * edge_count) + 1e-12
         weights = inside * (edges.T_FREEDOM + 2.0) / (edges.T_FREEDOM + square / variance)
     return of_rest, of_excess, columns, gains, weights / variance

@@ -1,20 +1,24 @@
 """Second-order refinement of a vertebra's pose against the raw X-rays of a patient who has moved since the CT.
 
-An X-ray is modelled as two rigid parts of the CT: the vertebra, in what it attenuates above the muscle that fills its hole, and
-everything else, each at a pose of its own. Both are projected exactly and with analytic derivatives (`kernels.drr`); a
-Gauss-Newton step moves both at once, so that neighbours and ribs are explained instead of leaned on. Images are compared in
-their derivatives, where scatter and detectors' drifts are small, under a gain that varies smoothly and with the thickness, which
-stands for hardening and scatter and is eliminated from every step (variable projection, Golub and Pereyra 1973). Residuals have
-Student's t distribution (Lange et al. 1989): metal and what the CT does not know weigh little.
+An X-ray is modelled as two rigid parts of the CT, each with its own pose: the vertebra, as its attenuation above the muscle that
+fills its hole, and the rest of the body. Both are projected exactly and with analytic derivatives (`kernels.drr`). A
+Gauss-Newton step moves both at once, so that neighbouring vertebrae and ribs are modelled instead of biasing the pose. Images
+are compared by their derivatives, in which scatter and drifts of the panel are small, under a gain that models beam hardening and
+scatter and is eliminated from every step (`gains`). Residuals have Student's t distribution (Lange et al. 1989), so that metal and
+other things that the CT lacks have little weight.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
+from kernels.common.types import Array
+from kernels.common.types import Leaf
 from kernels.drr import drr_and_motion
 from radgs_jax.geometry import camera
 from radgs_jax.geometry import rigid
@@ -26,24 +30,51 @@ from radgs_jax.registration.edges import noise_energy
 from radgs_jax.registration.edges import T_FREEDOM
 from radgs_jax.registration.gains import eliminate_gains
 from radgs_jax.registration.gains import fit_gains
+from radgs_jax.registration.parts import Parts
 
 STEP_MM = 5.0
-"""Largest step of a parameter, rotations by their lever."""
-FAINT = 1e-4
-"""Share of the steepest squared slope of an image below which a pixel shows no edge."""
-APART_MM = 2.0
-"""Distance from which two poses are two answers."""
-TIE = (0.1, 4.0)
-"""Expected size, rad and mm, of what the rest of the body has turned and shifted against the vertebra since the CT."""
+"""Maximum step of any parameter, mm; rotations are multiplied by `rigid.LEVER_MM`. Chosen by hand: at half, distant starts need
+more steps than a level takes; at twice, the linearisation at a distant start may throw the pose past its optimum."""
+EDGE_FREE = 1e-4
+"""Pixels whose squared gradient is at or below this fraction of the image's maximum are treated as edge-free. Chosen by hand: it
+separates air from tissue in X-rays of a bone in air; too large a value would drop the weak edges behind a thick body."""
+EDGE_OF_VERTEBRA = 0.01
+"""`Refined.support` is computed where the squared gradient of the modelled vertebra is above this fraction of its maximum. Chosen
+by hand: smaller values add pixels that hold more noise than vertebra, larger ones leave only its strongest edges. Changing it
+changes what `support` means, so that the acceptance rule must be fitted again."""
+FIRST_VARIANCE = 4.0
+"""Variance of the residuals that the first weights assume, in units of the median squared gradient of the image's edges. Chosen
+by hand: smaller values keep strong edges, of bone as well as of metal, out of the first fit; larger ones let them decide it."""
+DISTINCT_MM = 2.0
+"""Minimum distance of two different answers, mm, as `rigid.distance` defines it: that of a right pose from the truth,
+`metrics.SUCCESS_MM`. At half, starts that have not converged are taken for rivals; at twice, near rivals go unreported."""
+MAX_MARGIN = 2.0
+"""Margin of an answer without a rival: the largest possible `Refined.fit`, since it is the sum of two correlations."""
+COUPLING = (0.1, 4.0)
+"""Standard deviation, rad and mm, of the motion of the vertebra relative to the rest of the body since the CT. Chosen by hand: a
+small value helps distant starts, a large one leaves the vertebra free. Motions of 0 to 3 times those of `experiments.study` all end
+with a median error of 0.01 to 0.02 mm (docs/accuracy.md), so that half or twice should change little. `Level.tie` scales it."""
+MIN_CURVATURE = 1e-3
+"""Added to the diagonal of every normal matrix, 1/mm^2 in the parameters' common scale: it keeps directions that no pixel
+constrains solvable. Chosen by hand, to be far below the curvature that pixels contribute; half or twice should not matter."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """One resolution.
+    """One resolution of a refinement.
 
-    pixel_mm: at the isocentre; size: pixels along the window; iterations: Gauss-Newton steps; *_step_mm: sample distances.
-    tie: how far the parts may part, in `TIE`; a tight one looks for both together, which reaches further.
-    keep: how many candidates go on to the next level.
+    The defaults of `RefineConfig` were chosen by hand on simulated scenes; each value trades time for accuracy or reach.
+
+    Attributes:
+      pixel_mm: pixel at the isocentre, mm. The coarsest sets the capture range, the finest the accuracy: half the value is
+        finer and reaches less far.
+      size: pixels along the square window. The window should hold the vertebra and its neighbours' edges: at half it cuts the
+        vertebra, at twice a step takes four times as long.
+      iterations: number of Gauss-Newton steps. Too few leave a distant start unsettled, which `SearchConfig` then repeats.
+      vertebra_step_mm, rest_step_mm: sample distance along rays through the two parts, mm. Projections take time in inverse
+        proportion; a step much larger than a voxel aliases.
+      tie: factor on `COUPLING` at this level, no unit. A small one moves both parts nearly as one body, which reaches further.
+      keep: number of candidates that go on to the next level.
     """
 
     pixel_mm: float
@@ -57,12 +88,19 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class RefineConfig:
-    """levels: coarse to fine; blur_px: standard deviation of the derivative filter.
+    """How poses are refined. The acceptance rule is fitted with it: `confidence.method_digest`.
 
-    gain_ridge: how strongly gains are drawn to one number; damping: of Levenberg and Marquardt, relative to the diagonal.
+    Attributes:
+      levels: `Level`s, coarse to fine.
+      blur_px: standard deviation of the derivative filter, pixels. Chosen by hand: at half, noise dominates the derivatives; at
+        twice, fine edges are lost, and the border that the filter invalidates is twice as wide.
+      gain_ridge: penalty that draws all gains but the constant one to 0, as a fraction of the constant gain's information.
+        Chosen by hand: weaker penalties let gains imitate motion, stronger ones leave hardening and scatter unmodelled.
+      damping: increase of the normal matrix's diagonal, as a fraction of it (Marquardt 1963). Chosen by hand: small, since
+        `STEP_MM` bounds the step; larger values slow the last steps down.
     """
 
-    levels: tuple = (
+    levels: tuple[Level, ...] = (
         Level(3.0, 48, 7, 1.5, 3.0, 0.1),
         Level(1.5, 64, 6, 1.0, 3.0),
         Level(0.75, 112, 3, 1.0, 2.0),
@@ -76,68 +114,90 @@ class RefineConfig:
 class LevelViews:
     """V X-rays at one resolution, which may differ in size.
 
-    images, valid: lists of line integrals (H_v, W_v) and of the pixels that count; intrinsics: (V, 4).
+    Attributes:
+      images: V line-integral images (H_v, W_v), no unit.
+      valid: V arrays (H_v, W_v) bool, the pixels that count.
+      intrinsics: (V, 4) fx, fy, cx, cy in pixels.
     """
 
-    images: list
-    valid: list
-    intrinsics: jax.Array
+    images: list[Leaf]
+    valid: list[Leaf]
+    intrinsics: Leaf
 
 
 @flax.struct.dataclass
 class Refined:
-    """world_from_box, world_from_rest: (4, 4) poses of the vertebra and of the rest, both of box-frame points.
+    """A refined pose and what the refinement reports about itself.
 
-    information: (6, 6) of the vertebra's twist about its centre in world axes (rad, mm), the rest's pose and gains eliminated,
-    as if pixels were independent. similarity: (V,) correlation of image and model derivatives, the image's noise made good;
-    support: (V,) the same of what the rest leaves of the image with the vertebra alone, where it has edges; step_mm: size of the
-    last step; apart_mm: how far apart the views would have the vertebra in the direction that all see.
-    rival_mm, margin: distance of the best other start that ended apart, the last time several were left, and by how much it fits
-    worse; 0 and 2 without one. trajectory, fit: (levels, 4, 4) world_from_box after each level, and (levels,) how well it fits,
-    mean similarity plus mean support.
+    Attributes:
+      world_from_box: (4, 4) pose of the vertebra, mm.
+      world_from_rest: (4, 4) pose of the rest of the body, of points in the box frame, mm.
+      information: (6, 6) of the vertebra's twist about its centre in world axes (rad, mm), with the rest's pose and the gains
+        eliminated, as if pixels were independent.
+      similarity: (V,) correlation of the derivatives of image and model, corrected for the image's noise.
+      support: (V,) the same of the image minus the rest with the vertebra alone, where the vertebra has edges.
+      step_mm: length of the last step, rotations by their lever.
+      view_disagreement_mm: how far the views' own steps differ in the direction that all views see.
+      rival_mm: distance of the best other answer, the last time that several starts were left; 0 without one.
+      margin: by how much that answer fits worse; `MAX_MARGIN` without one, 0 where there was one start only.
+      trajectory: (levels, 4, 4) world_from_box after each level.
+      fit: (levels,) mean similarity plus mean support after each level.
     """
 
-    world_from_box: jax.Array
-    world_from_rest: jax.Array
-    information: jax.Array
-    similarity: jax.Array
-    support: jax.Array
-    step_mm: jax.Array
-    apart_mm: jax.Array
-    rival_mm: jax.Array
-    margin: jax.Array
-    trajectory: jax.Array
-    fit: jax.Array
+    world_from_box: Leaf
+    world_from_rest: Leaf
+    information: Leaf
+    similarity: Leaf
+    support: Leaf
+    step_mm: Leaf
+    view_disagreement_mm: Leaf
+    rival_mm: Leaf
+    margin: Leaf
+    trajectory: Leaf
+    fit: Leaf
 
 
 @flax.struct.dataclass
 class _Window:
-    """What does not change from step to step of V crops of one level.
+    """What stays the same from step to step, for V crops of one level.
 
-    target: (V, S, S, 2) derivatives of the image; inside, weights: (V, S, S), where they count, and how much at first; told:
-    (V, 1, 1) pixels with edges; noise: (V,) as of `noise_energy`; intrinsics: (V, 4); camera_from_world: (V, 4, 4).
+    Attributes:
+      target: (V, S, S, 2) derivatives of the image.
+      inside: (V, S, S) 1 where they count.
+      weights: (V, S, S) those of the first fit of gains.
+      edge_count: (V, 1, 1) number of pixels with edges.
+      noise: (V,) of `noise_energy`.
+      intrinsics: (V, 4); camera_from_world: (V, 4, 4).
     """
 
-    target: jax.Array
-    inside: jax.Array
-    weights: jax.Array
-    told: jax.Array
-    noise: jax.Array
-    intrinsics: jax.Array
-    camera_from_world: jax.Array
+    target: Leaf
+    inside: Leaf
+    weights: Leaf
+    edge_count: Leaf
+    noise: Leaf
+    intrinsics: Leaf
+    camera_from_world: Leaf
 
 
-def project_part(volume, box_from_index, world_from_box, centre, intrinsics, camera_from_world, size, step_mm):
-    """Line integrals (V, S, S) of a part and their derivatives (V, S, S, 6) to a twist in world axes about `centre`.
+def project_part(
+    volume: Float[Array, "x y z"],
+    box_from_index: Float[Array, "4 4"],
+    world_from_box: Float[Array, "4 4"],
+    centre: Float[Array, "3"],
+    intrinsics: Float[Array, "views 4"],
+    camera_from_world: Float[Array, "views 4 4"],
+    size: int,
+    step_mm: float,
+) -> tuple[Float[Array, "views {size} {size}"], Float[Array, "views {size} {size} 6"]]:
+    """Line integrals of a part, and their derivatives by a twist (rad, mm) in world axes about `centre`.
 
     Args:
-      volume: (X, Y, Z) 1/mm; box_from_index, world_from_box: (4, 4); centre: (3,) world mm; intrinsics: (V, 4);
-        camera_from_world: (V, 4, 4); size: S; step_mm: sample distance.
+      volume: attenuation in 1/mm; centre: world mm; size: pixels along the square image; step_mm: sample distance.
     """
     camera_from_index = rigid.matmul(camera_from_world, rigid.matmul(world_from_box, box_from_index))
     index_from_camera = jnp.linalg.inv(camera_from_index)[:, :3]
     image, motion = drr_and_motion(volume, index_from_camera, intrinsics, size, size, step_mm=step_mm)
-    # From a twist about the source in camera axes to one about the centre in world axes.
+    # From a twist about the source in camera axes to a twist about the centre in world axes.
     arm = rigid.apply(camera_from_world, centre[None])[:, 0]
     turn, shift = motion[..., :3], motion[..., 3:]
     turn = turn - jnp.cross(arm[:, None, None], shift)
@@ -149,27 +209,27 @@ def _window(images, valid, intrinsics, camera_from_world, config):
     """The `_Window` of crops (V, S, S)."""
     target = derivatives(images[..., None], config.blur_px)[..., 0, :]
     inside = interior(valid, int(np.ceil(3 * config.blur_px)))
-    # Edges far beyond the typical, of metal or a collimator, would decide the first fit alone. Pixels without any, of air,
-    # say nothing of what is typical: a bone in air would be one outlier.
+    # Much stronger edges than the median, of metal or a collimator, would dominate the first fit. Pixels of air are left out
+    # of the median, since they would make all of a bone in air an outlier.
     square = jnp.sum(target**2, -1)
-    telling = (inside > 0) & (square > FAINT * jnp.max(inside * square, (1, 2), keepdims=True))
-    told = jnp.maximum(jnp.sum(telling, (1, 2), keepdims=True), 1.0)
-    typical = jnp.nan_to_num(jnp.nanmedian(jnp.where(telling, square, jnp.nan), (1, 2), keepdims=True)) + 1e-12
-    weights = inside * (T_FREEDOM + 2.0) / (T_FREEDOM + square / (4.0 * typical))
+    has_edge = (inside > 0) & (square > EDGE_FREE * jnp.max(inside * square, (1, 2), keepdims=True))
+    edge_count = jnp.maximum(jnp.sum(has_edge, (1, 2), keepdims=True), 1.0)
+    typical = jnp.nan_to_num(jnp.nanmedian(jnp.where(has_edge, square, jnp.nan), (1, 2), keepdims=True)) + 1e-12
+    weights = inside * (T_FREEDOM + 2.0) / (T_FREEDOM + square / (FIRST_VARIANCE * typical))
     noise = noise_energy(images, valid, config.blur_px)
-    return _Window(target, inside, weights, told, noise, intrinsics, camera_from_world)
+    return _Window(target, inside, weights, edge_count, noise, intrinsics, camera_from_world)
 
 
 def _damped(normal, damping):
-    """Normal matrices (..., 12, 12), their diagonals raised: in proportion, and by a little where nothing is known."""
-    return normal * (1.0 + damping * jnp.eye(12)) + 1e-3 * jnp.eye(12)
+    """Normal matrices (..., 12, 12) with larger diagonals: by a fraction, and by `MIN_CURVATURE`."""
+    return normal * (1.0 + damping * jnp.eye(12)) + MIN_CURVATURE * jnp.eye(12)
 
 
-def _apart(normals, rights, camera_from_world, damping):
-    """How far apart, mm, the views would move the vertebra along the one direction that all of them see, each by itself.
+def _view_disagreement(normals, rights, camera_from_world, damping):
+    """Range, mm, of the shifts that each view alone would give the vertebra, along the direction that all views see best.
 
     Args:
-      normals, rights: (V, 12, 12) and (V, 12) of the views' own Gauss-Newton steps, in mm.
+      normals, rights: (V, 12, 12) and (V, 12) of each view's own Gauss-Newton step, in mm.
     """
     axes = camera_from_world[:, 2, :3]
     _, directions = jnp.linalg.eigh(einsum("vi,vj->ij", axes, axes))
@@ -179,7 +239,7 @@ def _apart(normals, rights, camera_from_world, damping):
 
 
 def _step(parts, window, poses, level, config):
-    """One Gauss-Newton step from poses (2, 4, 4): the new poses, and what `Refined` has of the linearisation."""
+    """One Gauss-Newton step from poses (2, 4, 4): the new poses, and those fields of `Refined` that the linearisation gives."""
     camera_from_world, target, inside = window.camera_from_world, window.target, window.inside
     centre = poses[0, :3, 3]
     cameras = window.intrinsics, camera_from_world, level.size
@@ -190,7 +250,14 @@ def _step(parts, window, poses, level, config):
     filtered = derivatives(jnp.concatenate([rest[..., None], excess[..., None], d_excess, d_rest], -1), config.blur_px)
     of_rest, of_excess = filtered[..., 0, :], filtered[..., 1, :]
     gain_rest, gain_excess, columns, gains, weights = fit_gains(
-        window, of_rest, of_excess, rest + excess, config.gain_ridge
+        target,
+        inside,
+        window.weights,
+        window.edge_count,
+        of_rest,
+        of_excess,
+        rest + excess,
+        config.gain_ridge,
     )
     scaled = filtered[..., 2:, :] * jnp.asarray(np.tile(rigid.TWIST_SCALE, 2), jnp.float32)[:, None]
     jacobian = jnp.concatenate(
@@ -200,24 +267,24 @@ def _step(parts, window, poses, level, config):
     residual = target - model_rest - model_excess
     normals, rights = eliminate_gains(columns, gains, jacobian, residual, weights, config.gain_ridge)
     normal, right = jnp.sum(normals, 0), jnp.sum(rights, 0)
-    # What is known beforehand: the rest of the body has moved little against the vertebra.
+    # The prior: the vertebra has moved little relative to the rest of the body.
     relative = rigid.twist_about(centre, rigid.matmul(poses[1], rigid.inverse(poses[0]))) / rigid.TWIST_SCALE
-    size = level.tie * np.array([TIE[0] * rigid.LEVER_MM] * 3 + [TIE[1]] * 3)
-    tie = np.kron(np.array([[1.0, -1.0], [-1.0, 1.0]]), np.diag(size**-2.0))
-    normal = normal + tie
-    right = right - tie @ jnp.concatenate([jnp.zeros(6), relative])
+    size = level.tie * np.array([COUPLING[0] * rigid.LEVER_MM] * 3 + [COUPLING[1]] * 3)
+    coupling = np.kron(np.array([[1.0, -1.0], [-1.0, 1.0]]), np.diag(size**-2.0))
+    normal = normal + coupling
+    right = right - coupling @ jnp.concatenate([jnp.zeros(6), relative])
     step = jnp.linalg.solve(_damped(normal, config.damping), right)
     step = step / jnp.maximum(1.0, jnp.max(jnp.abs(step)) / STEP_MM)
     moved = rigid.matmul(rigid.motion_about(centre, step.reshape(2, 6) * rigid.TWIST_SCALE), poses)
     schur = normal[:6, :6] - normal[:6, 6:] @ jnp.linalg.solve(normal[6:, 6:] + 1e-6 * jnp.eye(6), normal[6:, :6])
     edges = jnp.sum(model_excess**2, -1)
-    edges = inside * (edges > 0.01 * jnp.max(edges, (1, 2), keepdims=True))
+    edges = inside * (edges > EDGE_OF_VERTEBRA * jnp.max(edges, (1, 2), keepdims=True))
     return moved, {
         "information": schur / rigid.TWIST_SCALE[:, None] / rigid.TWIST_SCALE,
         "similarity": correlation(target, model_rest + model_excess, inside, window.noise),
         "support": correlation(target - model_rest, model_excess, edges, window.noise),
         "step_mm": jnp.linalg.norm(step[:6]),
-        "apart_mm": _apart(normals + tie, rights, camera_from_world, config.damping),
+        "disagreement_mm": _view_disagreement(normals + coupling, rights, camera_from_world, config.damping),
     }
 
 
@@ -225,16 +292,20 @@ def _start(pose):
     return jnp.stack([pose, pose])
 
 
-def refine(parts, pyramid, camera_from_world, starts, config):
+def refine(
+    parts: Parts,
+    pyramid: Sequence[LevelViews],
+    camera_from_world: Float[Array, "views 4 4"],
+    starts: Float[Array, "starts 4 4"],
+    config: RefineConfig,
+) -> Refined:
     """Refines the best of several start poses, level by level; deterministic, of static cost.
 
-    Every start runs through the coarsest level; after each level those go on that fit best, as many as the level keeps.
+    Every start runs through the coarsest level. After each level, the `Level.keep` candidates that fit best go on.
 
     Args:
-      parts: `Parts`; pyramid: a `Views` for each of config.levels, at its resolution; camera_from_world: (V, 4, 4).
-      starts: (K, 4, 4) world_from_box; the rest of the body starts with the vertebra.
-    Returns:
-      `Refined`.
+      pyramid: X-rays at the resolution of each of config.levels; starts: world_from_box, mm, which is also where the rest of
+        the body starts.
     """
     poses = jax.vmap(_start)(starts)
     trajectory, fit = [], []
@@ -243,8 +314,10 @@ def refine(parts, pyramid, camera_from_world, starts, config):
 
         def run(poses, level=level, views=views):
             camera_from_box = rigid.matmul(camera_from_world, poses[0])
-            crops = camera.windows(views.images, views.valid, views.intrinsics, camera_from_box, level.size)
-            window = _window(*crops, camera_from_world, config)
+            images, valid, intrinsics = camera.windows(
+                views.images, views.valid, views.intrinsics, camera_from_box, level.size
+            )
+            window = _window(images, valid, intrinsics, camera_from_world, config)
 
             def body(poses, _):
                 return _step(parts, window, poses, level, config)
@@ -257,14 +330,26 @@ def refine(parts, pyramid, camera_from_world, starts, config):
         order = jnp.argsort(-score)[: level.keep]
         if len(score) > 1:
             away = rigid.distance(poses[:, 0], poses[order[0], 0][None], jnp.zeros(3))
-            # Of those that ended elsewhere, the best: how far off it is and by how much it fits worse.
-            other = jnp.argmax(jnp.where(away > APART_MM, score, -jnp.inf))
-            elsewhere = away[other] > APART_MM
+            # The rival is the best of those that ended elsewhere.
+            other = jnp.argmax(jnp.where(away > DISTINCT_MM, score, -jnp.inf))
+            elsewhere = away[other] > DISTINCT_MM
             rival_mm = jnp.where(elsewhere, away[other], 0.0)
-            margin = jnp.where(elsewhere, score[order[0]] - score[other], 2.0)
+            margin = jnp.where(elsewhere, score[order[0]] - score[other], MAX_MARGIN)
         poses, found = jax.tree.map(lambda a: a[order], (poses, found))
         trajectory.append(poses[0, 0])
         fit.append(score[order[0]])
     best = jax.tree.map(lambda a: a[0], found)
-    history = {"trajectory": jnp.stack(trajectory), "fit": jnp.stack(fit)}
-    return Refined(poses[0, 0], poses[0, 1], rival_mm=rival_mm, margin=margin, **history, **best)
+    trajectory, fit = jnp.stack(trajectory), jnp.stack(fit)
+    return Refined(
+        poses[0, 0],
+        poses[0, 1],
+        best["information"],
+        best["similarity"],
+        best["support"],
+        best["step_mm"],
+        best["disagreement_mm"],
+        rival_mm,
+        margin,
+        trajectory,
+        fit,
+    )

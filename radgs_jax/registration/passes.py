@@ -2,7 +2,9 @@
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
+from kernels.common.types import Array
 from radgs_jax.gaussians import Gaussians
 from radgs_jax.models import radgs_reg
 from radgs_jax.models.trained import Model
@@ -11,13 +13,13 @@ from radgs_jax.registration.pyramid import Pyramid
 
 
 def run_network(
-    programs: Programs, model: Model, seen: Pyramid, world_from_box: np.ndarray, cloud: Gaussians, passes: int
+    programs: Programs, model: Model, seen: Pyramid, world_from_box: Float[Array, "4 4"], cloud: Gaussians, passes: int
 ) -> radgs_reg.Registration:
     """`radgs_reg.iterate` on the host: one compiled pass, called `passes` times.
 
     Args:
-      seen: a pyramid of one level, at the model's resolution; world_from_box: (4, 4) start pose; cloud: Gaussians (N,) of the
-        CT's vertebra, box frame.
+      seen: a pyramid of one level, at the model's resolution; world_from_box: start pose, mm; cloud: Gaussians (N,) of the CT's
+        vertebra, box frame.
     Returns:
       `Registration` in numpy.
     """

@@ -7,7 +7,9 @@ from concurrent import futures
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
+from kernels.common.types import Array
 from radgs_jax import gaussians
 from radgs_jax.gaussians import Gaussians
 from radgs_jax.geometry import rigid_host
@@ -48,13 +50,13 @@ class Outcome:
       confidence: the verdict; None without a refinement or without an acceptance rule.
     """
 
-    world_from_ct: np.ndarray
-    trajectory: np.ndarray
+    world_from_ct: Float[Array, "4 4"]
+    trajectory: Float[Array, "poses 4 4"]
     reconstruction: Gaussians
-    crops: np.ndarray
-    intrinsics: np.ndarray
-    camera_from_world: np.ndarray
-    attention: np.ndarray
+    crops: Float[Array, "views height width"]
+    intrinsics: Float[Array, "views 4"]
+    camera_from_world: Float[Array, "views 4 4"]
+    attention: Float[Array, "views cells_v cells_u"]
     refined: Refined | None
     confidence: Confidence | None
 
@@ -62,7 +64,7 @@ class Outcome:
 def register(
     prepared: Prepared,
     xrays: Sequence[XRay],
-    start: np.ndarray,
+    start: Float[Array, "4 4"],
     options: RegisterOptions = RegisterOptions(),
     compile: Compile = jax.jit,
 ) -> Outcome:
@@ -137,14 +139,18 @@ def warm_up(
 
 
 def refine_until_trusted(
-    prepared: Prepared, xrays: Sequence[XRay], estimate: np.ndarray, start: np.ndarray, compile: Compile = jax.jit
+    prepared: Prepared,
+    xrays: Sequence[XRay],
+    estimate: Float[Array, "4 4"],
+    start: Float[Array, "4 4"],
+    compile: Compile = jax.jit,
 ) -> tuple[Refined, Confidence | None]:
     """Refines a pose, with wider searches where the answer is not trusted.
 
     Without an acceptance rule nothing is judged, and the first refinement is the answer.
 
     Args:
-      estimate, start: (4, 4) world_from_box, the network's and the one that it started from.
+      estimate, start: world_from_box, the network's and the one that it started from.
     """
     rule, vertebra = prepared.rule, prepared.vertebra
     parts = preparing.bare_parts(prepared) if shows_bare_bone(xrays, prepared.search) else prepared.parts
@@ -164,12 +170,13 @@ def refine_until_trusted(
 
 def shows_bare_bone(xrays: Sequence[XRay], search: searching.SearchConfig) -> bool:
     """Whether the X-rays show a bone in air: all of their median line integrals are small."""
-    medians = [np.median(x.line_integrals[x.valid]) if x.valid.any() else np.inf for x in xrays]
-    return max(medians) < search.bare_line_integral
+    counted = [np.asarray(x.line_integrals)[np.asarray(x.valid)] for x in xrays]
+    medians = [np.median(values) if values.size else np.inf for values in counted]
+    return bool(max(medians) < search.bare_line_integral)
 
 
-def centred_points(refined: Refined, vertebra: Vertebra) -> np.ndarray:
-    """The vertebra's surface points (P, 3) at a refined pose, mm, about its centre in world axes."""
+def centred_points(refined: Refined, vertebra: Vertebra) -> Float[Array, "p 3"]:
+    """The vertebra's surface points at a refined pose, mm, about its centre in world axes."""
     in_box = (vertebra.points - vertebra.ct_from_box[:3, 3]) @ vertebra.ct_from_box[:3, :3]
     return in_box @ refined.world_from_box[:3, :3].T
 
@@ -178,14 +185,14 @@ def reconstruct_without_ct(
     prepared: Prepared,
     cloud: Gaussians,
     xrays: Sequence[XRay],
-    start: np.ndarray,
+    start: Float[Array, "4 4"],
     passes: int,
     compile: Compile = jax.jit,
 ) -> Gaussians:
-    """What the network makes of the X-rays where another shape takes the CT's place, from the start pose on, unrefined.
+    """The network's reconstruction with another shape in place of the CT, from the start pose on, unrefined.
 
     Args:
-      cloud: Gaussians (N,) of that shape, box frame, such as `reconstruct.mean_cloud`; start: world_from_ct (4, 4).
+      cloud: Gaussians (N,) of that shape, box frame, such as `reconstruct.mean_cloud`; start: world_from_ct.
     Returns:
       Gaussians (N,) in the world frame.
     """

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-import flax.struct
-import jax
 import numpy as np
+from jaxtyping import Bool
+from jaxtyping import Float
 
 from radgs_jax import gaussians
 from radgs_jax.geometry import resample
@@ -12,6 +12,10 @@ from radgs_jax.models.trained import Model
 from radgs_jax.registration.confidence import AcceptanceRule
 from radgs_jax.registration.confidence import method_digest
 from radgs_jax.registration.gauss_newton import RefineConfig
+from radgs_jax.registration.parts import on_device
+from radgs_jax.registration.parts import on_device_parts as on_device_parts
+from radgs_jax.registration.parts import PARTS as PARTS
+from radgs_jax.registration.parts import Parts as Parts
 from radgs_jax.registration.search import SearchConfig
 
 PART_MM = 1.0
@@ -36,30 +40,12 @@ class Vertebra:
     """
 
     label: int
-    density: np.ndarray
-    mask: np.ndarray
-    ct_from_index: np.ndarray
-    ct_from_box: np.ndarray
+    density: Float[np.ndarray, "x y z"]
+    mask: Bool[np.ndarray, "x y z"]
+    ct_from_index: Float[np.ndarray, "4 4"]
+    ct_from_box: Float[np.ndarray, "4 4"]
     cloud: gaussians.Gaussians
-    points: np.ndarray
-
-
-@flax.struct.dataclass
-class Parts:
-    """The two rigid parts that an X-ray is modelled with: densities in 1/mm, affines (4, 4) from voxel index to box frame, mm.
-
-    Attributes:
-      excess: (X, Y, Z) the vertebra's attenuation above the muscle that fills its hole.
-      rest: (X', Y', Z') everything else.
-    """
-
-    excess: jax.Array
-    box_from_excess: jax.Array
-    rest: jax.Array
-    box_from_rest: jax.Array
-
-
-PARTS = tuple(field.name for field in dataclasses.fields(Parts))
+    points: Float[np.ndarray, "p 3"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,22 +80,12 @@ class Prepared:
             )
 
 
-def on_device(values) -> jax.Array:
-    """Numbers as a float32 array on the device. Numpy converts them: jax would load a program for every shape."""
-    return jax.device_put(np.asarray(values, np.float32))
-
-
-def on_device_parts(parts: Parts) -> Parts:
-    """`Parts` in float32 on the device."""
-    return Parts(**{name: on_device(getattr(parts, name)) for name in PARTS})
-
-
 def bare_parts(prepared: Prepared) -> Parts:
     """The vertebra in air as `Parts`, in the shapes of the prepared ones, so that the same program takes them."""
     vertebra, parts = prepared.vertebra, prepared.parts
     alone, _ = resample.block_average(vertebra.density, vertebra.ct_from_index, PART_MM)
     padded = np.pad(alone, [(0, n - m) for n, m in zip(parts.excess.shape, alone.shape)])
-    return parts.replace(excess=on_device(padded), rest=on_device(np.zeros(parts.rest.shape)))
+    return dataclasses.replace(parts, excess=on_device(padded), rest=on_device(np.zeros(parts.rest.shape)))
 
 
 def fine_cloud(vertebra: Vertebra) -> gaussians.Gaussians:

@@ -3,20 +3,30 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
+from jaxtyping import Bool
+from jaxtyping import Float
+
+from kernels.common.types import Array
 from radgs_jax import gaussians
 from radgs_jax.models import radgs_reg
+from radgs_jax.models.config import ModelConfig
 from radgs_jax.registration import gauss_newton
 from radgs_jax.registration import reconstruct
 
 Compile = Callable[..., Callable]
-"""`jax.jit`, or what takes the same function and `static_argnames` and returns a callable that has `lower`, too."""
+"""`jax.jit`, or a function that takes the same function and `static_argnames` and also returns a callable with `lower`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """network_pass, refine, move, as_bone: compiled `radgs_reg.iterate` of one pass, `gauss_newton.refine`, `gaussians.move`
-    and `reconstruct.as_bone`."""
+    """Compiled functions.
+
+    Attributes:
+      network_pass: `network_pass`; refine: `gauss_newton.refine`; move: `gaussians.move`; as_bone: `reconstruct.as_bone`.
+    """
 
     network_pass: Callable
     refine: Callable
@@ -26,7 +36,7 @@ class Programs:
 
 @functools.cache
 def programs_of(compile: Compile) -> Programs:
-    """`Programs` of a compiler, made once for each, so that nothing is traced twice."""
+    """`Programs` of a compiler, made once for each compiler, so that nothing is traced twice."""
     return Programs(
         compile(network_pass, static_argnames="config"),
         compile(gauss_newton.refine, static_argnames="config"),
@@ -35,7 +45,16 @@ def programs_of(compile: Compile) -> Programs:
     )
 
 
-def network_pass(params, images, valid, intrinsics, camera_from_world, world_from_box, cloud, config):
+def network_pass(
+    params: dict[str, Any],
+    images: Sequence[Float[Array, "_ _"]],
+    valid: Sequence[Bool[Array, "_ _"]],
+    intrinsics: Float[Array, "views 4"],
+    camera_from_world: Float[Array, "views 4 4"],
+    world_from_box: Float[Array, "4 4"],
+    cloud: gaussians.Gaussians,
+    config: ModelConfig,
+) -> radgs_reg.Registration:
     """One pass of `radgs_reg.iterate`."""
     return radgs_reg.iterate(
         params, config, images, valid, intrinsics, camera_from_world, world_from_box, cloud, passes=1

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
+from kernels.common.types import Array
 from radgs_jax.geometry.xray import bin_xray
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.registration.gauss_newton import LevelViews
-from radgs_jax.registration.prepared import on_device
+from radgs_jax.registration.parts import on_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Pyramid:
     """
 
     levels: list[LevelViews]
-    camera_from_world: jax.Array
+    camera_from_world: Float[Array, "views 4 4"]
 
 
 def at_resolution(xrays: Sequence[XRay], pixel_mm: float) -> LevelViews:

@@ -1,9 +1,13 @@
 """The reported reconstruction: a bone that is its CT's but for a fraction of a millimetre, as fine Gaussians."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
+from kernels.common.types import Array
 from radgs_jax import gaussians
 from radgs_jax.gaussians import Gaussians
 from radgs_jax.geometry import grid
@@ -25,12 +29,12 @@ def as_bone(anchors: Gaussians, fine: Gaussians, matches: matching.Matches, regi
     """Fine Gaussians (M,) of the reconstructed bone, box frame.
 
     Args:
-      anchors, fine: Gaussians (N,) and (M,) of the CT's vertebra; matches: (1, ...) what the views say of the anchors.
-      registered: the pose has been refined, so the matches' rigid part is the network's error and is dropped.
+      anchors, fine: Gaussians (N,) and (M,) of the CT's vertebra; matches: where the views see the anchors, a batch of 1.
+      registered: whether the pose has been refined, so that the matches' rigid part is the network's error and is dropped.
     """
     motion, _ = matching.align(matches)
     motion = motion[0]
-    # What a match says beyond the rigid motion, weighted by its information against the prior that the bone is its CT.
+    # The residual of each match after the rigid motion, shrunk by its information relative to the prior that the bone is its CT.
     beyond = matches.target[0] - rigid.apply(motion, matches.source[0])
     known = matches.information[0]
     inverse = jnp.linalg.inv(known + DEFORMATION_MM**-2 * jnp.eye(3))
@@ -38,7 +42,7 @@ def as_bone(anchors: Gaussians, fine: Gaussians, matches: matching.Matches, regi
     inner = jnp.eye(4) if registered else motion
     chosen = jax.tree.map(lambda a: a[0], matching.subset(jax.tree.map(lambda a: a[None], anchors), len(own)))
     bone = gaussians.move(chosen, inner)
-    bone = bone.replace(mean=bone.mean + own)
+    bone = dataclasses.replace(bone, mean=bone.mean + own)
     return gaussians.blur(activation.carry_detail(bone, chosen, fine), POSE_BLUR_MM)
 
 
@@ -48,17 +52,20 @@ def mean_cloud(model: Model, label: int) -> Gaussians:
 
 
 def in_ct(
-    reconstruction: Gaussians, world_from_ct: np.ndarray, ct_from_index: np.ndarray, shape: tuple[int, int, int]
-) -> np.ndarray:
-    """Density of world-frame Gaussians in 1/mm, carried to CT axes by the inverse of `world_from_ct` (4, 4).
+    reconstruction: Gaussians,
+    world_from_ct: Float[Array, "4 4"],
+    ct_from_index: Float[Array, "4 4"],
+    shape: tuple[int, ...],
+) -> Float[np.ndarray, "x y z"]:
+    """Density of world-frame Gaussians in 1/mm, carried to CT axes by the inverse of `world_from_ct`.
 
     Args:
-      ct_from_index: (4, 4), mm, and shape: the grid that it is sampled on.
+      ct_from_index: affine of the grid on which it is sampled, mm; shape: number of its voxels along each axis.
     """
     ct = gaussians.move(reconstruction, jnp.asarray(np.linalg.inv(world_from_ct), jnp.float32))
     # Centred first: CT coordinates of hundreds of mm would cost float32 its digits.
     middle = ct_from_index[:3, :3] @ (0.5 * (np.array(shape) - 1)) + ct_from_index[:3, 3]
     affine = np.array(ct_from_index)
     affine[:3, 3] -= middle
-    ct = ct.replace(mean=ct.mean - jnp.asarray(middle, jnp.float32))
+    ct = dataclasses.replace(ct, mean=ct.mean - jnp.asarray(middle, jnp.float32))
     return np.asarray(gaussians.voxelize(ct, grid.VoxelGrid(jnp.asarray(affine, jnp.float32), tuple(shape))))

@@ -9,15 +9,24 @@ import itertools
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
+from kernels.common.types import Array
 from radgs_jax.geometry import rigid_host
 from radgs_jax.levels import neighbours_mm
 from radgs_jax.registration import gauss_newton
+from radgs_jax.registration.gauss_newton import Level
 from radgs_jax.registration.gauss_newton import RefineConfig
 from radgs_jax.registration.gauss_newton import Refined
+from radgs_jax.registration.parts import Parts
+from radgs_jax.registration.programs import Programs
+from radgs_jax.registration.pyramid import Pyramid
+
+_Pose = Float[Array, "4 4"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,19 +62,21 @@ class SearchConfig:
     bare_line_integral: float = 0.3
 
 
-def refine_arguments(parts, seen, starts, config: RefineConfig, levels):
-    """Arguments and keywords of `gauss_newton.refine` for the first levels of a pyramid, replaced by `levels`."""
-    starts = jax.device_put(np.asarray(starts, np.float32))
+def refine_arguments(
+    parts: Parts, seen: Pyramid, starts: Sequence[_Pose], config: RefineConfig, levels: Sequence[Level]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and keywords of `gauss_newton.refine` for the first levels of a pyramid, with `levels` in place of config's."""
+    poses = jax.device_put(np.asarray(starts, np.float32))
     chosen = dataclasses.replace(config, levels=tuple(levels))
-    return (parts, seen.levels[: len(levels)], seen.camera_from_world, starts), {"config": chosen}
+    return (parts, seen.levels[: len(levels)], seen.camera_from_world, poses), {"config": chosen}
 
 
-def glance(config: RefineConfig, search: SearchConfig):
-    """The levels of a short look into a neighbour's place."""
+def glance(config: RefineConfig, search: SearchConfig) -> tuple[Level, ...]:
+    """The levels of a short look at a neighbour's place."""
     return (dataclasses.replace(config.levels[0], iterations=search.glance_iterations),)
 
 
-def keeping(config: RefineConfig, survivors: int):
+def keeping(config: RefineConfig, survivors: int) -> tuple[Level, ...]:
     """The levels of a refinement in which that many starts go on from the coarsest one."""
     first, *others = config.levels
     return (dataclasses.replace(first, keep=survivors), *others)
@@ -78,14 +89,21 @@ def _shift(shift_mm):
 
 
 def refine_pose(
-    programs, parts, seen, starts: Sequence, config: RefineConfig, search: SearchConfig, places_mm, survivors: int = 1
+    programs: Programs,
+    parts: Parts,
+    seen: Pyramid,
+    starts: Sequence[_Pose],
+    config: RefineConfig,
+    search: SearchConfig,
+    places_mm: Sequence[float],
+    survivors: int = 1,
 ) -> Refined:
-    """Refines several starts, goes on until the best has settled, and asks whether a neighbouring level fits better.
+    """Refines several starts, goes on until the best has settled, and compares it with the places of neighbouring levels.
 
     Args:
-      programs: `programs.Programs`; parts: `prepared.Parts`; seen: `pyramid.Pyramid` of config's levels.
-      starts: K >= 2 poses (4, 4) of the vertebra's box; places_mm: where its two neighbours lie, as of `levels.neighbours_mm`.
-      survivors: how many starts go on from the coarsest level.
+      seen: X-rays at the resolutions of config's levels; starts: at least 2 poses world_from_box.
+      places_mm: where its two neighbours lie along the spine, from `levels.neighbours_mm`.
+      survivors: number of starts that go on from the coarsest level.
     Returns:
       `Refined` in numpy. Its rival is the best other answer, neighbours included.
     """
@@ -98,9 +116,9 @@ def refine_pose(
         for _ in range(search.max_settlings):
             if not refined.step_mm > search.settled_mm:
                 break
-            # The same pose twice, since two starts, as most cases have, are one compiled program. The rival stays the rival.
+            # The same pose twice reuses the program that is compiled for two starts. The rival stays the same.
             rival = {name: getattr(refined, name) for name in ("rival_mm", "margin")}
-            refined = run([refined.world_from_box] * 2, config.levels).replace(**rival)
+            refined = dataclasses.replace(run([refined.world_from_box] * 2, config.levels), **rival)
         return refined
 
     refined = settled(run(starts, keeping(config, survivors)))
@@ -108,31 +126,38 @@ def refine_pose(
         places = [refined.world_from_box @ _shift((0.0, 0.0, along)) for along in places_mm]
         other = run(places, glance(config, search))
         away_mm = np.linalg.norm(other.world_from_box[:3, 3] - refined.world_from_box[:3, 3])
-        if away_mm < gauss_newton.APART_MM:
+        if away_mm < gauss_newton.DISTINCT_MM:
             break
         margin = refined.fit[0] - other.fit[0]
         # A place that fits better at a glance than the answer does in detail is refined, too.
         if other.fit[0] < refined.fit[-1]:
             if margin < refined.margin:
-                refined = refined.replace(rival_mm=away_mm, margin=margin)
+                refined = dataclasses.replace(refined, rival_mm=away_mm, margin=margin)
             break
         other = settled(run(places, config.levels))
         better, worse = (other, refined) if other.fit[-1] > refined.fit[-1] else (refined, other)
         margin = better.fit[-1] - worse.fit[-1]
-        refined = better.replace(rival_mm=away_mm, margin=min(margin, better.margin))
+        refined = dataclasses.replace(better, rival_mm=away_mm, margin=min(margin, better.margin))
         if better is not other:
             break
     return refined
 
 
 def searches(
-    programs, parts, seen, estimate, start, config: RefineConfig, search: SearchConfig, label: int
+    programs: Programs,
+    parts: Parts,
+    seen: Pyramid,
+    estimate: _Pose,
+    start: _Pose,
+    config: RefineConfig,
+    search: SearchConfig,
+    label: int,
 ) -> Iterator[Refined]:
-    """The refined pose, then the best pose after each wider search, `confidence.SEARCHES` of them.
+    """The refined pose, then the best pose after each of the `confidence.SEARCHES` wider searches.
 
     Args:
-      programs, parts, seen, config, search: as in `refine_pose`.
-      estimate, start: (4, 4) world_from_box, the network's and the one that it started from; label: VerSe number.
+      seen: as in `refine_pose`; estimate, start: world_from_box, the network's and the one that it started from; label: VerSe
+        number.
     """
     places_mm = neighbours_mm(label)
     refined = refine_pose(programs, parts, seen, [estimate, start], config, search, places_mm)

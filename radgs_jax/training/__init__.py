@@ -1,1 +1,1 @@
-"""Training as pure functions: batches, objectives, the sharded update."""
+"""Training as pure functions: batches, examples, the losses of the phases, and the sharded update."""

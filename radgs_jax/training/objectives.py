@@ -1,35 +1,61 @@
-"""Training as pure functions: examples from pairs, the loss of each module stage, and the sharded update.
+"""The loss of each phase of training.
 
-Module stages: 'rec' trains RecM with Eq. 2, 'reg' trains RegM with Eq. 3, 'joint' trains both with Eq. 4, gradients
-flowing from the registration through the voxeliser into RecM.
+Phases: 'rec' trains RecM with Eq. 2, 'reg' trains RegM with Eq. 3, and 'joint' trains both with Eq. 4, with gradients from the
+registration through the voxeliser into RecM.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
+from kernels.common.types import Array
 from radgs_jax import gaussians
 from radgs_jax import losses
+from radgs_jax.gaussians import Gaussians
 from radgs_jax.geometry import rigid
 from radgs_jax.models import matching
 from radgs_jax.models import recm
 from radgs_jax.models import regm
+from radgs_jax.models.config import ModelConfig
+from radgs_jax.models.recm import Reconstruction
 from radgs_jax.training import augment
 from radgs_jax.training import examples
+from radgs_jax.training.batches import CtBatch
+from radgs_jax.training.batches import Example
+from radgs_jax.training.batches import PairBatch
 
 MODULES = ("rec", "reg", "joint")
+"""The phases, in the order in which they run."""
+SILHOUETTE = 0.02
+"""Line integral above which a pixel shows the vertebra, no unit: about that of a millimetre of soft bone. Chosen by hand; half adds
+the faintest edges to the silhouette, twice removes them."""
+
+_Scalar = Float[Array, ""]
+_Terms = Mapping[str, _Scalar]
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights. The first three are the paper's (Eq. 2 and 3).
+    """Weights of the losses' terms.
 
-    points (1/mm): mean distance of every Gaussian from where the true pose puts it. It stands where the authors' code has
-    a Chamfer distance to a fitted cloud; here the correspondence is known. volume (mm): L1 of the voxelised densities.
-    matches: negative log-likelihood (Laplace) of where each view sees each anchor, which makes its precision true.
-    pose (1/mm): geodesic distance of the matches' motion in closed form, less where the start is far.
-    attention: minus log share of the attention that lies on the vertebra.
+    The first three are the paper's (Eq. 2 and 3). The others were chosen by hand so that no term dominates; half or twice a weight
+    shifts the balance to the other terms or to its own.
+
+    Attributes:
+      ssim: of 1 - SSIM of the images.
+      tv: of the total variation of the volumes.
+      geodesic: 1/mm, of the geodesic distance of the poses.
+      points: 1/mm, of the mean distance of Gaussians from where the true pose puts them. The authors' code has a Chamfer distance
+        to a fitted cloud instead; here the correspondence is known.
+      volume: mm, of the L1 of the voxelised densities.
+      matches: of the negative log-likelihood (Laplace) of where each view sees each anchor, which calibrates its precision.
+      pose: 1/mm, of the geodesic distance of the matches' motion in closed form, less where the start is far.
+      attention: of minus the log of the share of the attention that lies on the vertebra.
     """
 
     ssim: float = 0.2
@@ -42,32 +68,38 @@ class LossConfig:
     attention: float = 0.05
 
 
-def reconstruct(params, config, example, key=None):
-    """RecM's `Reconstruction` of an `Example`; deterministic without a key."""
-    return recm.RecM(config).apply(
+def reconstruct(
+    params: dict[str, Any], config: ModelConfig, example: Example, key: jax.Array | None = None
+) -> Reconstruction:
+    """RecM's reconstruction of an example; deterministic without a key."""
+    reconstruction = recm.RecM(config).apply(
         params, example.xrays, example.valid, example.intrinsics, example.camera_from_box, example.cloud, key
     )
+    return cast(Reconstruction, reconstruction)
 
 
-def project(cloud, example):
-    """Line integrals (B, V, H, W) of Gaussians (B, N), box frame, in an example's views."""
+def project(cloud: Gaussians, example: Example) -> Float[jax.Array, "batch views height width"]:
+    """Line integrals of Gaussians (B, N), box frame, in an example's views."""
     views, (height, width) = example.xrays.shape[1], example.xrays.shape[2:]
-    return gaussians.project(gaussians.views(cloud, views), example.camera_from_box, example.intrinsics, height, width)
+    image = gaussians.project(gaussians.views(cloud, views), example.camera_from_box, example.intrinsics, height, width)
+    return cast(jax.Array, image)
 
 
-def reconstruction_loss(reconstruction, example, config, weights):
-    """Eq. 2 with both branches where pixels are valid, plus the two 3D terms of `LossConfig`; scalar and a dict of its parts."""
+def reconstruction_loss(
+    reconstruction: Reconstruction, example: Example, config: ModelConfig, weights: LossConfig
+) -> tuple[_Scalar, _Terms]:
+    """Eq. 2 with both branches where pixels are valid, plus the other terms of `LossConfig`; the loss and its terms by name."""
     truth = gaussians.move(example.cloud, example.motion)
     effect, factual = reconstruction.effect, reconstruction.factual
     volume, true_volume = regm.volume(effect, config), regm.volume(truth, config)
-    # A collimated pixel says nothing, so that there every image is 0.
+    # All images are 0 where the X-ray is invalid, so that such pixels add nothing to the loss.
     image, factual_image, target = (
         jnp.where(example.valid, i, 0.0) for i in (project(effect, example), project(factual, example), example.target)
     )
     eq2 = losses.cal_reconstruction(
         image, volume, factual_image, regm.volume(factual, config), target, weights.ssim, weights.tv
     )
-    # Weighted by mass: Gaussians that only pad the cloud have no place to be.
+    # Weighted by mass, since Gaussians that only pad the cloud have no true place.
     share = truth.density * jnp.prod(truth.scale, -1)
     share = share / jnp.sum(share, -1, keepdims=True)
 
@@ -86,15 +118,19 @@ def reconstruction_loss(reconstruction, example, config, weights):
     return loss, parts
 
 
-def attention_inside(maps, example):
-    """Share (B, V) of the attention (B, V, h, w, M) that lies on the vertebra where it truly is, by its projection."""
+def attention_inside(
+    maps: Float[Array, "batch views cells_v cells_u maps"], example: Example
+) -> Float[jax.Array, "batch views"]:
+    """Share of the attention that lies on the projection of the vertebra at its true pose."""
     level = jnp.mean(maps, -1)
-    silhouette = jax.image.resize((example.valid & (example.target > 0.02)).astype(level.dtype), level.shape, "linear")
+    silhouette = jax.image.resize(
+        (example.valid & (example.target > SILHOUETTE)).astype(level.dtype), level.shape, "linear"
+    )
     return jnp.sum(level * silhouette, (-2, -1)) / (jnp.sum(level, (-2, -1)) + 1e-6)
 
 
 def _match_losses(reconstruction, example):
-    """Likelihood of the views' shifts, distance of the motion that follows from them, mean error of the shifts in mm."""
+    """Negative log-likelihood of the views' shifts, the pose loss of the motion that follows from them, mean error in mm."""
     source = reconstruction.matches.source
     moved = rigid.apply(example.motion, source) - source
     true_shift = rigid.apply_rotation(reconstruction.rotation[:, :, None], moved[:, None])[..., :2]
@@ -105,11 +141,18 @@ def _match_losses(reconstruction, example):
     return likelihood, losses.pose_from_start(motion, example.motion), jnp.mean(miss)
 
 
-def registration_loss(motion, true_motion, cloud, reconstruction, config, weights):
-    """Eq. 3 for estimated and true motions (B, 4, 4) of the CT's Gaussians `cloud` (B, N) to a `reconstruction` (B, N).
+def registration_loss(
+    motion: Float[Array, "batch 4 4"],
+    true_motion: Float[Array, "batch 4 4"],
+    cloud: Gaussians,
+    reconstruction: Gaussians,
+    config: ModelConfig,
+    weights: LossConfig,
+) -> tuple[_Scalar, _Terms]:
+    """Eq. 3, in the box frame; the loss and errors by name.
 
-    Returns:
-      scalar and a dict of its parts; all in the box frame.
+    Args:
+      motion, true_motion: estimated and true motion of the CT's Gaussians `cloud` (B, N) to the `reconstruction` (B, N).
     """
     moved_ct = regm.volume(gaussians.move(cloud, motion), config)
     loss = losses.registration(moved_ct, regm.volume(reconstruction, config), motion, true_motion, weights.geodesic)
@@ -125,14 +168,28 @@ def registration_loss(motion, true_motion, cloud, reconstruction, config, weight
     }
 
 
-def loss(params, key, batch, module, config, weights, strength):
-    """Loss of one module stage on a `PairBatch`, or on a `CtBatch` for 'reg': scalar and a dict of scalars."""
+def loss(
+    params: dict[str, Any],
+    key: jax.Array,
+    batch: PairBatch | CtBatch,
+    module: str,
+    config: ModelConfig,
+    weights: LossConfig,
+    strength: float,
+) -> tuple[_Scalar, _Terms]:
+    """Loss of one phase, and its terms by name.
+
+    Args:
+      batch: a `CtBatch` for 'reg', else a `PairBatch`; module: one of MODULES; strength: as in `examples.make_example`.
+    """
     key_example, key_draws = jax.random.split(key)
     if module == "reg":
+        assert isinstance(batch, CtBatch)
         imperfect = augment.imperfect(key_draws, gaussians.move(batch.cloud, batch.motion))
         matches = regm.matches_of(imperfect, batch.cloud, config) if config.head == "anchored" else None
         estimate, _ = regm.estimate(params["regm"], config, imperfect, matches, batch.cloud)
         return registration_loss(estimate, batch.motion, batch.cloud, imperfect, config, weights)
+    assert isinstance(batch, PairBatch)
     example = examples.make_example(key_example, batch, config, strength)
     reconstruction = reconstruct(params["recm"], config, example, key_draws)
     value, parts = reconstruction_loss(reconstruction, example, config, weights)

@@ -2,47 +2,71 @@
 
 import functools
 import math
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from radgs_jax.models.config import ModelConfig
 from radgs_jax.training import objectives
 
+if TYPE_CHECKING:
+    import optax
+
 TRAINED = {"rec": ("recm",), "reg": ("regm",), "joint": ("recm", "regm")}
+"""Names of the parameter trees that each phase trains."""
+MAX_GRADIENT = 1.0
+"""Norm to which longer gradients are cut. Chosen by hand: smaller values slow training down, larger ones let a rare batch throw the
+parameters off."""
+WEIGHT_DECAY = 1e-4
+"""Decay of the weights per step, as a fraction of the learning rate; optax's own default for AdamW."""
+WARMUP_STEPS = 50
+"""Number of steps over which the learning rate rises. Chosen by hand: with fewer, Adam's first and uncertain moments take
+large steps."""
+
+Params = dict[str, Any]
+"""Parameter trees by the name of their network."""
+State = dict[str, Any]
+"""{'params': `Params`, 'opt_state': moments of the trained ones}."""
 
 
-def optimizer(weight_decay=1e-4):
-    """AdamW without its learning rate, which `update` takes as an argument so that schedules never recompile."""
+def optimizer(weight_decay: float = WEIGHT_DECAY) -> "optax.GradientTransformation":
+    """AdamW without its learning rate, which the update takes as an argument so that schedules never recompile."""
     import optax  # a tenth of a second, for training alone
 
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.add_decayed_weights(weight_decay))
+    return optax.chain(
+        optax.clip_by_global_norm(MAX_GRADIENT), optax.scale_by_adam(), optax.add_decayed_weights(weight_decay)
+    )
 
 
-def cosine(step, steps, peak, warmup=50):
-    """Learning rate: linear warm-up, then half a cosine to zero. Plain floats: a device would answer after all its steps."""
+def cosine(step: int, steps: int, peak: float, warmup: int = WARMUP_STEPS) -> float:
+    """Learning rate: linear warm-up, then half a cosine to zero. On the host, since a device would answer after all its steps."""
     progress = min(1.0, step / max(1, steps))
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def state_of(params, trained):
-    """{'params', 'opt_state'} of a dict of parameter trees; only those named in `trained` get optimiser moments."""
+def state_of(params: Params, trained: Sequence[str]) -> State:
+    """The first state; only the trees named in `trained` get optimiser moments."""
     return {"params": params, "opt_state": optimizer().init({name: params[name] for name in trained})}
 
 
-def init_state(params, module):
-    """`state_of` one module stage."""
+def init_state(params: Params, module: str) -> State:
+    """`state_of` one phase."""
     return state_of(params, TRAINED[module])
 
 
-def update_of(mesh, objective, trained):
+def update_of(mesh: Mesh, objective: Callable, trained: Sequence[str]) -> Callable:
     """The jitted update (state, key, learning_rate, batch) -> (state, metrics) on a mesh with an axis 'data'.
 
-    The batch is split over 'data'; parameters are replicated; gradients are averaged across the mesh. Each shard draws its
-    own random numbers from (key, shard). The state is donated. A batch whose gradient is not finite leaves it as it was;
-    beside the loss, the norm of the gradient and the objective's scalars, the metrics say so: `skipped` is 1, else 0.
+    The batch is split over 'data', parameters are replicated, and gradients are averaged across the mesh. Each shard draws its
+    own random numbers from (key, shard). The state is donated. A batch whose gradient is not finite leaves the state as it was.
+    The metrics are the loss, the norm of the gradient, the objective's scalars, and `skipped`: 1 for such a batch, else 0.
 
     Args:
       objective: (params, key, batch) -> scalar and a dict of scalars; trained: names in `params` that it is minimised over.
@@ -62,7 +86,6 @@ def update_of(mesh, objective, trained):
         gradient, value, parts = jax.lax.pmean((gradient, value, parts), "data")
         norm = optax.global_norm(gradient)
         direction, opt_state = tx.update(gradient, state["opt_state"], free)
-        # One such batch must not poison the parameters.
         good = jnp.isfinite(norm)
         stepped = jax.tree.map(lambda p, d: jnp.where(good, p - learning_rate * d, p), free, direction)
         opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state["opt_state"])
@@ -82,7 +105,9 @@ def update_of(mesh, objective, trained):
 
 
 @functools.cache
-def make_update(mesh, module, config: ModelConfig, weights: objectives.LossConfig, strength):
-    """`update_of` one module stage's `loss`."""
+def make_update(
+    mesh: Mesh, module: str, config: ModelConfig, weights: objectives.LossConfig, strength: float
+) -> Callable:
+    """`update_of` one phase's `objectives.loss`."""
     objective = functools.partial(objectives.loss, module=module, config=config, weights=weights, strength=strength)
     return update_of(mesh, objective, TRAINED[module])

@@ -1,4 +1,4 @@
-"""Contact sheets: a picture for every kind of data, one line for bad input."""
+"""Contact sheets: one for every kind of data, and one error line for bad input."""
 
 import pathlib
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-import test_malformed_xrays as malformed
+import xray_files
 
 from data_pipelines import cases
 from data_pipelines import show
@@ -31,7 +31,7 @@ def paths(tmp_path_factory):
 
 
 def _tiles(figure):
-    """Titles of the tiles that show something, and the pixels that are drawn."""
+    """Titles of the tiles that show an image."""
     figure.canvas.draw()
     shown = [axes for axes in figure.axes if axes.images]
     assert all(np.ptp(np.asarray(axes.images[0].get_array(), float)) > 0 for axes in shown)
@@ -106,14 +106,14 @@ def test_reports_of_another_form_are_refused(case_file, tmp_path, reports, said)
     assert f"found.json: {said}" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_measured_xrays_beside_what_the_file_holds(tmp_path):
-    """The file's own camera mirrors this image, and the numbers in the file must follow."""
-    (tmp_path / "xray.dcm").write_bytes(malformed.dicom())
+def test_measured_xrays_next_to_the_stored_numbers(tmp_path):
+    """This image is mirrored when it is read, and the stored numbers must be mirrored as well."""
+    (tmp_path / "xray.dcm").write_bytes(xray_files.dicom())
     figure = show.of_xrays([tmp_path / "xray.dcm"], radiograph.ReadOptions(air=4000.0, collimator=False))
     stored, lines = _tiles(figure)
     assert "as stored" in stored and "line integrals, intensity" in lines
     stored, lines = (np.asarray(axes.images[0].get_array(), np.float64) for axes in figure.axes)
-    np.testing.assert_array_equal(stored, malformed.pixels()[:, ::-1])
+    np.testing.assert_array_equal(stored, xray_files.pixels()[:, ::-1])
     np.testing.assert_allclose(lines, -np.log(stored / 4000.0), atol=1e-5)
 
 

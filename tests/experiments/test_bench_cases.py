@@ -1,4 +1,4 @@
-"""Against cases made by another program on a real CT; skipped where the case folder is not beside the repository."""
+"""Compares with cases that another program made from a real CT; skipped where their folder is missing."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ from radgs_jax.geometry import rigid_host
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CASES = pathlib.Path(os.environ.get("RADGS_SHARED", REPOSITORY.parent / "shared")) / "bench" / "cases" / "cases.json"
 pytestmark = pytest.mark.skipif(
-    not CASES.exists(), reason="the bench cases are not beside the repository (RADGS_SHARED)"
+    not CASES.exists(), reason="the bench cases are not next to the repository (RADGS_SHARED)"
 )
 
 

@@ -1,9 +1,11 @@
-"""Programs that outlive their process: what they compute, when they are traced, what they are named by."""
+"""Kept programs: their results, when they are traced, what names their files, and what a stopwatch leaves out."""
 
 import os
 import pathlib
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +47,7 @@ def _traced(function):
 
 
 def test_a_second_process_does_not_trace_and_gives_the_same(folder):
-    """The second `kept` stands for a new process: it has nothing but the files of the first."""
+    """A second `kept` simulates a new process: it shares only files with the first."""
     motion = jnp.eye(4).at[:3, 3].set(jnp.asarray([1.0, 2.0, -3.0]))
     wanted = gaussians.move(_cloud(), motion)
     for expected in (1, 0):
@@ -69,7 +71,7 @@ def test_the_kernels_of_this_machine_are_there_after_loading(folder):
     volume = jnp.asarray(rng.uniform(0, 0.02, (9, 7, 11)), jnp.float32)
     index_from_camera = jnp.eye(4).at[:3, 3].set(jnp.asarray([4.0, 3.0, -60.0]))[None, :3]
     intrinsics = jnp.asarray([[30.0, 31.0, 3.5, 4.5]])
-    # Compiled as well: drr's rays round otherwise where each operation is run by itself.
+    # Compiled as well, because drr's rays round differently where each operation runs by itself.
     wanted = jax.jit(_project, static_argnums=(3, 4))(volume, index_from_camera, intrinsics, 8, 0.7)
     for _ in range(2):
         call = kept_programs.kept(_project, static_argnames=("size", "step_mm"))
@@ -126,6 +128,54 @@ def test_without_a_cache_it_is_jit(monkeypatch):
     call = kept_programs.kept(function)
     np.testing.assert_allclose([call(1.5), call(2.5)], [3.0, 5.0])
     assert len(traces) == 1
+
+
+def _slow_to_trace(seconds):
+    """A function whose tracing takes that much wall-clock time, half of it on the CPU."""
+
+    def double(x):
+        time.sleep(seconds / 2)
+        end = time.process_time() + seconds / 2
+        while time.process_time() < end:
+            pass
+        return 2.0 * x
+
+    return kept_programs.kept(double)
+
+
+@pytest.mark.parametrize("where", ["kept on disk", "nowhere"])
+def test_a_stopwatch_leaves_out_what_a_first_call_spends_on_its_program(where, tmp_path, monkeypatch):
+    """The same with a folder, where the program is exported and compiled, and without one."""
+    monkeypatch.setattr(kept_programs, "_folder", lambda: tmp_path if where == "kept on disk" else None)
+    call, seconds = _slow_to_trace(0.6), 0.6
+    start = time.perf_counter(), time.process_time()
+    with kept_programs.Stopwatch() as watch:
+        np.testing.assert_allclose(call(np.float32(1.5)), 3.0)
+    wall_s, cpu_s = time.perf_counter() - start[0], time.process_time() - start[1]
+    assert watch.wall_s <= wall_s - seconds and watch.cpu_s <= cpu_s - seconds / 2
+    assert 0.0 <= watch.wall_s < 0.2 and watch.times() == {"runtime_s": watch.wall_s, "cpu_s": watch.cpu_s}
+    # The program is there now: nothing is left out of a second call, nor of anything else.
+    left_out = []
+    monkeypatch.setattr(kept_programs.Stopwatch, "leave_out", lambda self, seconds: left_out.append(seconds))
+    with kept_programs.Stopwatch() as watch:
+        call(np.float32(2.5))
+        time.sleep(0.05)
+    assert not left_out and watch.wall_s >= 0.05
+
+
+def test_a_stopwatch_counts_all_but_its_own_threads_programs():
+    """Another thread's compilation does not hold up this one, so that it is not this one's to leave out."""
+    call = _slow_to_trace(0.2)
+    with kept_programs.Stopwatch() as watch:
+        thread = threading.Thread(target=call, args=(np.float32(1.0),))
+        thread.start()
+        thread.join()
+    assert watch.wall_s >= 0.2
+    call(np.float32(1.0))  # outside of any block, and with one that an error has ended
+    with pytest.raises(KeyError):
+        with kept_programs.Stopwatch() as watch:
+            raise KeyError
+    assert watch.wall_s >= 0.0 and kept_programs._watch.get() is None
 
 
 def test_kept_shapes_are_those_of_the_function(folder):

@@ -1,4 +1,4 @@
-"""The study's own arithmetic: intervals, and masks and cameras that are wrong by a known amount."""
+"""The study's arithmetic: intervals, and masks and cameras that are wrong by a known amount."""
 
 import dataclasses
 import types
@@ -26,12 +26,12 @@ def test_intervals_of_shares_and_of_medians():
     rows = [{"scene": s, "error_mm": level[s] + 0.01 * k} for s in range(30) for k in range(5)]
     low, high = statistics.median_interval(rows)
     assert low < np.median([r["error_mm"] for r in rows]) < high
-    # Five starts of a scene are no five scenes: the interval is that of 30 numbers.
+    # Starts of one scene are not independent: the interval is that of 30 numbers.
     assert high - low > 0.15
 
 
-def test_masks_that_are_wrong_by_so_many_mm():
-    """A ball of 9 mm in voxels of 1 x 1.5 x 2 mm, beside a neighbour that nothing may be taken from."""
+def test_masks_that_are_wrong_by_a_known_distance():
+    """A ball of 9 mm in voxels of 1 x 1.5 x 2 mm, next to a neighbour that must keep its mask."""
     spacing = np.array([1.0, 1.5, 2.0])
     place = np.stack(np.meshgrid(*[np.arange(n) * s for n, s in zip((40, 28, 24), spacing)], indexing="ij"), -1)
     radius = np.linalg.norm(place - [18.0, 19.0, 22.0], axis=-1)
@@ -39,17 +39,17 @@ def test_masks_that_are_wrong_by_so_many_mm():
     labels[:, :, 18:] = 21
     affine = np.diag([*spacing, 1.0])
     scan = scans.Scan("x", np.zeros(labels.shape, np.float32), labels, affine)
-    assert conditions.with_mask(scan, 20, "as it is") is scan
+    assert conditions.scan_with_mask(scan, 20, "as it is") is scan
     size = lambda s: (s.labels == 20).sum() * spacing.prod()
     for kind, wanted in (("eroded 1 mm", 8.0), ("dilated 1 mm", 10.0), ("dilated 2 mm", 11.0)):
-        changed = conditions.with_mask(scan, 20, kind)
+        changed = conditions.scan_with_mask(scan, 20, kind)
         assert abs((size(changed) / size(scan)) ** (1 / 3) * 9.0 - wanted) < 0.6
         np.testing.assert_array_equal(changed.labels == 21, labels == 21)
-    coarse = conditions.with_mask(scan, 20, "spacing 3 mm").labels == 20
+    coarse = conditions.scan_with_mask(scan, 20, "spacing 3 mm").labels == 20
     assert 0.8 < coarse.sum() / (labels == 20).sum() < 1.2 and (coarse != (labels == 20)).sum() > 50
 
 
-def test_cameras_are_off_by_what_is_said():
+def test_cameras_are_off_by_the_given_amount():
     xray = XRay(np.zeros((8, 8)), None, camera.Camera(np.array([1.0, 1, 0, 0]), np.eye(4), 8, 8))
     for shift, turn in ((2.0, 0.0), (0.0, 0.5)):
         moved = [x.camera for x in conditions.cameras_off([xray] * 3, shift, turn, np.random.default_rng(1))]
@@ -83,7 +83,7 @@ def test_bad_bins_are_refused():
 
 
 def test_scenes_of_fewer_vertebrae_are_other_scenes(monkeypatch, tmp_path):
-    """As where the first vertebra alone has been prepared anew: a case of another one would find nothing prepared."""
+    """For example where only the first vertebra was prepared anew: cases of another one could not be registered."""
     made = []
     monkeypatch.setattr(conditions.case_files, "simulated_cases", lambda path, *rest, **options: made.append(path))
     monkeypatch.setattr(conditions.cases, "read", lambda path: None)

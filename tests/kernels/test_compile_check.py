@@ -1,7 +1,6 @@
-"""What compile_check reads and computes, and, where XLA's GPU compiler is at hand, that all kernels compile without spills.
+"""Parts of compile_check, and, where XLA's GPU compiler is available, that all kernels compile without spills.
 
-The compiler's wheels are named by the environment variable RADGS_GPU_WHEELS, a folder as the program's own message says how
-to fill it.
+The environment variable RADGS_GPU_WHEELS names the folder of the compiler's wheels; the program's message says how to fill it.
 """
 
 import json
@@ -18,8 +17,14 @@ from jax.experimental import pallas as pl
 
 from kernels.common import support
 from kernels.splat import pallas_triton as splat_triton
-from kernels.tools import bench
+from kernels.tools import chips
 from kernels.tools import compile_check
+from kernels.tools import compiler_output
+from kernels.tools import compilers
+from kernels.tools import lowering
+from kernels.tools import operators
+from kernels.tools import pair_counts
+from kernels.tools import roofline
 from kernels.voxelize import pallas_triton as voxelize_triton
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -60,11 +65,11 @@ ptxas info    : Function properties for helper
 
 
 def test_parse_ptxas():
-    assert compile_check.parse_ptxas(PTXAS) == {
+    assert compiler_output.parse_ptxas(PTXAS) == {
         "tidy": {"registers": 40, "stack": 0, "spill_stores": 0, "spill_loads": 0},
         "greedy": {"registers": 255, "stack": 24, "spill_stores": 16, "spill_loads": 20},
     }
-    assert compile_check.parse_ptxas("ptxas fatal   : nothing\n") == {}
+    assert compiler_output.parse_ptxas("ptxas fatal   : nothing\n") == {}
 
 
 def test_parse_launches():
@@ -72,12 +77,12 @@ def test_parse_launches():
         "  003: kGemm [prev=002] something else\n"
         "  004: kCustomKernel [prev=003 (1) | sink ] draw grid: [12, 2, 1] threads: [64, 2, 1]  shared_memory: 512 bytes\n"
     )
-    assert compile_check.parse_launches(text) == {"draw": {"grid": 24, "threads": 128, "shared": 512}}
+    assert compiler_output.parse_launches(text) == {"draw": {"grid": 24, "threads": 128, "shared": 512}}
 
 
 def test_array_bytes():
-    assert compile_check.array_bytes("(f32[8,3]{1,0}, s32[], /*index=5*/pred[5]{0}, bf16[2,0])") == 96 + 4 + 5
-    assert compile_check.array_bytes("f64[3]{0:T(8,128)}, s4[6]{0}, f8e4m3fn[7]") == 24 + 3 + 7
+    assert compiler_output.array_bytes("(f32[8,3]{1,0}, s32[], /*index=5*/pred[5]{0}, bf16[2,0])") == 96 + 4 + 5
+    assert compiler_output.array_bytes("f64[3]{0:T(8,128)}, s4[6]{0}, f8e4m3fn[7]") == 24 + 3 + 7
 
 
 HLO = """\
@@ -98,31 +103,31 @@ ENTRY %main () -> f32[] {
 
 
 def test_parse_hlo():
-    assert compile_check.parse_pallas_calls(HLO) == [{"name": "draw", "bytes": 4 * (64 + 9 + 64)}]
-    assert compile_check.parse_collectives(HLO) == {"all-gather": 2, "all-reduce": 1}
-    assert compile_check.parse_collectives("%f = f32[8]{0} fusion(%g), kind=kLoop") == {}
+    assert compiler_output.parse_pallas_calls(HLO) == [{"name": "draw", "bytes": 4 * (64 + 9 + 64)}]
+    assert compiler_output.parse_collectives(HLO) == {"all-gather": 2, "all-reduce": 1}
+    assert compiler_output.parse_collectives("%f = f32[8]{0} fusion(%g), kind=kLoop") == {}
 
 
 def test_chips_have_the_peaks_of_their_data_sheets():
     peaks = {"a100": 19.5e12, "rtx4090": 82.6e12, "h100": 67e12}
     for name, peak in peaks.items():
-        assert abs(compile_check.CHIPS[name].flops / peak - 1) < 0.005
-    assert compile_check.CHIPS["a100"].specials == 108 * 16 * 1.41e9
-    assert all(chip.source for chip in compile_check.CHIPS.values())
-    assert {target.chip for target in compile_check.TARGETS.values()} == set(compile_check.CHIPS)
+        assert abs(chips.CHIPS[name].flops / peak - 1) < 0.005
+    assert chips.CHIPS["a100"].specials == 108 * 16 * 1.41e9
+    assert all(chip.source for chip in chips.CHIPS.values())
+    assert {target.chip for target in chips.TARGETS.values()} == set(chips.CHIPS)
 
 
 def test_roofline_by_hand():
-    a100, v5e = compile_check.CHIPS["a100"], compile_check.CHIPS["v5e"]
+    a100, v5e = chips.CHIPS["a100"], chips.CHIPS["v5e"]
     # 5e7 / (108 x 128 x 1.41e9), 4e6 / (108 x 16 x 1.41e9) and 1e7 / 2.039e12 seconds.
-    found = compile_check.roofline(a100, 2e6, 25.0, 2.0, 1e7)
+    found = roofline.bound(a100, 2e6, 25.0, 2.0, 1e7)
     assert found["flops_ms"] == pytest.approx(0.0025652, rel=1e-4)
     assert found["specials_ms"] == pytest.approx(0.0016417, rel=1e-4)
     assert found["bytes_ms"] == found["bound_ms"] == pytest.approx(0.0049044, rel=1e-4)
     assert found["by"] == "bytes"
-    assert compile_check.roofline(a100, 2e8, 25.0, 2.0, 1e7)["by"] == "flops"
-    assert compile_check.roofline(a100, 2e8, 5.0, 2.0, 1e7)["by"] == "specials"
-    unknown = compile_check.roofline(v5e, 2e6, 25.0, 2.0, 0.0)
+    assert roofline.bound(a100, 2e8, 25.0, 2.0, 1e7)["by"] == "flops"
+    assert roofline.bound(a100, 2e8, 5.0, 2.0, 1e7)["by"] == "specials"
+    unknown = roofline.bound(v5e, 2e6, 25.0, 2.0, 0.0)
     assert unknown["specials_ms"] is None and unknown["by"] == "flops"
 
 
@@ -141,18 +146,18 @@ def test_operations_by_hand():
         out[...] = lax.fori_loop(0, 5, lambda i, total: step(i.astype(jnp.float32), total), out[...] + 7.0)
 
     call = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((8, 4), jnp.float32), interpret=True)
-    found = compile_check.operations(jax.make_jaxpr(jax.jit(call))(jnp.zeros(8)).jaxpr)
+    found = roofline.operations(jax.make_jaxpr(jax.jit(call))(jnp.zeros(8)).jaxpr)
     assert found == (1 / 4 + 1 + 1 + 1 + 2 + 1 + 31 / 32 + 1, 2.0)
 
 
 @pytest.mark.parametrize("op", ["splat", "voxelize"])
 def test_model_of_the_kernels(op):
     """Whole tiles hold more pairs than are needed, and whole blocks fewer than tiles."""
-    spec = bench.OPERATORS[op].specs.SPECS["tiny"]
-    found = compile_check.model(op, "tiny", "gpu")
+    spec = operators.OPERATORS[op].specs.SPECS["tiny"]
+    found = roofline.model(op, "tiny", "gpu")
     for what in ("forward", "backward"):
         part = found[what]
-        assert part["pairs"] == bench.pairs(op, spec, spec.arrays()) < part["tiled"]
+        assert part["pairs"] == pair_counts.count_pairs(op, spec, spec.arrays()) < part["tiled"]
         # At least the weight of a pair (support.weight: 13 with the exp's product) and adding it up.
         assert part["flops"] > 14 and 1 <= part["specials"] <= 3
     assert found["backward"]["flops"] > 2 * found["forward"]["flops"]
@@ -173,7 +178,7 @@ def test_tiled_work_by_hand():
             precision = jnp.array([[0.25, 0, 0, 0.25, 0, 0.25]], jnp.float32)
             return jnp.ones(1), jnp.full((1, 3), 16.0), precision
 
-    found = compile_check.tiled_work(Spec, voxelize_triton)
+    found = roofline.tiled_work(Spec, voxelize_triton)
     # Bricks of 8 x 8 x 4: 3 x 3 x 5, 4 a launch for a single Gaussian; blocks of 4 x 4 x 4 from the box's corner: 5 x 5 x 5.
     assert voxelize_triton.BRICK == (8, 8, 4) and voxelize_triton.BLOCK == (4, 4, 4) and support.SIGMA_MAX == 4
     assert found == {"launches": 12, "forward": 45 * 256, "backward": 125 * 64}
@@ -210,7 +215,7 @@ def test_a_compiler_that_dies_fails_every_program_it_leaves(tmp_path, monkeypatc
     )
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    found = compile_check.compile_target("h100", [("splat", "tiny", "forward")] * 3, [], tmp_path)
+    found = lowering.compile_target("h100", [("splat", "tiny", "forward")] * 3, [], tmp_path)
     assert found[0] == {"seconds": 1.0} and len(found) == 3
     assert all("status 3: Check failed: x" in each["error"] for each in found[1:])
 
@@ -230,36 +235,34 @@ def _cuda(folder, said):
 
 def test_an_old_ptxas_gives_a_reason(tmp_path):
     cuda = _cuda(tmp_path, "ptxas fatal   : Unsupported .version 8.8; current version is 8.7")
-    assert compile_check.find_cuda([str(tmp_path)]) == cuda
+    assert compilers.find_cuda([str(tmp_path)]) == cuda
     (tmp_path / "module.jit_draw.0.ptx").write_text(".version 8.8\n.target sm_90a\n.visible .entry draw(\n)\n")
-    found = compile_check._assembly(tmp_path, "draw", "draw", cuda)
+    found = lowering.assembly_of(tmp_path, "draw", "draw", cuda)
     assert found["registers"] is None and "Unsupported .version" in found["registers_missing"]
-    assert compile_check._assembly(tmp_path, "draw", "other", cuda)["registers_missing"] == "XLA dumped no PTX of it"
+    assert lowering.assembly_of(tmp_path, "draw", "other", cuda)["registers_missing"] == "XLA dumped no PTX of it"
 
 
 def test_the_wheels_need_a_ptxas(monkeypatch):
     versions = dict.fromkeys(("jax-cuda12-pjrt", "jax-cuda12-plugin"), jax.__version__)
-    monkeypatch.setattr(compile_check, "_versions", lambda folder, names: versions)
-    monkeypatch.setattr(compile_check, "find_cuda", lambda paths: "somewhere")
-    assert compile_check.missing_wheels(None) is None
-    monkeypatch.setattr(compile_check, "find_cuda", lambda paths: None)
-    assert "no ptxas" in compile_check.missing_wheels(None) and "nvidia-cuda-nvcc-cu12" in compile_check.missing_wheels(
-        None
-    )
+    monkeypatch.setattr(compilers, "versions", lambda folder, names: versions)
+    monkeypatch.setattr(compilers, "find_cuda", lambda paths: "somewhere")
+    assert compilers.missing_wheels(None) is None
+    monkeypatch.setattr(compilers, "find_cuda", lambda paths: None)
+    assert "no ptxas" in compilers.missing_wheels(None) and "nvidia-cuda-nvcc-cu12" in compilers.missing_wheels(None)
 
 
 def test_without_compilers_every_target_is_skipped_with_a_reason(monkeypatch):
-    monkeypatch.setattr(compile_check, "_versions", lambda folder, names: {})
+    monkeypatch.setattr(compilers, "versions", lambda folder, names: {})
     targets = compile_check.check()["targets"]
     for name in ("a100", "rtx4090", "h100", "8xh100"):
         assert f"pip install --no-deps --target DIR jax-cuda12-pjrt=={jax.__version__}" in targets[name]
     assert "libtpu" in targets["v5e:2x4"]
     old = {"jax-cuda12-pjrt": "0.1", "jax-cuda12-plugin": "0.1"}
-    monkeypatch.setattr(compile_check, "_versions", lambda folder, names: old)
-    assert "is 0.1, wanted" in compile_check.missing_wheels(None)
+    monkeypatch.setattr(compilers, "versions", lambda folder, names: old)
+    assert "is 0.1, wanted" in compilers.missing_wheels(None)
 
 
-@pytest.mark.skipif(compile_check.missing_wheels(None) is None, reason="the GPU's compiler is installed")
+@pytest.mark.skipif(compilers.missing_wheels(None) is None, reason="the GPU's compiler is installed")
 def test_the_program_skips_and_succeeds():
     done = _run()
     assert done.returncode == 0, done.stderr
@@ -303,3 +306,10 @@ def test_kernels_compile_for_every_gpu_without_spills():
             assert row["failure"] is None and row["shared"] is not None and row["bytes"] > 0
             assert 0 < row["registers"] <= 255 and row["spill_stores"] == row["spill_loads"] == 0
             assert "all-gather" not in row["collectives"]
+
+
+@pytest.mark.skipif(compilers.missing_wheels(None) is None, reason="the GPU's compiler is installed")
+def test_the_compiling_process_starts(tmp_path):
+    """Without a compiler it reports that, program by program; it does not end before it has read the job."""
+    (found,) = lowering.compile_target("h100", [("splat", "tiny", "forward")], [], tmp_path)
+    assert "process ended" not in found["error"]

@@ -1,4 +1,4 @@
-"""Which backend an operator runs: the one for the device that the computation is lowered for, and what is said of a slow one."""
+"""The backend that an operator runs is that of the device of the computation, and a slow one is reported."""
 
 import functools
 import os
@@ -44,7 +44,7 @@ def _arrays(name):
 
 
 def _function(name, implementation=None):
-    """The operator with its gradients, where it has any; each time a new function, for which jax has no trace yet."""
+    """The operator with its gradients, if it has any; a new function each time, so that jax has no trace of it."""
     operator, size, _ = OPERATORS[name]
     draw = functools.partial(lambda *arrays: operator(*arrays, *size, implementation=implementation))
 
@@ -70,8 +70,8 @@ def cpp():
 
 
 @pytest.fixture
-def beside_a_gpu(cpp, monkeypatch):
-    """The default device is said to be a GPU; what runs is lowered for the CPU, as with arguments that are committed to it."""
+def gpu_as_default(cpp, monkeypatch):
+    """Pretends that the default device is a GPU; computations with arguments committed to the CPU are lowered for the CPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
@@ -92,7 +92,7 @@ def beside_a_gpu(cpp, monkeypatch):
     ],
 )
 def test_a_program_holds_the_backend_of_the_platform_that_it_is_lowered_for(name, platform, calls, cpp):
-    """And no other, nor a choice among several: this process's own device is a CPU all the while."""
+    """The program holds no other backend and no choice among several, although this process's device is a CPU."""
     text = jax.jit(_function(name)).trace(*_arrays(name)).lower(lowering_platforms=(platform,)).as_text()
     assert [call for call in (TRITON, MOSAIC, CPP) if call in text] == ([calls] if calls else [])
     # XLA's backends are loops.
@@ -100,7 +100,7 @@ def test_a_program_holds_the_backend_of_the_platform_that_it_is_lowered_for(name
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_beside_a_gpu_the_cpu_runs_its_own_backend(name, beside_a_gpu, monkeypatch):
+def test_with_a_gpu_as_default_the_cpu_runs_its_own_backend(name, gpu_as_default, monkeypatch):
     arrays = jax.device_put(_arrays(name), jax.devices("cpu")[0])
     program = jax.jit(_function(name)).lower(*arrays)
     assert CPP in program.as_text() and "stablehlo.while" not in program.as_text()
@@ -111,14 +111,14 @@ def test_beside_a_gpu_the_cpu_runs_its_own_backend(name, beside_a_gpu, monkeypat
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:0"])
-def test_the_default_device_may_be_set(device, beside_a_gpu):
-    """By name or as a device; nothing is committed here."""
+def test_the_default_device_may_be_set(device, gpu_as_default):
+    """It is a name or a device; no argument is committed."""
     draw = lambda *arrays: splat(*arrays, 9, 11, implementation="ffi_cpu")
     with jax.default_device(device if device == "cpu" else jax.devices("cpu")[0]):
         _same(draw(*_arrays("splat")), jax.jit(draw)(*_arrays("splat")))
 
 
-def test_a_named_backend_is_refused_only_where_it_cannot_run(beside_a_gpu):
+def test_a_named_backend_is_refused_only_where_it_cannot_run(gpu_as_default):
     arrays = jax.device_put(_arrays("splat"), jax.devices("cpu")[0])
     assert CPP in jax.jit(_function("splat", "ffi_cpu")).lower(*arrays).as_text()
     for implementation in ("pallas_triton", "pallas_tpu"):
@@ -146,10 +146,14 @@ def test_one_export_for_two_platforms(cpp):
 
 
 def _python(script, **environment):
-    """What a new process says on its standard error."""
+    """The standard error of a new process."""
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]), **environment},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(pathlib.Path(__file__).parent)]),
+            **environment,
+        },
         capture_output=True,
         text=True,
     )
@@ -165,8 +169,8 @@ def test_tracing_on_a_cpu_loads_no_other_device_s_backends():
     )
 
 
-def test_processors_beside_one_gpu_keep_a_split_batch_split(cpp):
-    """That the default device is alone says nothing of those that the arrays are split over."""
+def test_processors_next_to_one_gpu_keep_a_split_batch_split(cpp):
+    """The arrays may be split over other devices than the default one."""
     _python(
         "import jax, numpy as np, test_dispatch as t\n"
         "mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',), axis_types=(jax.sharding.AxisType.Auto,))\n"
@@ -179,7 +183,7 @@ def test_processors_beside_one_gpu_keep_a_split_batch_split(cpp):
     )
 
 
-# What is said where the C++ kernels are missing. Shapes alone are asked for, so nothing is compiled.
+# Messages where the C++ kernels are missing. Only shapes are computed, so nothing is compiled.
 
 SHAPES = """
 import jax, test_dispatch as t
@@ -227,13 +231,13 @@ def test_a_cache_that_cannot_be_written_is_mentioned(tmp_path):
     ["RADGS_NO_FFI=1", "implementation='xla'", "implementation=('ffi_cpu', 'xla')"],
     ids=["env", "name", "order"],
 )
-def test_who_asked_for_xla_hears_nothing(tmp_path, wanted):
+def test_no_warning_where_xla_was_requested(tmp_path, wanted):
     script = SHAPES if wanted.startswith("RADGS") else SHAPES.replace("(name)", f"(name, {wanted})")
     environment = {"RADGS_NO_FFI": "1"} if wanted.startswith("RADGS") else {}
     assert _python(script, PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path), CXX="g++", **environment) == ""
 
 
-# What a library is built for.
+# The CPU that a library is built for.
 
 
 def _with_cpu(monkeypatch, features, machine="x86_64"):
@@ -242,8 +246,8 @@ def _with_cpu(monkeypatch, features, machine="x86_64"):
 
 
 @pytest.mark.parametrize("missing", sorted(ffi_build.X86_64_V3))
-def test_every_feature_of_the_target_is_asked_for(missing, monkeypatch):
-    """A virtual machine may have AVX2 and hide FMA, say."""
+def test_every_feature_of_the_target_is_tested(missing, monkeypatch):
+    """A virtual machine may, for example, have AVX2 and hide FMA."""
     features = ["fpu", "sse2", *sorted(ffi_build.X86_64_V3), "avx512f"]
     _with_cpu(monkeypatch, features)
     assert ffi_build._has_x86_64_v3()
@@ -252,7 +256,7 @@ def test_every_feature_of_the_target_is_asked_for(missing, monkeypatch):
 
 
 def test_kinds_of_cpus_that_share_a_cache_share_no_library(monkeypatch, tmp_path):
-    """x86-64 with and without the features, and ARM, where the compiler's flags alone are those of an old x86-64."""
+    """x86-64 with and without the features, and ARM, which has the same compiler flags as an old x86-64."""
     names = []
 
     def build(command, **_):

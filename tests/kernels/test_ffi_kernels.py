@@ -112,7 +112,7 @@ def _value_and_gradients(function, arrays, seed):
 
 
 def _truth(oracle, arrays, fine, seed):
-    """Float64 value and gradients by the oracle, which is not asked about Gaussians that are not finite."""
+    """float64 value and gradients by the oracle, with harmless values for Gaussians that are not finite."""
     density, mean, precision, *rest = arrays
     safe = (
         np.where(fine, density, 0),
@@ -220,7 +220,7 @@ def test_splat_pays_for_a_camera_gradient_only_where_it_is_needed(arguments, kep
 
 @pytest.mark.parametrize("index", [3, 4, 6])
 def test_splat_gradients_of_a_single_gaussian(index):
-    """Below a pixel, larger than the image, needle: each alone, so that no other hides its error."""
+    """Smaller than a pixel, larger than the image, a needle: each alone, so that no other hides its error."""
     density, mean, precision, intrinsics = _splat_inputs(12)
     arrays = density[:, index : index + 1], mean[:, index : index + 1], precision[:, index : index + 1], intrinsics
     value, gradients = _value_and_gradients(
@@ -271,7 +271,7 @@ def test_drr_vmap_is_a_loop():
 @pytest.mark.parametrize("inside", ["jit", "checkpoint", "scan", "vmap"])
 @pytest.mark.parametrize("name", ["splat", "voxelize", "drr"])
 def test_no_vmap_reaches_the_call_itself(name, inside):
-    """The C++ calls have no rule for vmap: it is the operators' batch axis, whatever it passes through on its way."""
+    """The C++ calls have no rule for vmap: it becomes the operators' batch axis, through any other transformation."""
     operator, arrays, place = {
         "splat": (lambda *a: splat_api.splat(*a, HEIGHT, WIDTH, implementation="ffi_cpu"), _splat_inputs(12), 1),
         "voxelize": (lambda *a: voxelize_api.voxelize(*a, SHAPE, implementation="ffi_cpu"), _voxelize_inputs(12), 1),

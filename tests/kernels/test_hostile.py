@@ -38,7 +38,7 @@ _number = st.one_of(st.floats(-1e3, 1e3, width=32), _special, st.floats(width=32
 
 
 def _choice(*strategies):
-    """As `one_of`, but a choice among choices keeps its share."""
+    """Like `one_of`, but with equal shares, also for strategies that are choices themselves."""
     return st.integers(0, len(strategies) - 1).flatmap(strategies.__getitem__)
 
 
@@ -55,7 +55,7 @@ def _numbers(count):
 
 
 def _spoiled(vectors):
-    """`vectors` with any number in one place."""
+    """`vectors` with one component replaced by any number."""
     return st.builds(lambda v, i, x: (*v[: i % len(v)], x, *v[i % len(v) + 1 :]), vectors, st.integers(0, 11), _number)
 
 
@@ -198,7 +198,7 @@ def _drr_batches(draw):
     view = st.tuples(_affines, _cameras(*DETECTOR, 60.0))
     affine, camera = _stack(draw(st.lists(view, min_size=BATCH, max_size=BATCH)))
     affine = affine.reshape(BATCH, 3, 4)
-    # Long rays are slow with good reason; they have no place here.
+    # Long rays are slow by nature, so they are excluded.
     harmless = np.array(_pose(np.eye(3), 4.0, (0.0, 0.0), 60.0), np.float32).reshape(3, 4)
     affine = np.where((_longest_ray(affine, camera) < LONGEST_MM)[:, None, None], affine, harmless)
     return volume.astype(np.float32), affine, camera
@@ -225,7 +225,7 @@ def _compiled(operator, implementation):
 
     @jax.jit
     def both(*arrays):
-        # A batch fills some chunks of this size and a part of one more; it would leave one of the usual size half empty.
+        # A batch fills several chunks of this size and part of another; of the usual size it would not fill one.
         with mock.patch.object(instances, "CHUNK", 64):
             value, pull = jax.vjp(lambda *a: function(*a, *size, implementation=implementation), *arrays)
             return value, pull(cotangent)
@@ -260,7 +260,7 @@ def _for_all(batches, cases, check, *names):
 
 def _assert_no_nan(value, gradients, *arrays):
     """Of every case with a finite value no gradient is NaN; `gradients` and `arrays` have the batch first."""
-    # Above, a gradient that is a few orders of magnitude larger is infinite, and a sum of such is NaN with good reason.
+    # For larger values a gradient may overflow, and a sum of infinities is NaN.
     usual = (np.abs(value) < 1e30).reshape(BATCH, -1).all(-1)
     for gradient in gradients:
         bad = usual & np.isnan(gradient).reshape(BATCH, -1).any(-1)
@@ -287,7 +287,7 @@ def _check_cloud(operator, run, arrays):
     for gradient in gradients[:3]:
         bad = np.argwhere(ignored & np.any(gradient.reshape(BATCH, N, -1) != 0, -1))
         assert not len(bad), (bad[0], [a[bad[0][0]].tolist() for a in (*arrays, gradient)])
-    # As if they were not there.
+    # The same result as without them.
     rest = (
         np.where(ignored, np.float32(0), density),
         np.where(ignored[..., None], np.float32([-99, 0, -99]), mean),

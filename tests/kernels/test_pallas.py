@@ -6,9 +6,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import kernel_cases
 import numpy as np
 import pytest
-import test_kernels
 
 from kernels.common import triton_tiles
 from kernels.splat import api as splat_api
@@ -26,8 +26,8 @@ N = 24
 def _arrays(operator, seed):
     """Two clouds of N Gaussians, for `splat` before two cameras; some reach over the borders."""
     if operator == "splat":
-        return test_kernels._single(*test_kernels._splat_cloud(seed, 2, N), test_kernels.CAMERAS[:2])
-    return test_kernels._single(*test_kernels._voxel_cloud(seed, 2, N))
+        return kernel_cases.to_single(*kernel_cases.splat_cloud(seed, 2, N), kernel_cases.CAMERAS[:2])
+    return kernel_cases.to_single(*kernel_cases.voxel_cloud(seed, 2, N))
 
 
 def _cotangent(operator, batch=(2,)):
@@ -63,10 +63,10 @@ def interpreted(monkeypatch):
 
 def _assert_exact(operator, result, cotangent, arrays):
     value, gradients = result
-    wanted, wanted_gradients = test_kernels._exact(operator, SIZES[operator], cotangent, *arrays)
+    wanted, wanted_gradients = kernel_cases.exact_value_and_gradients(operator, SIZES[operator], cotangent, *arrays)
     assert value.dtype == np.float32 and value.shape == wanted.shape
-    assert test_kernels._relative(value, wanted) < test_kernels.IMAGE_TOLERANCE
-    test_kernels.assert_gradients_close(gradients, wanted_gradients)
+    assert kernel_cases.relative_error(value, wanted) < kernel_cases.IMAGE_TOLERANCE
+    kernel_cases.assert_gradients_close(gradients, wanted_gradients)
 
 
 @_both
@@ -94,13 +94,13 @@ def test_extreme_shapes(operator, interpreted):
         mean[..., 0], mean[..., 1] = (u - cx) / fx * mean[..., 2], (v - cy) / fy * mean[..., 2]
     else:
         mean = np.round(np.clip(mean, 1, np.array(SIZES[operator]) - 2)) + np.array([0.1, -0.05, 0.15])
-    arrays, cotangent = test_kernels._single(density, mean, precision, *rest), _cotangent(operator)
+    arrays, cotangent = kernel_cases.to_single(density, mean, precision, *rest), _cotangent(operator)
     value, gradients = _value_and_gradients(operator, cotangent, *arrays)
-    wanted, wanted_gradients = test_kernels._exact(operator, SIZES[operator], cotangent, *arrays)
-    assert test_kernels._relative(value, wanted) < test_kernels.IMAGE_TOLERANCE
+    wanted, wanted_gradients = kernel_cases.exact_value_and_gradients(operator, SIZES[operator], cotangent, *arrays)
+    assert kernel_cases.relative_error(value, wanted) < kernel_cases.IMAGE_TOLERANCE
     for actual, exact in zip(gradients[:3], wanted_gradients[:3]):
         for i in range(N):
-            assert test_kernels._relative(actual[:, i], exact[:, i]) < test_kernels.GRADIENT_TOLERANCE
+            assert kernel_cases.relative_error(actual[:, i], exact[:, i]) < kernel_cases.GRADIENT_TOLERANCE
 
 
 @_both
@@ -120,11 +120,11 @@ def test_hostile_gaussians_draw_nothing(operator, interpreted):
     good = [a.copy() for a in arrays]
     good[0][:, hostile] = 0.0
     value, gradients = _value_and_gradients(operator, cotangent, *bad)
-    wanted, wanted_gradients = test_kernels._exact(operator, SIZES[operator], cotangent, *good)
-    assert test_kernels._relative(value, wanted) < test_kernels.IMAGE_TOLERANCE
+    wanted, wanted_gradients = kernel_cases.exact_value_and_gradients(operator, SIZES[operator], cotangent, *good)
+    assert kernel_cases.relative_error(value, wanted) < kernel_cases.IMAGE_TOLERANCE
     assert all(not np.any(g[:, hostile]) for g in gradients[:3])
     without = lambda parts: [np.delete(np.asarray(g), hostile, 1) for g in parts[:3]] + [*parts[3:]]
-    test_kernels.assert_gradients_close(without(gradients), without(wanted_gradients))
+    kernel_cases.assert_gradients_close(without(gradients), without(wanted_gradients))
 
 
 @_both
@@ -160,13 +160,13 @@ def test_many_chunks(operator, interpreted, monkeypatch):
     value = jax.jit(_draw(operator))(*arrays)
     jax.effects_barrier()
     assert len(counted) > 4 and sorted(counted)[2:] == [32] * (len(counted) - 2)
-    wanted, _ = test_kernels._exact(operator, SIZES[operator], _cotangent(operator), *arrays)
-    assert test_kernels._relative(value, wanted) < test_kernels.IMAGE_TOLERANCE
+    wanted, _ = kernel_cases.exact_value_and_gradients(operator, SIZES[operator], _cotangent(operator), *arrays)
+    assert kernel_cases.relative_error(value, wanted) < kernel_cases.IMAGE_TOLERANCE
 
 
 @_both
 def test_vmap(operator, interpreted):
-    """vmap over clouds, with what is not mapped shared, is the batch."""
+    """vmap over clouds, with the other arguments shared, equals the batch."""
     arrays, cotangent = _arrays(operator, 36), _cotangent(operator)
     arrays = [*arrays[:3], *(np.broadcast_to(a[:1], a.shape) for a in arrays[3:])]
     shared = [a[0] for a in arrays[3:]]

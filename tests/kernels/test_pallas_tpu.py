@@ -7,14 +7,15 @@ import os
 
 import jax
 import jax.numpy as jnp
+import kernel_cases
 import numpy as np
 import pytest
-import test_kernels
 import test_pallas
 
 from kernels.splat import api
 from kernels.splat import pallas_tpu
-from kernels.tools import compile_check
+from kernels.tools import compilers
+from kernels.tools import lowering
 
 SIZE = test_pallas.SIZES["splat"]  # no side is a multiple of a tile's
 N = test_pallas.N
@@ -44,10 +45,10 @@ def interpreted(monkeypatch):
 
 def _assert_exact(result, cotangent, arrays):
     image, gradients = result
-    wanted, wanted_gradients = test_kernels._exact("splat", cotangent.shape[-2:], cotangent, *arrays)
+    wanted, wanted_gradients = kernel_cases.exact_value_and_gradients("splat", cotangent.shape[-2:], cotangent, *arrays)
     assert image.dtype == np.float32 and image.shape == wanted.shape
-    assert test_kernels._relative(image, wanted) < test_kernels.IMAGE_TOLERANCE
-    test_kernels.assert_gradients_close(gradients, wanted_gradients)
+    assert kernel_cases.relative_error(image, wanted) < kernel_cases.IMAGE_TOLERANCE
+    kernel_cases.assert_gradients_close(gradients, wanted_gradients)
 
 
 @pytest.mark.parametrize("seed", [40, 41])
@@ -61,9 +62,9 @@ def test_bands_and_blocks(interpreted, monkeypatch):
     size, n = (3 * 32 - 3, 32 + 8), pallas_tpu.BLOCK + 2
     monkeypatch.setattr(pallas_tpu, "BAND", 5)
     assert pallas_tpu._bands(*size) == (2, 2, 2)
-    density, mean, precision = test_kernels._splat_cloud(42, 1, n)
+    density, mean, precision = kernel_cases.splat_cloud(42, 1, n)
     mean[..., 1] = mean[..., 1] * 2.0 + 40.0  # tall
-    arrays = test_kernels._single(density, mean, precision, test_kernels.CAMERAS[:1])
+    arrays = kernel_cases.to_single(density, mean, precision, kernel_cases.CAMERAS[:1])
     cotangent = _cotangent(size, (1,))
     image, gradients = jax.jit(lambda *a: _eager(*a))(cotangent, *arrays)
     assert all(np.any(image[:, rows]) for rows in (slice(0, 64), slice(64, None)))
@@ -82,13 +83,13 @@ def test_extreme_shapes(interpreted):
     fx, fy, cx, cy = (part[:, None] for part in k.T)
     u, v = np.round(rng.uniform(6, 40, (2, N))) + 0.1, np.round(rng.uniform(5, 32, (2, N))) - 0.05
     mean[..., 0], mean[..., 1] = (u - cx) / fx * mean[..., 2], (v - cy) / fy * mean[..., 2]
-    arrays, cotangent = test_kernels._single(density, mean, precision, k), _cotangent()
+    arrays, cotangent = kernel_cases.to_single(density, mean, precision, k), _cotangent()
     image, gradients = _image_and_gradients(cotangent, *arrays)
-    wanted, wanted_gradients = test_kernels._exact("splat", SIZE, cotangent, *arrays)
-    assert test_kernels._relative(image, wanted) < test_kernels.IMAGE_TOLERANCE
+    wanted, wanted_gradients = kernel_cases.exact_value_and_gradients("splat", SIZE, cotangent, *arrays)
+    assert kernel_cases.relative_error(image, wanted) < kernel_cases.IMAGE_TOLERANCE
     for actual, exact in zip(gradients[:3], wanted_gradients[:3]):
         for i in range(N):
-            assert test_kernels._relative(actual[:, i], exact[:, i]) < test_kernels.GRADIENT_TOLERANCE
+            assert kernel_cases.relative_error(actual[:, i], exact[:, i]) < kernel_cases.GRADIENT_TOLERANCE
 
 
 def test_hostile_gaussians_draw_nothing(interpreted):
@@ -107,11 +108,11 @@ def test_hostile_gaussians_draw_nothing(interpreted):
     good = [a.copy() for a in arrays]
     good[0][:, hostile] = 0.0
     image, gradients = _image_and_gradients(cotangent, *bad)
-    wanted, wanted_gradients = test_kernels._exact("splat", SIZE, cotangent, *good)
-    assert test_kernels._relative(image, wanted) < test_kernels.IMAGE_TOLERANCE
+    wanted, wanted_gradients = kernel_cases.exact_value_and_gradients("splat", SIZE, cotangent, *good)
+    assert kernel_cases.relative_error(image, wanted) < kernel_cases.IMAGE_TOLERANCE
     assert all(not np.any(g[:, hostile]) for g in gradients[:3])
     without = lambda parts: [np.delete(np.asarray(g), hostile, 1) for g in parts[:3]] + [*parts[3:]]
-    test_kernels.assert_gradients_close(without(gradients), without(wanted_gradients))
+    kernel_cases.assert_gradients_close(without(gradients), without(wanted_gradients))
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -132,8 +133,8 @@ def test_no_density(interpreted):
     arrays = (np.zeros_like(arrays[0]), *arrays[1:])
     image, gradients = _image_and_gradients(cotangent, *arrays)
     assert not np.any(image) and not any(np.any(g) for g in gradients[1:])
-    _, wanted = test_kernels._exact("splat", SIZE, cotangent, *arrays)
-    assert test_kernels._relative(gradients[0], wanted[0]) < test_kernels.GRADIENT_TOLERANCE
+    _, wanted = kernel_cases.exact_value_and_gradients("splat", SIZE, cotangent, *arrays)
+    assert kernel_cases.relative_error(gradients[0], wanted[0]) < kernel_cases.GRADIENT_TOLERANCE
 
 
 def test_vmap(interpreted):
@@ -172,10 +173,10 @@ def test_lowers_for_a_tpu(wide, monkeypatch):
 def test_compiles_for_v5e(tmp_path):
     """With a cloud for each of 8 chips, which exchange nothing."""
     folder = os.environ.get("RADGS_LIBTPU")
-    if reason := compile_check.missing_libtpu(folder):
+    if reason := compilers.missing_libtpu(folder):
         pytest.skip(f"{reason}; here RADGS_LIBTPU names DIR")
     wanted = [("splat", "tiny", what) for what in ("forward", "backward")]
-    results = compile_check.compile_target("v5e:2x4", wanted, [folder] if folder else [], tmp_path)
+    results = lowering.compile_target("v5e:2x4", wanted, [folder] if folder else [], tmp_path)
     for (_, _, what), result in zip(wanted, results, strict=True):
         assert "error" not in result, result
         assert [call["name"] for call in result["calls"]] == [f"splat_{what}"]

@@ -24,7 +24,7 @@ SANITIZERS = {
 
 
 def _command(flags, sources, program):
-    """The flags of the real build but for the optimisation, which would triple the time and hide stack frames."""
+    """The flags of the real build without the optimisation, which would triple the time and hide stack frames."""
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler found")
@@ -47,7 +47,7 @@ def _build(flags, sources, program):
 
 
 def _skip_without_runtime(flags, folder):
-    """A program that does nothing tells whether the sanitizer's runtime is installed and works on this system."""
+    """Runs an empty program, which fails where the sanitizer's runtime is missing or does not work."""
     source = folder / "nothing.cc"
     source.write_text("int main() { return 0; }\n")
     program = folder / "nothing"

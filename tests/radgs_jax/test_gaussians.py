@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -243,9 +244,7 @@ def test_arrays_round_trip(tmp_path):
     np.savez(tmp_path / "cloud.npz", **gaussians.to_arrays(cloud))
     with np.load(tmp_path / "cloud.npz") as arrays:
         back = gaussians.from_arrays(arrays)
-    for a, b in zip(jax.tree.leaves(cloud), jax.tree.leaves(back), strict=True):
-        np.testing.assert_array_equal(a, b)
-        assert a.dtype == b.dtype
+    chex.assert_trees_all_equal(back, cloud, strict=True)
 
 
 def test_unknown_format_is_refused():
@@ -257,9 +256,9 @@ def test_unknown_format_is_refused():
 def test_views_repeats_the_cloud():
     cloud = _cloud(14, 6, (1.0, 5.0))
     pair = gaussians.views(cloud, 2)
-    assert jax.tree.map(lambda a: a.shape, pair) == gaussians.Gaussians((2, 6), (2, 6, 3), (2, 6, 3), (2, 6, 4))
+    chex.assert_shape(jax.tree.leaves(pair), [(2, 6), (2, 6, 3), (2, 6, 3), (2, 6, 4)])
     for i in range(2):
-        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda a: a[i], pair), cloud)
+        chex.assert_trees_all_equal(jax.tree.map(lambda a: a[i], pair), cloud)
 
 
 # A cloud fitted to a density.

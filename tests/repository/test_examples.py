@@ -1,7 +1,10 @@
-"""The notebook runs from top to bottom and does what it says."""
+"""The examples run from top to bottom and do what they say."""
 
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import nbclient
 import nbformat
@@ -20,3 +23,16 @@ def test_notebook_composes_a_loss_and_registers():
     before, after = map(float, re.search(r"pose error ([\d.]+) -> ([\d.]+) mm", text).groups())
     assert before > 5 and after < 0.5
     assert any("image/png" in o.get("data", {}) for o in outputs)
+
+
+def test_the_script_registers_a_vertebra_from_arrays(tmp_path):
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "examples" / "register_arrays.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, re.search(r"mTRE ([\d.]+) -> ([\d.]+) mm", done.stdout).groups())
+    assert before > 5 and after < 0.1 and "accepted: True" in done.stdout

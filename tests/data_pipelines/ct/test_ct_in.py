@@ -1,4 +1,4 @@
-"""CT in: NIfTI and DICOM give the same voxels at the same place, vertebrae come out whole, and what bends a CT is named."""
+"""Reading CTs: NIfTI and DICOM give the same voxels at the same place, vertebrae are complete, and distorted series are refused."""
 
 import dataclasses
 import os
@@ -28,7 +28,7 @@ from radgs_jax.geometry import resample
 REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 DATA = pathlib.Path(os.environ.get("RADGS_SHARED", REPOSITORY.parent / "shared")) / "data"
 needs_data = pytest.mark.skipif(
-    not (DATA / "cases.json").exists(), reason="the shared scans are not beside the repository (RADGS_SHARED)"
+    not (DATA / "cases.json").exists(), reason="the shared scans are not next to the repository (RADGS_SHARED)"
 )
 
 
@@ -38,7 +38,7 @@ def _places(shape, affine):
 
 
 def _assert_hu_where_they_belong(hu, affine, step=1.0):
-    """Every voxel holds the value of its place; `step` is the coarsest rescale slope, so half of it is rounding."""
+    """Every voxel has the HU of its place, up to rounding: half of `step`, the largest rescale slope."""
     assert hu.dtype == np.float32 and sorted(hu.shape) == sorted(ct_files.SIZE)
     np.testing.assert_allclose(hu, ct_files.hu_at(_places(hu.shape, affine)), atol=0.5 * step + 0.01)
     assert "".join(nibabel.aff2axcodes(affine)) == "RAS"
@@ -60,7 +60,7 @@ def test_dicom_voxels_lie_where_the_standard_puts_them(tmp_path, name):
     ct_files.write_series(tmp_path, ct_files.slices(AXES[name]))
     hu, affine = scans.read_ct(tmp_path)
     _assert_hu_where_they_belong(hu, affine)
-    # The set of voxel centres is the standard's own.
+    # The set of voxel centres is that of the DICOM standard's equation.
     wanted = ct_files.lps_points(AXES[name]).reshape(-1, 3) * [-1, -1, 1]
     found = _places(hu.shape, affine).reshape(-1, 3)
     order = [np.lexsort(np.round(p, 3).T) for p in (wanted, found)]
@@ -89,7 +89,7 @@ def test_scaled_and_big_endian_nifti(tmp_path):
     stored = np.rint((wanted + 100.0) / 0.5).astype(">i2")
     (tmp_path / "ct.nii").write_bytes(header.binaryblock + bytes(4) + stored.tobytes(order="F"))
     _assert_hu_where_they_belong(*scans.read_ct(tmp_path / "ct.nii"), step=0.5)
-    # By content, not by name: the same file under the name of a compressed one.
+    # Compression is recognised by content: the same file with the name of a compressed one.
     (tmp_path / "ct.nii").rename(tmp_path / "odd.nii.gz")
     _assert_hu_where_they_belong(*scans.read_ct(tmp_path / "odd.nii.gz"), step=0.5)
     nifti2 = nibabel.Nifti2Image(wanted.astype(np.float32), affine)
@@ -111,7 +111,7 @@ def _jpeg_2000(dataset):
 
 
 def _signed(dataset):
-    """Twelve of sixteen bits, in two's complement, with an overlay's bit above them, as older archives hold."""
+    """Twelve of sixteen bits in two's complement, with an overlay bit above them, as in older archives."""
     values = np.rint(dataset.pixel_array * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)).astype(
         np.int16
     )
@@ -135,7 +135,7 @@ def test_transfer_syntaxes(tmp_path, name):
     for dataset in datasets:
         COMPRESSED[name](dataset)
     ct_files.write_series(tmp_path, datasets)
-    # The signed one is rounded a second time when it is made.
+    # The signed series is rounded twice.
     _assert_hu_where_they_belong(*scans.read_ct(tmp_path), step=2.0 if name.startswith("signed") else 1.0)
 
 
@@ -145,7 +145,7 @@ def test_an_enhanced_ct_reads_as_its_frames(tmp_path):
     np.testing.assert_array_equal(scans.read_ct(tmp_path)[0], scans.read_ct(tmp_path / "multi.dcm")[0])
 
 
-def test_what_is_no_slice_is_passed_over(tmp_path):
+def test_files_that_are_not_slices_are_ignored(tmp_path):
     ct_files.write_series(tmp_path / "deep" / "er", ct_files.slices())
     (tmp_path / "LIESMICH.txt").write_text("exported")
     (tmp_path / "empty").write_bytes(b"")
@@ -169,7 +169,7 @@ def test_a_series_has_one_digest_however_its_folder_is_listed(tmp_path):
 
 
 def _shear(datasets, degrees):
-    """A tilted gantry: positions move along the table while the slices stay inclined to it."""
+    """A tilted gantry: positions move along the table, to which the slices are inclined."""
     normal, row = ct_files.OBLIQUE[:, 2], ct_files.OBLIQUE[:, 1]
     for k, dataset in enumerate(datasets):
         shift = np.tan(np.radians(degrees)) * ct_files.SPACING[2] * k * row
@@ -238,7 +238,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_bend_a_ct_is_refused_by_name(tmp_path, name):
+def test_distorted_series_are_refused(tmp_path, name):
     change, message = REFUSED[name]
     datasets = ct_files.slices()
     change(datasets)
@@ -273,7 +273,7 @@ def test_folders_without_a_ct_and_cut_slices_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def oblique():
-    """A made-up vertebra in a made-up body on an oblique, anisotropic, off-centre grid: (scan, centre, semi-axes, turn)."""
+    """An ellipsoid as vertebra on an oblique, anisotropic, off-centre grid: (scan, centre, semi-axes, rotation)."""
     spacing, shape = np.array([0.9, 0.7, 2.0]), (96, 110, 44)
     turn = Rotation.from_euler("xyz", [9.0, -12.0, 17.0], degrees=True).as_matrix()
     affine = np.eye(4)
@@ -295,7 +295,7 @@ def test_a_cube_holds_the_vertebra_where_it_is(oblique, spacing_mm):
     assert all(a.dtype == np.float32 for a in (cube.hu, cube.occupancy, cube.density))
     assert 0 <= cube.occupancy.min() and cube.occupancy.max() <= 1
     np.testing.assert_allclose(cube.ct_from_index[:3, :3], spacing_mm * np.eye(3))
-    # Volume and centre are the ellipsoid's own; so is the border, where the occupancy passes one half.
+    # Volume, centre and border (occupancy 0.5) are those of the ellipsoid.
     volume = 4 / 3 * np.pi * semi.prod()
     assert abs(cube.occupancy.sum() * spacing_mm**3 / volume - 1) < 0.01
     index = np.array(ndimage.center_of_mass(cube.occupancy))
@@ -317,7 +317,7 @@ def test_softening_is_a_smooth_border_of_the_chosen_width(oblique):
 
 
 def test_coarse_cubes_are_free_of_aliases():
-    """Stripes too fine for the cube turn to their mean, instead of coming out as coarser stripes."""
+    """Stripes that are too fine for the cube become their mean, not coarser stripes."""
     hu = np.zeros((80, 80, 80), np.float32)
     hu += 500.0 * np.sign(np.sin(2 * np.pi * (np.arange(80) + 0.25) / 3.0))[:, None, None].astype(np.float32)
     labels = np.zeros(hu.shape, np.uint8)
@@ -331,7 +331,7 @@ def test_coarse_cubes_are_free_of_aliases():
     assert abs(coarse[3:-3, 3:-3, 3:-3].mean() - hu.mean()) < 20
 
 
-def test_cut_vertebrae_need_a_word(oblique):
+def test_cut_vertebrae_need_allow_cut(oblique):
     scan = oblique[0]
     top = np.argwhere(scan.labels)[:, 2].max() - 2
     cut = dataclasses.replace(scan, hu=scan.hu[:, :, :top], labels=scan.labels[:, :, :top])
@@ -346,7 +346,7 @@ def test_cut_vertebrae_need_a_word(oblique):
 
 
 def test_oblique_and_upright_scans_of_one_body_x_ray_alike(oblique):
-    """The oblique scan resampled to RAS axes shows the same X-ray: nothing downstream takes the axes for the patient's."""
+    """The oblique scan, resampled to RAS axes, gives the same X-ray: no function takes the array axes for the patient's."""
     scan, centre, _, _ = oblique
     affine = np.eye(4)
     affine[:3, 3] = centre - 0.5 * (np.array([64, 64, 56]) - 1)
@@ -367,16 +367,16 @@ def test_oblique_and_upright_scans_of_one_body_x_ray_alike(oblique):
         for v in (a, b)
     ]
     assert images[0].max() > 0.5
-    # The upright one's border voxels are mixtures of bone and muscle.
+    # Resampling mixes bone and muscle in border voxels.
     assert abs(images[0].sum() / images[1].sum() - 1) < 0.04
     assert np.corrcoef(images[0].ravel(), images[1].ravel())[0, 1] > 0.995
-    # The rest of the body, which fills the field of view, is taken out and put back on oblique axes too.
+    # On oblique axes, removing the vertebra leaves no bone.
     rest = whole_body.WholeBody(scan, 2.0).without(a)
     assert rest.max() < attenuation.from_hounsfield(np.array(140.0, np.float32))
 
 
 def _miss_mm(point, ct_from_index, rng):
-    """How far the ray of a point's pixel passes it, after CT -> voxel of a crop -> CT -> world -> pixel -> ray."""
+    """Distance in mm between a point and the ray of its pixel, along CT -> voxel of a crop -> CT -> world -> pixel -> ray."""
     world_from_ct = carm.sample_world_from_ct(rng, point)
     fx, fy, cx, cy = carm.intrinsics(carm.CArm(), 4)
     misses = []
@@ -411,7 +411,7 @@ def _scan(case):
     ct, mask, _ = _paths(case)
     if ct is not None:
         return scans.read_scan(ct, mask, case)
-    # Mask only: a CT of bone inside the labels stands in.
+    # Without a CT, one of bone inside the labels.
     labels, affine = scans.segmentation.read_labels(mask)
     return scans.Scan(case, np.where(labels > 0, np.float32(600), np.float32(40)), labels, affine)
 
@@ -419,7 +419,7 @@ def _scan(case):
 @needs_data
 @pytest.mark.parametrize("entry", files.read_json(DATA / "cases.json") if (DATA / "cases.json").exists() else [])
 def test_every_complete_vertebra_of_the_shared_scans(entry):
-    """Complete ones come out whole, as points and as cubes; cut ones are refused; centres lie where VerSe puts them."""
+    """Complete ones are extracted with their full volume, and cut ones are refused."""
     scan = _scan(entry["case"])
     assert set(scan.boxes) == {int(label) for label in entry["labels"]}
     voxel = abs(np.linalg.det(scan.ct_from_index[:3, :3]))
@@ -435,7 +435,7 @@ def test_every_complete_vertebra_of_the_shared_scans(entry):
         volume = np.count_nonzero(scan.labels[scan.boxes[label]] == label) * voxel
         assert abs(volume / 1000 - listed["ml"]) < 0.1
         assert abs(cube.occupancy.sum() * 8.0 / volume - 1) < 0.02
-        # A labelled point: the bone of the cube lies where the mask does, and a ray through its pixel passes it.
+        # The ray through the pixel of a labelled point passes the point.
         voxel_ct = scan.ct_from_index[:3] @ [*[0.5 * (s.start + s.stop - 1) for s in scan.boxes[label]], 1.0]
         assert _miss_mm(voxel_ct, cube.ct_from_index, np.random.default_rng(label)) < 0.01
     chosen = [int(label) for label, listed in entry["labels"].items() if not listed["touch"]][::6]
@@ -473,7 +473,7 @@ def test_centroid_files_name_the_same_voxel_along_any_axes(tmp_path, direction):
     assert set(back) == {21, 22}
     for label, point in points.items():
         np.testing.assert_allclose(back[label], point, atol=2e-3)
-    # The numbers are voxels of the map as it would be stored along `direction`.
+    # Coordinates are voxel indices of the label map stored along `direction`.
     stored = np.argwhere(nibabel.apply_orientation(labels, turn) == 22)[0]
     entry = files.read_json(tmp_path / "c.json")[2]
     np.testing.assert_allclose([entry[axis] for axis in "XYZ"], stored, atol=1e-3)

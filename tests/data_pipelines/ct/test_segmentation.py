@@ -1,4 +1,4 @@
-"""Label maps: every numbering becomes VerSe's or is refused; TotalSegmentator is run by its command line, here by a stand-in."""
+"""Label maps: every numbering becomes VerSe's or is refused. TotalSegmentator's command line is run, here a fake program."""
 
 import json
 import pathlib
@@ -47,7 +47,7 @@ def _write(path, labels, affine, names=None):
 
 
 def test_the_tables_of_both_versions():
-    """Corners and neighbours of TotalSegmentator's own class maps, by the names that it gives them."""
+    """First, last and some other classes of TotalSegmentator's class maps, by name."""
     two, one = segmentation.LABEL_MAPS["totalsegmentator"], segmentation.LABEL_MAPS["totalsegmentator_v1"]
     expected = {  # name: (version 2, version 1, VerSe)
         "L5": (27, 18, 24), "L1": (31, 22, 20), "T12": (32, 23, 19), "T11": (33, 24, 18), "T4": (40, 31, 11),
@@ -70,7 +70,7 @@ def test_verse_numbers_are_taken_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("version", ["totalsegmentator", "totalsegmentator_v1"])
-def test_a_table_of_names_tells_the_numbers(tmp_path, version):
+def test_a_table_of_names_gives_the_numbering(tmp_path, version):
     inverse = {verse: value for value, verse in segmentation.LABEL_MAPS[version].items()}
     names = {value: segmentation._NAMES[verse - 1] for verse, value in inverse.items() if verse < 25}
     names[5] = "liver"
@@ -79,15 +79,15 @@ def test_a_table_of_names_tells_the_numbers(tmp_path, version):
     path = _write(tmp_path / "named.nii.gz", labels, affine, names)
     wanted = _canonical(_spine([18, 19, 20, 21])[0], affine)
     np.testing.assert_array_equal(segmentation.read_labels(path)[0], wanted)
-    # Without the table it is refused, and a word makes up for it.
+    # Without the table the file is refused, unless the numbering is given.
     bare = _write(tmp_path / "bare.nii.gz", labels, affine)
     with pytest.raises(errors.InputError, match=r"wanted VerSe numbers, or a word on what they are: --labels="):
         segmentation.read_labels(bare)
     np.testing.assert_array_equal(segmentation.read_labels(bare, version)[0], wanted)
 
 
-def test_numbers_that_could_be_either_are_told_apart_by_their_order(tmp_path):
-    """TotalSegmentator 1 numbers L5 to L1 18 to 22, all of which VerSe knows as well."""
+def test_ambiguous_numbers_are_distinguished_by_their_order(tmp_path):
+    """TotalSegmentator 1 numbers L5 to L1 from 18 to 22, which are VerSe numbers as well."""
     path = _write(tmp_path / "m.nii.gz", *_spine([22, 21, 20, 19, 18]))
     with pytest.raises(errors.InputError, match="labels: found numbers that count from the feet up"):
         segmentation.read_labels(path)
@@ -130,7 +130,7 @@ nibabel.save(nibabel.Nifti1Image(labels, ct.affine), arguments[arguments.index("
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """Installs a stand-in for TotalSegmentator that returns given labels; its arguments are left in a file."""
+    """Installs a fake TotalSegmentator that returns given labels and writes its arguments to a file."""
     log = tmp_path / "arguments.json"
 
     def install(labels, fails=False):
@@ -147,7 +147,7 @@ def program(tmp_path, monkeypatch):
     return install
 
 
-def test_totalsegmentator_is_run_and_what_it_did_is_recorded(tmp_path, program):
+def test_totalsegmentator_is_run_and_recorded(tmp_path, program):
     labels, affine = _spine([31, 30, 29])
     labels[0, 0, 0] = 5
     ct = _write(tmp_path / "ct.nii.gz", np.zeros(labels.shape, np.int16), affine)
@@ -179,7 +179,7 @@ def test_a_dicom_series_is_handed_over_as_nifti(tmp_path, program):
     assert sorted(scans.read_scan(tmp_path / "series", tmp_path / "mask.nii.gz").boxes) == [20]
 
 
-def test_a_mask_that_is_there_is_used(tmp_path, monkeypatch):
+def test_an_existing_mask_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     labels, affine = _spine([31, 30])
     ct = _write(tmp_path / "ct.nii.gz", np.zeros(labels.shape, np.int16), affine)

@@ -1,4 +1,4 @@
-"""VerSe in both published layouts and plain folders: volumes and affines come through unchanged, patients stay in one split."""
+"""VerSe in both published layouts and plain folders: volumes and affines are unchanged, and patients are in one split."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 SHARED = pathlib.Path(os.environ.get("RADGS_SHARED", REPOSITORY.parent / "shared")) / "data"
 SPACING = (0.8, 1.3, 2.1)
 BODIES = {19: 27, 20: 19, 21: 12, 22: 5}
-"""Lower z index of each label's block in RAS order; T12 reaches the upper border: cut."""
+"""Lower z index of each label's block in RAS order. T12 touches the upper border, so it is cut."""
 
 
 def make_volume(seed, codes):
@@ -47,7 +47,7 @@ def make_volume(seed, codes):
 
 
 def body_points(labels):
-    """{label: index in the stored array} of a point in each block, off its middle."""
+    """Voxel index in the stored array of an off-centre point in each block, by label."""
     array = np.asarray(labels.dataobj)
     return {label: np.argwhere(array == label)[40] + [0.25, -0.125, 0.375] for label in BODIES}
 
@@ -104,7 +104,7 @@ def challenge(root, relative, seed, codes, axes, end):
 
 
 def assert_same_voxels(example, ct, labels):
-    """Every voxel of an example holds what the stored scan holds at the same place in the CT frame."""
+    """Every voxel of an example equals that of the stored scan at the same place in the CT frame."""
     index = np.indices(example["hu"].shape).reshape(3, -1)
     place = example["ct_from_index"][:3, :3] @ index + example["ct_from_index"][:3, 3:]
     stored = np.linalg.inv(ct.affine)[:3, :3] @ (place - ct.affine[:3, 3:])
@@ -120,7 +120,7 @@ def world(image, index):
 
 @pytest.fixture(scope="module")
 def subjects(tmp_path_factory):
-    """The by-subject layout, with the names that the real one has: folder and {name: images}."""
+    """The layout by subject with realistic names: the folder, and images by name."""
     root = tmp_path_factory.mktemp("verse")
     made = {
         "sub-verse004": by_subject(root, "training", "sub-verse004", 1, "PIR"),
@@ -143,9 +143,9 @@ def examples_of(builder):
     return [(split, example) for split in builder.info.splits for example in builder.as_data_source(split)]
 
 
-def test_a_vertebra_comes_through_unchanged(subjects, vertebrae):
+def test_a_vertebra_is_unchanged(subjects, vertebrae):
     found = examples_of(vertebrae)
-    assert len(found) == 5 * 3  # T12 is no lumbar vertebra
+    assert len(found) == 5 * 3  # T12 is not lumbar
     for _, example in found:
         ct, labels = subjects[1][example["scan"].decode()]
         assert_same_voxels(example, ct, labels)
@@ -223,7 +223,7 @@ def test_a_plain_folder_is_split_by_patient(tmp_path):
     ct, labels = make_volume(11, "LPS")
     names = [f"p{number}_{series}" for number in range(30) for series in "ab"]
     for name in names:
-        # Splitting looks at names only.
+        # Splitting reads names only.
         (root / name).mkdir(parents=True)
         (root / name / f"{name}_ct.nii.gz").touch()
         (root / name / f"{name}_mask.nii.gz").touch()
@@ -266,7 +266,7 @@ def test_a_ct_may_be_a_folder_of_dicom_slices(tmp_path, config):
     for split, example in found:
         assert (split, example["patient"], example["scan"]) == ("validation", b"p1", b"p1_a")
         here = places(example["hu"].shape, example["ct_from_index"])
-        # Half of the files' coarsest step, and half an HU for whole numbers.
+        # Rounding: half of the files' largest step, plus half an HU.
         np.testing.assert_allclose(example["hu"], ct_files.hu_at(here), atol=1.01)
         for label in np.atleast_1d(example.get("complete", example.get("label"))):
             np.testing.assert_allclose(
@@ -313,19 +313,19 @@ def fake(number, split="training"):
     return verse.ScanFiles(f"verse{number}", f"sub-verse{number}", split, path, path, None)
 
 
-def test_figures_are_held_against_the_papers():
+def test_the_selection_is_compared_with_the_papers():
     five = (20, 21, 22, 23, 24)
     right = {fake(n): five + (25,) if n < 15 else five if n < 253 else () for n in range(300)}
-    held = verse.figures(right)
+    held = verse.selection_summary(right)
     assert (held["cases"], held["scans"], held["vertebrae"]) == (300, 253, 1280)
     assert held["whole"] and held["agrees"] and held["by_split"]["training"] == 253
-    wrong = verse.figures({**right, fake(300): (24,)})
+    wrong = verse.selection_summary({**right, fake(300): (24,)})
     assert wrong["whole"] and not wrong["agrees"] and "+1 scans and +1 vertebrae" in wrong["line"]
-    part = verse.figures({fake(n): five for n in range(10)})
+    part = verse.selection_summary({fake(n): five for n in range(10)})
     assert not part["whole"] and "not to be held against" in part["line"]
 
 
-def test_a_difference_from_the_papers_figures_is_said_and_kept(subjects, tmp_path, monkeypatch, caplog):
+def test_a_difference_from_the_papers_selection_is_logged_and_stored(subjects, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(verse, "PAPER_CASES", 5)
     with caplog.at_level(logging.WARNING):
         builder = verse.prepare(subjects[0], tmp_path)

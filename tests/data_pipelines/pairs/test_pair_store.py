@@ -11,7 +11,9 @@ import sys
 import numpy as np
 import pytest
 
+from data_pipelines.pairs import codec
 from data_pipelines.pairs import identity
+from data_pipelines.pairs import loader as loaders
 from data_pipelines.pairs import pair_store
 from radgs_jax import errors
 
@@ -20,7 +22,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Of `example`."""
+    """Configuration of `example`."""
 
     shape: tuple = (2, 5, 7)
     scale: float = 1.5
@@ -28,7 +30,7 @@ class Config:
 
 @pair_store.named("test.example/1", "old.place.example")
 def example(config, seed, index):
-    """Arrays of several types, none square."""
+    """Arrays of several types; no two axes have the same length, so that transposed ones would be noticed."""
     rng = np.random.default_rng([seed, index])
     return {
         "xrays": (config.scale * rng.normal(size=config.shape)).astype(np.float16),
@@ -42,7 +44,7 @@ def example(config, seed, index):
 
 @pair_store.named("test.dies_once/1", "old.place.dies_once")
 def dies_once(config, seed, index):
-    """As `example`, but the process is killed at example 11 unless a file says that it was before."""
+    """As `example`, but the process exits at example 11, unless a file shows that it did so before."""
     mark = pathlib.Path(os.environ["PAIR_STORE_TEST_MARK"])
     if index == 11 and not mark.exists():
         mark.touch()
@@ -52,7 +54,7 @@ def dies_once(config, seed, index):
 
 @pair_store.named("test.from_file/1", "old.place.from_file")
 def from_file(config, seed, index, path):
-    """As `example`, of a file that is no part of the store's identity."""
+    """An example from a file whose path is no part of the store's identity."""
     return {"value": np.frombuffer(path.read_bytes(), np.uint8)[index : index + 1] * config["factor"]}
 
 
@@ -71,7 +73,7 @@ def uneven(config, seed, index):
 
 @pair_store.named("test.training_pair/1", "old.place.training_pair")
 def training_pair(config, seed, index):
-    """What `pairs` stores: three float16 images of two views and the cameras."""
+    """Arrays like those of a stored pair: three float16 images of two views, and the cameras."""
     rng = np.random.default_rng([seed, index])
     blobs = rng.random((3, 2, 14, 14)).repeat(8, 2).repeat(8, 3)
     images = (blobs + 0.01 * rng.normal(size=blobs.shape)).astype(np.float16)
@@ -129,7 +131,7 @@ def test_two_processes_make_what_one_makes(source, tmp_path):
 
 
 def test_where_files_lie_is_no_part_of_a_store(tmp_path):
-    """make_example's context reaches workers, and another one finds the same store."""
+    """The context reaches worker processes, and a store is found again with another context."""
     paths = [tmp_path / name for name in "ab"]
     for path in paths:
         path.write_bytes(bytes(range(8)))
@@ -176,7 +178,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     resumed = pair_store.write(tmp_path / "store", dies_once, 23, Config(), 5, processes=1, shard_size=4)
     whole = pair_store.write(tmp_path / "whole", dies_once, 23, Config(), 5, processes=1, shard_size=4)
     assert shard_digests(resumed) == shard_digests(whole)
-    assert [path.stat().st_mtime_ns for path in finished] == times  # kept, not made again
+    assert [path.stat().st_mtime_ns for path in finished] == times  # kept, not rewritten
     assert not list((tmp_path / "store").glob(".*"))
 
 
@@ -191,7 +193,7 @@ def test_a_failing_example_leaves_whole_shards_only(tmp_path):
     with pytest.raises(ValueError, match="elsewhere"):
         pair_store.write(tmp_path / "shards", uneven, 12, Config(), 5, processes=1, shard_size=1)
     with pytest.raises(ValueError, match="array 'name'"):
-        pair_store.Codec.of({"name": np.array(["text"])})
+        codec.Codec.of({"name": np.array(["text"])})
 
 
 def test_another_store_is_refused_not_overwritten(source):
@@ -219,7 +221,7 @@ def test_an_unfinished_store_goes_on_with_the_same_libraries_only(tmp_path, monk
     monkeypatch.undo()
     assert begin() is not None
     monkeypatch.setattr(pair_store, "_versions", lambda: {"python": "3.11.0", "numpy": "0.1"})
-    assert_is_example(begin()[5], 5)  # a finished one is what it is
+    assert_is_example(begin()[5], 5)  # a finished store may have been written with other versions
 
 
 def edited(folder, change):
@@ -290,7 +292,7 @@ def indices(loader, steps):
 
 
 def test_batches_are_a_function_of_seed_and_step(source):
-    one, again, other = (pair_store.loader(source, seed, 6, workers=n) for seed, n in ((3, 1), (3, 3), (4, 1)))
+    one, again, other = (loaders.Loader(source, seed, 6, workers=n) for seed, n in ((3, 1), (3, 3), (4, 1)))
     first = indices(one, 23)
     assert indices(again, 23) == first != indices(other, 23)
     batch = next(one)
@@ -304,52 +306,52 @@ def test_batches_are_a_function_of_seed_and_step(source):
 
 
 def test_seeds_do_not_share_epochs(source):
-    epochs = [tuple(epoch) for seed in range(3) for epoch in indices(pair_store.loader(source, seed, 23), 3)]
+    epochs = [tuple(epoch) for seed in range(3) for epoch in indices(loaders.Loader(source, seed, 23), 3)]
     assert len(set(epochs)) == 9
 
 
 def test_processes_share_every_batch_without_overlap(source):
-    whole = indices(pair_store.loader(source, 3, 6), 23)
+    whole = indices(loaders.Loader(source, 3, 6), 23)
     for count in (2, 3):
-        parts = [indices(pair_store.loader(source, 3, 6, p, count), 23) for p in range(count)]
+        parts = [indices(loaders.Loader(source, 3, 6, p, count), 23) for p in range(count)]
         for step, batch in enumerate(whole):
             shares = [parts[p][step] for p in range(count)]
             assert sorted(sum(shares, [])) == sorted(batch)
             assert shares == [batch[p::count] for p in range(count)]
     with pytest.raises(ValueError, match="divide"):
-        pair_store.loader(source, 3, 6, 0, 4)
+        loaders.Loader(source, 3, 6, 0, 4)
     with pytest.raises(ValueError, match="process 2 of 2"):
-        pair_store.loader(source, 3, 6, 2, 2)
+        loaders.Loader(source, 3, 6, 2, 2)
 
 
 def test_an_iterator_goes_on_from_its_state(source):
-    loader = pair_store.loader(source, 3, 6)
+    loader = loaders.Loader(source, 3, 6)
     indices(loader, 9)
     state = json.loads(json.dumps(loader.get_state()))
     assert state["step"] == 9
     wanted = indices(loader, 5)
-    fresh = pair_store.loader(source, 3, 6, workers=1)
+    fresh = loaders.Loader(source, 3, 6, workers=1)
     indices(fresh, 2)
     fresh.set_state(state)
     assert fresh.get_state() == state and indices(fresh, 5) == wanted
-    halves = [pair_store.loader(source, 3, 6, p, 2) for p in range(2)]
+    halves = [loaders.Loader(source, 3, 6, p, 2) for p in range(2)]
     for half in halves:
         half.set_state(state)
     rows = [indices(half, 5) for half in halves]
     assert [sorted(a + b) for a, b in zip(*rows)] == [sorted(batch) for batch in wanted]
     loader.set_state({**state, "step": 0})
-    assert indices(loader, 1) == indices(pair_store.loader(source, 3, 6), 1)
+    assert indices(loader, 1) == indices(loaders.Loader(source, 3, 6), 1)
 
 
 def test_the_state_lives_in_an_orbax_checkpoint(source, tmp_path):
     from orbax.checkpoint import v1 as ocp
 
-    loader = pair_store.loader(source, 3, 6)
+    loader = loaders.Loader(source, 3, 6)
     indices(loader, 4)
     params = {"w": np.arange(3.0)}
     ocp.save_pytree(tmp_path / "step_4", params, custom_metadata={"loader": loader.get_state()})
     wanted = indices(loader, 3)
-    fresh = pair_store.loader(source, 3, 6)
+    fresh = loaders.Loader(source, 3, 6)
     fresh.set_state(ocp.metadata(tmp_path / "step_4").custom_metadata["loader"])
     assert indices(fresh, 3) == wanted
 
@@ -368,7 +370,7 @@ def test_the_state_lives_in_an_orbax_checkpoint(source, tmp_path):
     ],
 )
 def test_a_state_of_something_else_is_refused(source, change):
-    loader = pair_store.loader(source, 3, 6)
+    loader = loaders.Loader(source, 3, 6)
     with pytest.raises(errors.InputError, match="loader state"):
         loader.set_state({**loader.get_state(), **change})
     with pytest.raises(errors.InputError, match="loader state"):
@@ -376,10 +378,10 @@ def test_a_state_of_something_else_is_refused(source, change):
 
 
 def test_the_loader_outruns_a_training_step(tmp_path):
-    """A demo step takes 8 to 16 pairs 2 to 5 times a second: 80 a second. Its share of waiting is what starvation means."""
+    """A step of the demo takes 8 to 16 pairs 2 to 5 times a second, at most 80 pairs a second; it must not wait for them."""
     source = pair_store.write(tmp_path, training_pair, 96, {}, 0, processes=1, shard_size=32)
-    loader = pair_store.loader(source, 0, 16)
-    alone = pair_store.measure(loader, 20)
+    loader = loaders.Loader(source, 0, 16)
+    alone = loaders.throughput(loader, 20)
     assert alone["examples_per_s"] > 2 * 80, alone
 
     matrix = np.ones((500, 500), np.float32)
@@ -388,12 +390,12 @@ def test_the_loader_outruns_a_training_step(tmp_path):
         for _ in range(6):
             matrix @ matrix
 
-    busy = pair_store.measure(loader, 10, step)
+    busy = loaders.throughput(loader, 10, step)
     assert busy["waiting_share"] < 0.2, busy
 
 
 def test_a_store_that_names_its_maker_by_an_alias_goes_on(tmp_path):
-    """A manifest written before the maker had a name of its own, finished or not."""
+    """Manifests that name the maker by its old module path are accepted, finished or not."""
     begin = functools.partial(pair_store.write, tmp_path, example, 8, Config(), 5, processes=1, shard_size=4)
     for finished in (False, True):
         begin(process_count=1 if finished else 2)

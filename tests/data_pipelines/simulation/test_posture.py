@@ -13,7 +13,7 @@ BEND_DEG, JITTER_DEG, JITTER_MM = (2.5, 2.0, 1.5), 4.0, 2.0
 
 @pytest.fixture(scope="module")
 def spine():
-    """Twelve vertebrae on a curve, from head to feet, each with axes of its own."""
+    """Twelve vertebrae on a curve, from head to feet, each with its own axes."""
     levels = np.arange(12)
     frames = np.tile(np.eye(4), (12, 1, 1))
     for k, frame in zip(levels, frames):
@@ -32,7 +32,7 @@ def grid(spine):
 
 
 def _draw(spine, seed=0, anchor=5, jitter=(JITTER_DEG, JITTER_MM), bend=BEND_DEG):
-    return posture.draw(np.random.default_rng(seed), spine, anchor, bend, *jitter)
+    return posture.draw_posture(np.random.default_rng(seed), spine, anchor, bend, *jitter)
 
 
 def test_a_posture_repeats_by_seed_and_keeps_its_anchor(spine):
@@ -56,7 +56,7 @@ def test_bends_and_jitters_stay_in_their_bounds_and_use_them(spine):
         moved = np.einsum("kij,kj->ki", own[:, :3, :3], spine.centres) + own[:, :3, 3] - spine.centres
         vectors = np.degrees(Rotation.from_matrix(own[:, :3, :3]).as_rotvec())
         jitters.append(np.concatenate([vectors / JITTER_DEG, moved / JITTER_MM], 1))
-        # Discs keep their middles: the bend is about them.
+        # The point midway between neighbours belongs to both, since they turn about it.
         middle = 0.5 * (spine.centres[:-1] + spine.centres[1:])
         gap = np.einsum("kij,kj->ki", pose.smooth[1:, :3, :3] - pose.smooth[:-1, :3, :3], middle)
         np.testing.assert_allclose(gap + pose.smooth[1:, :3, 3] - pose.smooth[:-1, :3, 3], 0.0, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Cameras given as 3x4 projections: any scale and sign, and what is no camera of ours."""
+"""Cameras given as 3x4 projections: any scale and sign, and one clear line on matrices that are no camera."""
 
 import numpy as np
 import pytest

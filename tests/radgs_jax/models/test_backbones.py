@@ -1,5 +1,6 @@
 """Backbones: shapes and sizes against the published networks (abstractly, nothing is computed), and small real runs."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,8 +55,8 @@ def random_params(model, x):
 )
 def test_shapes(name, kwargs, shape, expected):
     y, variables = abstract(name, shape, **kwargs)
-    assert y.shape == expected
-    assert y.dtype == jnp.float32
+    chex.assert_shape(y, expected)
+    chex.assert_type(y, jnp.float32)
     # No mutable state: the parameters are all there is, and they are float32.
     assert set(variables) == {"params"}
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
@@ -118,7 +119,7 @@ def test_items_of_a_batch_are_independent(name, spatial):
 def test_space_to_depth_order():
     x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
     y = backbones.space_to_depth(x, 2)
-    assert y.shape == (2, 2, 3, 12)
+    chex.assert_shape(y, (2, 2, 3, 12))
     np.testing.assert_array_equal(y[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
     v = jnp.arange(3 * 6 * 9.0).reshape(1, 3, 6, 9, 1)
     np.testing.assert_array_equal(backbones.space_to_depth(v, 3)[0, 0, 1, 2], v[0, :, 3:6, 6:9].reshape(-1))

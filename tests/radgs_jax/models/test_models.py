@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +103,7 @@ def test_recm_shapes_for_both_heads(inputs, head):
     variables = jax.jit(model.init)(jax.random.key(0), *inputs)
     out = jax.jit(model.apply)(variables, *inputs)
     for branch in (out.factual, out.effect):
-        assert branch.density.shape == (2, 60) and branch.mean.shape == (2, 60, 3)
+        chex.assert_shape((branch.density, branch.mean), [(2, 60), (2, 60, 3)])
         assert (np.asarray(branch.density) > 0).all() and (np.asarray(branch.scale) >= activation.SCALE_RANGE[0]).all()
         np.testing.assert_allclose(np.linalg.norm(branch.quaternion, axis=-1), 1.0, atol=1e-5)
     assert out.attention.shape[:2] == (2, 2) and out.attention.shape[-1] == 4
@@ -116,8 +117,7 @@ def test_unknown_head_is_named(inputs):
 def test_zero_logits_give_the_anchors_back():
     cloud = _cloud(40)
     out = activation.activate(jnp.zeros((40, 11)), cloud, 10.0)
-    for name in ("density", "mean", "scale", "quaternion"):
-        np.testing.assert_allclose(getattr(out, name), getattr(cloud, name), rtol=2e-4, atol=1e-6)
+    chex.assert_trees_all_close(out, cloud, rtol=2e-4, atol=1e-6)
 
 
 def test_matching_finds_where_a_gaussian_went():
@@ -169,7 +169,8 @@ def test_alignment_finds_a_motion_and_weighs_by_information():
 
 def test_counterfactual_draws_have_the_mean_that_inference_uses():
     draws = attention.counterfactual_maps(jax.random.key(0), (40, 40, 3), 8)
-    assert draws.shape == (8, 40, 40, 3) and draws.min() >= 0 and draws.max() < 2
+    chex.assert_shape(draws, (8, 40, 40, 3))
+    assert draws.min() >= 0 and draws.max() < 2
     assert abs(float(draws.mean()) - 1.0) < 0.01
     fixed = attention.counterfactual_maps(None, (4, 4, 3), 8)
     assert fixed.shape == (1, 4, 4, 3) and (fixed == 1).all()
@@ -346,7 +347,7 @@ def test_without_counterfactuals_there_is_no_attention_and_the_effect_is_the_ans
     params = jax.jit(recm.RecM(config).init)(jax.random.key(0), images, valid, *cameras, cloud)
     assert not any("Attention" in name for name in params["params"])
     found = jax.jit(recm.RecM(config).apply)(params, images, valid, *cameras, cloud)
-    jax.tree.map(np.testing.assert_array_equal, found.effect, found.factual)
+    chex.assert_trees_all_equal(found.effect, found.factual)
     assert np.ptp(found.attention) == 0
 
 

@@ -1,6 +1,4 @@
-"""Registering's own decisions: which starts are tried, when a search widens, and whether a neighbour's place fits better."""
-
-import types
+"""The search for a pose: whether a neighbour's place fits better, and where neighbours lie."""
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +11,10 @@ from radgs_jax import levels
 from radgs_jax.geometry import rigid_host
 from radgs_jax.geometry.camera import Camera
 from radgs_jax.geometry.xray import XRay
-from radgs_jax.registration import confidence
 from radgs_jax.registration import gauss_newton
-from radgs_jax.registration import pipeline
 from radgs_jax.registration import pyramid
 from radgs_jax.registration import search
-from radgs_jax.registration.prepared import Parts
+from radgs_jax.registration.parts import Parts
 from radgs_jax.registration.programs import programs_of
 
 CONFIG = gauss_newton.RefineConfig(
@@ -97,57 +93,3 @@ def test_neighbours_lie_further_off_down_the_spine():
         (below, above), (_, above_next) = levels.neighbours_mm(label), levels.neighbours_mm(label + 1)
         assert 15 < above <= -below < 37 and above_next == -below
     assert -19 > levels.neighbours_mm(9)[0] > -20 and -35 > levels.neighbours_mm(23)[0]
-
-
-def test_searches_widen_until_an_answer_is_trusted(monkeypatch):
-    """From two starts to fourteen, then all round, six of them turned against the best answer, which stays, and is trusted at less
-    after each search."""
-    asked, fits = [], []
-
-    def pose_of(number):
-        return rigid_host.matrix([0.1 * number, 0.2, -0.3], (10.0 * number, 2.0, 3.0))
-
-    def refine_pose(programs, parts, seen, starts, config, how, places_mm, survivors=1):
-        assert places_mm == levels.neighbours_mm(20) and how == search.SearchConfig()
-        asked.append((len(starts), survivors))
-        if len(asked) > 1:
-            best = int(np.argmax(fits[: len(asked) - 1]))
-            turns = np.array([np.linalg.inv(pose_of(best)) @ start for start in starts[:6]])
-            np.testing.assert_allclose(turns[:, :3, 3], 0.0, atol=1e-12)
-            np.testing.assert_allclose(np.trace(turns[:, :3, :3], axis1=1, axis2=2), 1 + 2 * np.cos(np.radians(15.0)))
-            assert len(np.unique(turns.round(6), axis=0)) == 6
-        number = len(asked)
-        return types.SimpleNamespace(number=number, fit=[fits[number - 1]], world_from_box=pose_of(number - 1))
-
-    def judge(refined, points, rule, searches):
-        assert rule == "rule"
-        return types.SimpleNamespace(accepted=refined.fit[0] > (0.9, 0.8, 0.7)[searches])
-
-    monkeypatch.setattr(pipeline, "make_pyramid", lambda *given: None)
-    monkeypatch.setattr(search, "refine_pose", refine_pose)
-    monkeypatch.setattr(pipeline, "centred_points", lambda refined, vertebra: None)
-    monkeypatch.setattr(confidence, "judge", judge)
-    prepared = types.SimpleNamespace(
-        parts="parts",
-        vertebra=types.SimpleNamespace(label=20),
-        rule="rule",
-        refine=CONFIG,
-        search=search.SearchConfig(),
-    )
-    camera = Camera(np.ones(4), np.eye(4), 4, 4)
-    body = [XRay(np.ones((4, 4)), None, camera)] * 2
-    for given, stages, best, accepted in (
-        ((0.95,), 1, 1, True),
-        ((0.2, 0.95), 2, 2, True),
-        ((0.85, 0.2), 2, 1, True),
-        ((0.5, 0.2, 0.95), 3, 3, True),
-        ((0.5, 0.6, 0.4), 3, 2, False),
-    ):
-        asked.clear()
-        fits[:] = given
-        refined, judged = pipeline.refine_until_trusted(prepared, body, np.eye(4), np.eye(4))
-        assert asked == [(2, 1), (14, 3), (51, 3)][:stages]
-        assert refined.number == best and judged.accepted == accepted
-    prepared.rule, fits[:] = None, (0.1,)
-    asked.clear()
-    assert pipeline.refine_until_trusted(prepared, body, np.eye(4), np.eye(4))[1] is None

@@ -1,0 +1,57 @@
+"""Simulated case files: variants, true poses, and the quick panel's faults."""
+
+import numpy as np
+import pytest
+
+from data_pipelines import cases
+from data_pipelines.ct import extraction
+from data_pipelines.ct import scans
+from data_pipelines.simulation import case_files
+from data_pipelines.simulation import quick
+from radgs_jax import errors
+
+
+def test_an_unknown_variant_is_refused_before_anything_is_written(stored, tmp_path):
+    with pytest.raises(ValueError, match="variants: found 'hard', wanted some of easy, full, artic, real"):
+        case_files.simulated_cases(
+            tmp_path / "c.json", [stored], (21,), 1, ((0, 5),), 5, quick.PanelFaults(), ("real", "hard")
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bent_scene_shows_the_vertebra_at_its_true_pose(stored, tmp_path):
+    """Edges of the vertebra projected at T_gt match edges of the X-rays better than 5 mm away."""
+    path = case_files.simulated_cases(
+        tmp_path / "bent.json", [stored], (21,), 1, ((0, 5),), 3, quick.PanelFaults(), posture="bent"
+    )
+    case_file = cases.read(path)
+    (scene,) = case_file.scenes.values()
+    truth = cases.truth(case_file, scene)
+    np.testing.assert_allclose(truth[:3, :3] @ truth[:3, :3].T, np.eye(3), atol=1e-9)
+    vertebra = extraction.extract(scans.read_scan(*stored[1:]), 21, 64)
+    cameras = np.stack([v.intrinsics for v in scene.cameras]), np.stack([v.camera_from_world for v in scene.cameras])
+
+    def likeness(pose, images):
+        drawn = quick.render(vertebra.density, vertebra.ct_from_index, pose, *cameras, images[0].shape, 2.0)
+        a, b = (np.stack(np.gradient(np.stack(i).astype(np.float64), axis=(1, 2))) for i in (drawn, images))
+        return (a * b).sum() / np.sqrt((a**2).sum() * ((b * (a != 0)) ** 2).sum())
+
+    for variant in ("artic", "real"):
+        images = [x.line_integrals for x in cases.read_xrays(scene, variant)]
+        off = [np.eye(4) for _ in range(3)]
+        for axis, motion in enumerate(off):
+            motion[axis, 3] = 5.0
+        assert all(likeness(truth, images) > likeness(motion @ truth, images) + 0.05 for motion in off), variant
+    with pytest.raises(errors.InputError, match="variant|array"):
+        cases.read_xrays(scene, "easy")
+
+
+def test_degraded_xrays_keep_their_content(scan):
+    rng = np.random.default_rng(0)
+    ideal = np.asarray(rng.uniform(1, 3, (2, 8, 8)).repeat(8, 1).repeat(8, 2), np.float32)
+    real = quick.degrade(ideal, np.random.default_rng(1), quick.PanelFaults())
+    assert real.shape == ideal.shape and np.isfinite(real).all()
+    assert np.corrcoef(real.ravel(), ideal.ravel())[0, 1] > 0.9 and np.abs(real - ideal).mean() > 0.05
+    np.testing.assert_array_equal(real, quick.degrade(ideal, np.random.default_rng(1), quick.PanelFaults()))
+    off = quick.PanelFaults(photons=0, hardening=0, scatter=0, blur_px=0, gain_ramp=0, air=0)
+    np.testing.assert_allclose(quick.degrade(ideal, np.random.default_rng(1), off), ideal, atol=1e-4)

@@ -1,0 +1,76 @@
+"""Commands as modules: importable together, without flags until they run, and usable as functions without any."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from experiments import ablation
+from experiments import calibrate
+from experiments import detect
+from experiments import register
+from experiments import simulate
+from experiments import study
+from experiments import train
+from experiments.patients import preparing
+from radgs_jax import errors
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+COMMANDS = ("train", "prepare", "register", "segment", "detect", "simulate", "calibrate", "study", "ablation")
+
+
+def test_all_commands_are_imported_together_and_define_no_flag_until_they_run():
+    code = (
+        "import importlib, sys; sys.argv = ['x', '--unknown']\n"
+        f"modules = [importlib.import_module('experiments.' + name) for name in {COMMANDS}]\n"
+        "from absl import flags\n"
+        "found = [name for name in flags.FLAGS.flags_by_module_dict() if name.startswith('experiments')]\n"
+        "assert not found and not flags.FLAGS.is_parsed(), found\n"
+        "before = set(flags.FLAGS)\n"
+        "for module in modules:\n"
+        "    module.define_flags()\n"
+        "    defined = set(flags.FLAGS) - before\n"
+        "    assert defined and callable(module.main), module\n"
+        "    for name in defined:\n"
+        "        delattr(flags.FLAGS, name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_reading_a_workdir_and_registering_import_no_training():
+    code = (
+        "import sys, experiments.patients.workdir, experiments.patients.models, experiments.register\n"
+        "found = [name for name in sys.modules if 'training' in name.split('.') and name.split('.')[0] in"
+        " ('experiments', 'data_pipelines', 'radgs_jax')]\n"
+        "assert not found, found"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_command_is_in_the_list():
+    found = {path.stem for path in (REPOSITORY / "experiments").glob("*.py") if "def main(" in path.read_text()}
+    assert found == set(COMMANDS)
+
+
+def test_what_commands_do_are_functions_that_need_no_flags(tmp_path):
+    """Each is called with input that it refuses, in a process that has parsed no flag."""
+    missing = tmp_path / "missing"
+    there = tmp_path / "there.json"
+    there.write_text("{}")
+    calls = [
+        ("manifest.json", lambda: preparing.prepare(train.configs.DEMO, tmp_path / "w", [], missing)),
+        ("a new file", lambda: simulate.simulate_cases(missing, missing, [20], there)),
+        ("missing", lambda: detect.find_in_case_file(missing, missing)),
+        ("missing:", lambda: detect.score_localizer_file(missing, tmp_path)),
+        ("file: found nothing", lambda: calibrate.fit_acceptance_rule([missing], tmp_path / "rule.json")),
+        ("manifest.json", lambda: study.run_study(missing, missing, [20], missing, tmp_path / "s")),
+        ("a new folder", lambda: register.register_rows([], lambda target: None, there)),
+        ("not finished", lambda: train.train(train.configs.DEMO, tmp_path / "t", "p1_reg")),
+    ]
+    for text, call in calls:
+        with pytest.raises(errors.InputError, match=text):
+            call()
+    assert callable(ablation.run_ablation)

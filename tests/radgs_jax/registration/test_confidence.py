@@ -1,0 +1,76 @@
+"""Acceptance and uncertainty of refined poses."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from tiny_cases import refined_like
+
+from radgs_jax.registration import confidence
+
+
+def test_a_fitted_rule_refuses_wrong_poses_and_covers_right_ones():
+    """On cases drawn like those that it was fitted to."""
+    rng = np.random.default_rng(3)
+    points = rng.normal(size=(200, 3)) * [20, 15, 12]
+
+    def cases(count, seed):
+        rng, found, errors = np.random.default_rng(seed), [], []
+        for i in range(count):
+            right, scale = rng.uniform() < 0.7, np.exp(rng.normal() * 0.5)
+            found.append(
+                refined_like(rng.normal(0.8 if right else 0.4, 0.06), 0.05 if right else 0.4, scale, seed * 1000 + i)
+            )
+            predicted = confidence.spread_mm(found[-1].information, points)
+            errors.append(min(1.9, 0.2 * predicted * np.exp(0.3 * rng.normal())) if right else rng.uniform(3, 20))
+        return found, np.array(errors)
+
+    found, errors = cases(300, 1)
+    rule = confidence.fit_rule(found, [points] * 300, errors, "a method")
+    fresh, truth = cases(300, 2)
+    judged = [confidence.judge(r, points, rule) for r in fresh]
+    accepted, radius = np.array([j.accepted for j in judged]), np.array([j.uncertainty_mm for j in judged])
+    right = truth < 2
+    assert (accepted & ~right).sum() <= 1 and (~accepted & right).mean() < 0.05
+    assert 0.9 < (truth[right] <= radius[right]).mean() <= 1.0 and np.median(radius[right]) < 3 * np.median(
+        truth[right]
+    )
+    assert all(np.linalg.eigvalsh(j.covariance).min() > 0 for j in judged)
+
+
+def test_an_unusable_refinement_is_refused():
+    rule = confidence.AcceptanceRule((0.0,) * 8, (0.6, 0.4, 0.4), (0.0, 1.0, 0.0, 0.0, 0.0), 2.0, "")
+    points = np.random.default_rng(0).normal(size=(50, 3)) * 10
+    good = refined_like(0.9, 0.01, 0.3, 0)
+    assert confidence.judge(good, points, rule, 1).accepted
+    assert not confidence.judge(good, points, rule).accepted
+    for spoilt in (np.full((6, 6), np.nan), np.zeros((6, 6)), -np.eye(6)):
+        judged = confidence.judge(dataclasses.replace(good, information=spoilt), points, rule, 1)
+        assert not judged.accepted and judged.uncertainty_mm >= 100
+    divided = dataclasses.replace(good, view_disagreement_mm=np.float32(1.0))
+    judged = confidence.judge(divided, points, rule, 1)
+    assert not judged.accepted and judged.uncertainty_mm >= 2.0
+    alone = dataclasses.replace(good, support=good.support[:1], similarity=good.similarity[:1])
+    assert not confidence.judge(alone, points, rule, 1).accepted
+
+
+def test_spread_is_the_motion_of_points():
+    """Against twists drawn from the covariance."""
+    rng = np.random.default_rng(0)
+    covariance = np.diag(np.array([0.02, 0.01, 0.03, 0.5, 0.2, 0.9]) ** 2)
+    points = rng.normal(size=(100, 3)) * [20, 10, 5] + [3, -4, 2]
+    twists = rng.multivariate_normal(np.zeros(6), covariance, 20000)
+    motions = np.cross(twists[:, None, :3], points[None]) + twists[:, None, 3:]
+    wanted = np.sqrt((motions**2).sum(-1).mean())
+    assert abs(confidence.spread_mm(np.linalg.inv(covariance), points) / wanted - 1) < 0.02
+
+
+@pytest.mark.parametrize("disagreement_mm", [0.0, 0.05, 0.4, 1.0])
+def test_the_radius_is_a_multiple_of_the_covariance(disagreement_mm):
+    """However much the views disagree, the radius is the same multiple of the covariance's root mean square."""
+    rule = confidence.AcceptanceRule((0.0,) * 8, (0.6, 0.4, 0.4), (0.0, 1.0, 0.0, 0.0, 0.0), 2.0, "")
+    points = np.random.default_rng(0).normal(size=(50, 3)) * [10, 8, 12] + [2, 0, -1]
+    refined = dataclasses.replace(refined_like(0.9, 0.01, 0.3, 0), view_disagreement_mm=np.float32(disagreement_mm))
+    judged = confidence.judge(refined, points, rule)
+    rms = confidence.spread_mm(np.linalg.inv(judged.covariance), points)
+    assert judged.uncertainty_mm == pytest.approx(2.0 * rms, rel=1e-6)

@@ -1,0 +1,112 @@
+"""Registration of a case: a pure function that compiles once, and searches that widen until an answer is trusted."""
+
+import builtins
+import dataclasses
+import io
+import os
+
+import chex
+import jax
+import numpy as np
+import pytest
+import tiny_cases
+
+from radgs_jax import levels
+from radgs_jax.geometry import rigid_host
+from radgs_jax.registration import confidence
+from radgs_jax.registration import pipeline
+from radgs_jax.registration import search
+
+OPTIONS = pipeline.RegisterOptions(passes=2)
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    return tiny_cases.tiny_prepared()
+
+
+def _host(outcome):
+    """The numbers of an `Outcome`, in numpy."""
+    return jax.device_get({field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)})
+
+
+def test_register_is_a_function_of_its_arguments(prepared, monkeypatch):
+    """Twice the same bits, with the arguments left as they were, and the second time without opening a file."""
+    xrays, start = tiny_cases.two_xrays(), tiny_cases.start()
+    given = jax.tree.map(np.array, (prepared.parts, prepared.vertebra.cloud, start, [x.line_integrals for x in xrays]))
+    first = pipeline.register(prepared, xrays, start, OPTIONS)
+
+    def refuse(*arguments, **options):
+        raise AssertionError(f"register opened {arguments[0]}")
+
+    with monkeypatch.context() as patched:
+        for place in (builtins, io, os):
+            patched.setattr(place, "open", refuse)
+        second = pipeline.register(prepared, xrays, start, OPTIONS)
+    chex.assert_trees_all_equal(_host(first), _host(second))
+    after = prepared.parts, prepared.vertebra.cloud, start, [x.line_integrals for x in xrays]
+    chex.assert_trees_all_equal(given, jax.tree.map(np.array, after))
+    assert first.trajectory.shape == (1 + OPTIONS.passes + len(prepared.refine.levels), 4, 4)
+    np.testing.assert_array_equal(first.trajectory[0], start)
+
+
+def test_a_second_case_of_the_same_shapes_compiles_nothing(prepared, compilations):
+    pipeline.register(prepared, tiny_cases.two_xrays(), tiny_cases.start(), OPTIONS)
+    compilations.clear()
+    start = tiny_cases.start() @ rigid_host.matrix([0.0, 0.0, 0.0], (1.0, 1.0, 1.0))
+    pipeline.register(prepared, tiny_cases.two_xrays(seed=1), start, OPTIONS, compile=jax.jit)
+    assert not compilations
+
+
+def test_warm_up_returns_nothing_and_without_a_rule_nothing_is_judged(prepared):
+    assert pipeline.warm_up(prepared, tiny_cases.two_xrays(), OPTIONS) is None
+    outcome = pipeline.register(prepared, tiny_cases.two_xrays(), tiny_cases.start(), OPTIONS)
+    assert np.isfinite(outcome.world_from_ct).all() and outcome.confidence is None
+
+
+def test_searches_widen_until_an_answer_is_trusted(prepared, monkeypatch):
+    """First two starts, then fourteen, then 51 all around. Six of them are turned against the best answer so far, which stays."""
+    asked, fits = [], []
+
+    def pose_of(number):
+        return rigid_host.matrix([0.1 * number, 0.2, -0.3], (10.0 * number, 2.0, 3.0))
+
+    def refine_pose(programs, parts, seen, starts, config, how, places_mm, survivors=1):
+        assert places_mm == levels.neighbours_mm(20) and how == search.SearchConfig()
+        asked.append((len(starts), survivors))
+        if len(asked) > 1:
+            best = int(np.argmax(fits[: len(asked) - 1]))
+            turns = np.array([np.linalg.inv(pose_of(best)) @ start for start in starts[:6]])
+            np.testing.assert_allclose(turns[:, :3, 3], 0.0, atol=1e-12)
+            np.testing.assert_allclose(np.trace(turns[:, :3, :3], axis1=1, axis2=2), 1 + 2 * np.cos(np.radians(15.0)))
+            assert len(np.unique(turns.round(6), axis=0)) == 6
+        number = len(asked)
+        refined = tiny_cases.refined_like(0.5, 0.1, 1.0, number)
+        return dataclasses.replace(refined, fit=np.array([fits[number - 1]]), world_from_box=pose_of(number - 1))
+
+    def judge(refined, points, rule, searches):
+        assert rule is judged_by
+        return confidence.Confidence(0.5, bool(refined.fit[0] > (0.9, 0.8, 0.7)[searches]), np.eye(6), 1.0)
+
+    monkeypatch.setattr(search, "refine_pose", refine_pose)
+    monkeypatch.setattr(confidence, "judge", judge)
+    fitted_for = confidence.method_digest(prepared.refine, prepared.search)
+    judged_by = confidence.AcceptanceRule((0.0,) * 8, (0.5,) * 3, (0.0,) * 5, 2.0, fitted_for)
+    ruled = dataclasses.replace(prepared, rule=judged_by)
+    body = tiny_cases.two_xrays()
+    for given, stages, best, accepted in (
+        ((0.95,), 1, 1, True),
+        ((0.2, 0.95), 2, 2, True),
+        ((0.85, 0.2), 2, 1, True),
+        ((0.5, 0.2, 0.95), 3, 3, True),
+        ((0.5, 0.6, 0.4), 3, 2, False),
+    ):
+        asked.clear()
+        fits[:] = given
+        refined, judged = pipeline.refine_until_trusted(ruled, body, np.eye(4), np.eye(4))
+        assert asked == [(2, 1), (14, 3), (51, 3)][:stages]
+        np.testing.assert_array_equal(refined.world_from_box, pose_of(best - 1))
+        assert judged.accepted == accepted
+    fits[:] = (0.1,)
+    asked.clear()
+    assert pipeline.refine_until_trusted(prepared, body, np.eye(4), np.eye(4))[1] is None
