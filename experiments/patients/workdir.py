@@ -178,6 +178,8 @@ def read_rule(path: pathlib.Path) -> confidence.AcceptanceRule | None:
         good = isinstance(numbers, list) and all(type(v) in (int, float) for v in numbers)
         if not good or (count and len(numbers) != count):
             errors.fail(path, field, repr(found)[:SHOWN_CHARACTERS], f"{count} numbers" if count else "a number")
+    if not value["radius"] > 0:
+        errors.fail(path, "radius", value["radius"], "a number above 0")
     fitted_for = value.get("fitted_for", UNMARKED)
     if not isinstance(fitted_for, str):
         errors.fail(path, "fitted_for", repr(fitted_for)[:SHOWN_CHARACTERS], "a digest of refinement and search")

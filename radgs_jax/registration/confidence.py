@@ -212,12 +212,13 @@ def fit_rule(
     first = threshold(1.0 / (1.0 + np.exp(-odds)), right)
     terms = np.array([_size_terms(r, spread_mm(r.information, p)) for r, p in zip(refined, points)])
     fitted, *_ = np.linalg.lstsq(terms[right], np.log(error_mm[right] + ERROR_OFFSET_MM), rcond=None)
+    # No less than the predicted size itself: where the views' disagreement covers every error, the rest of it is 0.
     camera_mm = ERROR_PER_DISAGREEMENT * np.array([r.view_disagreement_mm for r in refined])
     ratio = np.sqrt(np.maximum(error_mm**2 - camera_mm**2, 0.0))[right] / np.exp(terms[right] @ fitted)
     return AcceptanceRule(
         tuple(map(float, chance)),
         (first,) * (1 + SEARCHES),
         tuple(map(float, fitted)),
-        float(np.quantile(ratio, coverage)),
+        max(1.0, float(np.quantile(ratio, coverage))),
         fitted_for,
     )

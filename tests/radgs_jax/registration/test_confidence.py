@@ -74,3 +74,14 @@ def test_the_radius_is_a_multiple_of_the_covariance(disagreement_mm):
     judged = confidence.judge(refined, points, rule)
     rms = confidence.spread_mm(np.linalg.inv(judged.covariance), points)
     assert judged.uncertainty_mm == pytest.approx(2.0 * rms, rel=1e-6)
+
+
+def test_a_rule_fitted_where_disagreement_covers_every_error_can_judge():
+    """A handful of cases, views that disagree by more than the poses are wrong: the radius still is one size or more."""
+    points = np.random.default_rng(0).normal(size=(50, 3)) * [20, 15, 12]
+    found = [refined_like(0.8 if i % 3 else 0.4, 0.05, 1.0, i) for i in range(9)]
+    found = [dataclasses.replace(r, view_disagreement_mm=np.float32(0.5)) for r in found]
+    errors = [0.1 if i % 3 else 9.0 for i in range(9)]
+    rule = confidence.fit_rule(found, [points] * 9, errors, "a method")
+    judged = confidence.judge(found[1], points, rule)
+    assert rule.radius >= 1.0 and judged.uncertainty_mm >= 2.0 and np.isfinite(judged.covariance).all()
