@@ -23,7 +23,7 @@ prepared = workdir.prepare_untrained(
     models.load_model(base), scan, label=22, rule=workdir.read_rule(base / workdir.CALIBRATION)
 )
 
-# Two X-rays, AP and lateral, of the patient at a pose that the registration is not told.
+# Two X-rays, AP and lateral, of the patient at a pose that the registration does not know.
 centre = prepared.vertebra.ct_from_box[:3, 3]
 truth = carm.sample_world_from_ct(np.random.default_rng(0), centre)
 cameras = [

@@ -1,6 +1,6 @@
 """Simulates cases of known pose from a labelled CT: `python -m experiments.simulate --ct --mask --label=20,21 --out=C.json`.
 
-`experiments.study` and `experiments.calibrate` take such case files, and so does any program that reads the case format.
+`experiments.prepare`, `register`, `detect --do=find`, `calibrate` and `train --p2_cases` read such case files.
 """
 
 import pathlib

@@ -50,7 +50,7 @@ class Vertebra:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A vertebra as `registration.register` needs it.
+    """A vertebra as `radgs_jax.register` needs it.
 
     Attributes:
       model: the network; vertebra: what is registered.
