@@ -29,7 +29,7 @@ from radgs_jax.registration import gauss_newton
 from radgs_jax.registration import pipeline
 from radgs_jax.registration import search
 from radgs_jax.registration.gauss_newton import RefineConfig
-from radgs_jax.registration.prepared import on_device_parts
+from radgs_jax.registration.parts import on_device_parts
 from radgs_jax.registration.prepared import Vertebra
 from radgs_jax.registration.programs import programs_of
 from radgs_jax.registration.pyramid import make_pyramid

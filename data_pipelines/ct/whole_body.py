@@ -6,6 +6,7 @@ from data_pipelines.ct import scans
 from radgs_jax import attenuation
 from radgs_jax.geometry import resample
 from radgs_jax.registration import prepared
+from radgs_jax.registration.parts import Parts
 
 FILL_HU = 40.0
 """HU that replaces a vertebra in the body: muscle. Chosen by hand: half or twice changes the attenuation by a few percent,
@@ -69,7 +70,7 @@ def coarse_body(array: np.ndarray, ct_from_index: np.ndarray, spacing_mm: float)
     return np.pad(array, ((0, 0), (0, 0), (repeat, repeat)), mode="edge"), affine, repeat
 
 
-def moving_parts(whole: WholeBody, vertebra: prepared.Vertebra) -> prepared.Parts:
+def moving_parts(whole: WholeBody, vertebra: prepared.Vertebra) -> Parts:
     """The two parts of a body and one vertebra of its scan, padded so that most vertebrae have the same shapes."""
     box_from_ct = np.linalg.inv(vertebra.ct_from_box)
     excess, ct_from_excess = resample.block_average(
@@ -82,7 +83,7 @@ def moving_parts(whole: WholeBody, vertebra: prepared.Vertebra) -> prepared.Part
     rest = rest[:, :, first : int(middle + PART_REACH_MM / along) + 2]
     ct_from_rest = resample.part_from_index(grid, [0, 0, first])
     arrays = [np.pad(a, [(0, -n % SHAPE_MULTIPLE) for n in a.shape]).astype(np.float16) for a in (excess, rest)]
-    return prepared.Parts(arrays[0], box_from_ct @ ct_from_excess, arrays[1], box_from_ct @ ct_from_rest)
+    return Parts(arrays[0], box_from_ct @ ct_from_excess, arrays[1], box_from_ct @ ct_from_rest)
 
 
 def excess_over_fill(vertebra: prepared.Vertebra) -> np.ndarray:

@@ -106,7 +106,7 @@ def prepare(
 
 
 def _extract(targets, gaussian_count):
-    """(`prepared.Vertebra`, `prepared.Parts`) of each target."""
+    """(`prepared.Vertebra`, `parts.Parts`) of each target."""
     first = next(iter(targets))
     scan = scans.read_scan(first.ct, first.mask, first.patient, first.labels)
     vertebrae = [extraction.extract(scan, target.label, gaussian_count, target.mask) for target in targets]

@@ -26,10 +26,10 @@ from radgs_jax.models.trained import Model
 from radgs_jax.registration import confidence
 from radgs_jax.registration import gauss_newton
 from radgs_jax.registration.gauss_newton import RefineConfig
+from radgs_jax.registration.parts import on_device_parts
+from radgs_jax.registration.parts import PARTS
+from radgs_jax.registration.parts import Parts
 from radgs_jax.registration.prepared import fine_cloud
-from radgs_jax.registration.prepared import on_device_parts
-from radgs_jax.registration.prepared import PARTS
-from radgs_jax.registration.prepared import Parts
 from radgs_jax.registration.prepared import Prepared
 from radgs_jax.registration.prepared import Vertebra
 from radgs_jax.registration.search import SearchConfig

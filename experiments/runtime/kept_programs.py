@@ -106,17 +106,18 @@ def kept(function: Callable, static_argnames: str | Sequence[str] = ()) -> Calla
         start = _clock()
         key, leaves = program(args, options)
         if key not in compiled:
-            compiled[key] = programs[key].lower(*leaves).compile()
+            lower(*args, **options).compile()
             if watch := _watch.get():
                 watch.leave_out(_clock() - start)
         return compiled[key](*leaves)
 
     def lower(*args, **options):
         key, leaves = program(args, options)
-        lowered = programs[key].lower(*leaves)
+        lowered = None if key in compiled else programs[key].lower(*leaves)
 
         def compile():
-            compiled[key] = lowered.compile()
+            if lowered is not None:
+                compiled[key] = lowered.compile()
 
         return types.SimpleNamespace(compile=compile)
 

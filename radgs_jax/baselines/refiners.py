@@ -18,7 +18,7 @@ from radgs_jax.geometry import camera
 from radgs_jax.geometry import rigid
 from radgs_jax.registration import edges
 from radgs_jax.registration import gauss_newton
-from radgs_jax.registration.prepared import Parts
+from radgs_jax.registration.parts import Parts
 
 SILHOUETTE = 0.02
 """Line integral above which a pixel shows the vertebra, no unit. Chosen by hand: about 1 mm of spongy bone; half and twice move the

@@ -13,9 +13,7 @@ from radgs_jax.registration.confidence import AcceptanceRule
 from radgs_jax.registration.confidence import method_digest
 from radgs_jax.registration.gauss_newton import RefineConfig
 from radgs_jax.registration.parts import on_device
-from radgs_jax.registration.parts import on_device_parts as on_device_parts
-from radgs_jax.registration.parts import PARTS as PARTS
-from radgs_jax.registration.parts import Parts as Parts
+from radgs_jax.registration.parts import Parts
 from radgs_jax.registration.search import SearchConfig
 
 PART_MM = 1.0

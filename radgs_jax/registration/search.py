@@ -22,6 +22,7 @@ from radgs_jax.registration import gauss_newton
 from radgs_jax.registration.gauss_newton import Level
 from radgs_jax.registration.gauss_newton import RefineConfig
 from radgs_jax.registration.gauss_newton import Refined
+from radgs_jax.registration.parts import on_device
 from radgs_jax.registration.parts import Parts
 from radgs_jax.registration.programs import Programs
 from radgs_jax.registration.pyramid import Pyramid
@@ -66,7 +67,7 @@ def refine_arguments(
     parts: Parts, seen: Pyramid, starts: Sequence[_Pose], config: RefineConfig, levels: Sequence[Level]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments and keywords of `gauss_newton.refine` for the first levels of a pyramid, with `levels` in place of config's."""
-    poses = jax.device_put(np.asarray(starts, np.float32))
+    poses = on_device(starts)
     chosen = dataclasses.replace(config, levels=tuple(levels))
     return (parts, seen.levels[: len(levels)], seen.camera_from_world, poses), {"config": chosen}
 

@@ -14,7 +14,7 @@ from radgs_jax.geometry import grid
 from radgs_jax.geometry import rigid
 from radgs_jax.models import recm
 from radgs_jax.registration import gauss_newton
-from radgs_jax.registration import prepared
+from radgs_jax.registration.parts import Parts
 
 SHAPE = plain.PlainConfig(widths=(4, 8), blocks=(1, 1), hidden=8)
 CAMERA_FROM_WORLD = np.zeros((2, 4, 4), np.float32)
@@ -36,7 +36,7 @@ def bone():
     cloud = gaussians.Gaussians(*(jnp.asarray(a, jnp.float32) for a in parameters))
     cells = grid.centred((48, 40, 32), 2.0)
     density = gaussians.voxelize(cloud, cells)
-    parts = prepared.Parts(density, cells.frame_from_index, jnp.zeros_like(density), cells.frame_from_index)
+    parts = Parts(density, cells.frame_from_index, jnp.zeros_like(density), cells.frame_from_index)
     return cloud, parts
 
 
