@@ -163,7 +163,7 @@ def test_a_stopwatch_leaves_out_what_a_first_call_spends_on_its_program(where, t
     assert not left_out and watch.wall_s >= 0.05
 
 
-def test_a_stopwatch_counts_all_but_its_own_threads_programs():
+def test_a_stopwatch_counts_all_but_its_own_threads_programs(folder):
     """Another thread's compilation does not hold up this one, so that it is not this one's to leave out."""
     call = _slow_to_trace(0.2)
     with kept_programs.Stopwatch() as watch:
