@@ -4,12 +4,14 @@ import collections.abc
 import dataclasses
 import math
 import pathlib
+import re
 import typing
 
 import numpy as np
 
 from data_pipelines.io import camera_files
 from data_pipelines.io import files
+from data_pipelines.xrays import collimator
 from radgs_jax import errors
 from radgs_jax.geometry.camera import Camera
 from radgs_jax.geometry.xray import XRay
@@ -17,6 +19,8 @@ from radgs_jax.geometry.xray import XRay
 CASES_FORMAT = "biplanar-vertebra-cases/1"
 RESULTS_FORMAT = "biplanar-vertebra-results/1"
 VARIANTS = ("easy", "full", "artic", "real")
+NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
+"""Names of volumes, scenes and cases (the case format). They become names of files, so nothing else is taken."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Scene:
       volume: name of its `Volume`.
       cameras: one `Camera` for each view.
       xrays: npz file of its X-rays.
+      valid: npz file of the pixels that count, or None: then a collimator is looked for.
       world_from_ct: the true pose as it is in the file, unchecked, or None; for training and scoring only.
     """
 
@@ -53,6 +58,7 @@ class Scene:
     volume: str
     cameras: tuple[Camera, ...]
     xrays: pathlib.Path
+    valid: pathlib.Path | None
     world_from_ct: list | None
 
 
@@ -94,12 +100,19 @@ def _get(path, where, mapping, key, kind):
     return value
 
 
+def _name(path, where, name):
+    if not NAME.fullmatch(name) or name in (".", ".."):
+        wanted = "a name of up to 100 letters, digits, dots, underscores and hyphens"
+        errors.fail(path, where, repr(name)[:60], wanted)
+    return name
+
+
 def read(path: pathlib.Path | str) -> CaseFile:
     """Reads a case file. The files that it names are read later, and true poses are checked by `truth`.
 
     Raises:
       InputError: the JSON is unreadable or of another format, a field is missing or mistyped, a volume or scene does not
-        exist, an id occurs twice, a camera is malformed, or a start pose is not rigid.
+        exist, an id occurs twice or is not a `NAME`, a camera is malformed, or a start pose is not rigid.
     """
     path = pathlib.Path(path)
     raw = files.read_json(path)
@@ -109,6 +122,7 @@ def read(path: pathlib.Path | str) -> CaseFile:
         )
     volumes, scenes, cases = {}, {}, []
     for name, value in _get(path, "file", raw, "volumes", dict).items():
+        _name(path, "volumes", name)
         where = f"volumes.{name}"
         full_ct = path.parent / _get(path, where, value, "full_ct", str)
         volumes[name] = Volume(
@@ -120,24 +134,26 @@ def read(path: pathlib.Path | str) -> CaseFile:
         )
     for index, value in enumerate(_get(path, "file", raw, "scenes", list)):
         where = f"scenes[{index}]"
-        name, volume = _get(path, where, value, "id", str), _get(path, where, value, "volume", str)
+        name = _name(path, f"{where}.id", _get(path, where, value, "id", str))
+        volume = _get(path, where, value, "volume", str)
         if name in scenes:
             errors.fail(path, f"{where}.id", f"{name!r} a second time", "each id once")
         if volume not in volumes:
             errors.fail(path, f"{where}.volume", repr(volume), f"one of {sorted(volumes)}")
         views = tuple(
-            camera_files.read_view(path, f"{where}.views[{i}]", v)
+            camera_files.read_camera(path, f"{where}.views[{i}]", v)
             for i, v in enumerate(_get(path, where, value, "views", list))
         )
         if not views:
             errors.fail(path, f"{where}.views", "none", "one view or more")
-        scenes[name] = Scene(
-            name, volume, views, path.parent / _get(path, where, value, "xrays", str), value.get("T_gt")
-        )
+        xrays = path.parent / _get(path, where, value, "xrays", str)
+        valid = path.parent / _get(path, where, value, "valid", str) if "valid" in value else None
+        scenes[name] = Scene(name, volume, views, xrays, valid, value.get("T_gt"))
     names = set()
     for index, value in enumerate(_get(path, "file", raw, "cases", list)):
         where = f"cases[{index}]"
-        name, scene = _get(path, where, value, "id", str), _get(path, where, value, "scene", str)
+        name = _name(path, f"{where}.id", _get(path, where, value, "id", str))
+        scene = _get(path, where, value, "scene", str)
         if name in names:
             errors.fail(path, f"{where}.id", f"{name!r} a second time", "each id once")
         names.add(name)
@@ -185,26 +201,45 @@ def check_image(path: pathlib.Path | str, where: str, image: np.ndarray, camera:
 
 
 def read_xrays(scene: Scene, variant: str) -> list[XRay]:
-    """The X-rays of one scene, one for each view, float32, with all pixels valid.
+    """The X-rays of one scene, one for each view, float32.
 
     Args:
-      scene: the acquisition.
-      variant: name of the array in its X-ray file.
+      scene: the acquisition. Without a file of valid pixels, those inside the collimator are, if a border is found, or else all.
+      variant: name of the array in its files.
 
     Raises:
-      InputError: the file or array is missing, the number of views or a shape is wrong, or pixels are not finite.
+      InputError: a file or array is missing, the number of views or a shape is wrong, pixels are not finite, or none is valid.
     """
-    stack = files.read_npz(scene.xrays, variant)[variant]
-    if stack.ndim != 3 or len(stack) != len(scene.cameras):
-        errors.fail(scene.xrays, f"'{variant}': shape", stack.shape, f"({len(scene.cameras)}, height, width)")
-    return [
-        XRay(check_image(scene.xrays, f"'{variant}'[{i}]", image, camera), None, camera)
+    stack = _read_stack(scene, scene.xrays, variant)
+    images = [
+        check_image(scene.xrays, f"'{variant}'[{i}]", image, camera)
         for i, (image, camera) in enumerate(zip(stack, scene.cameras))
     ]
+    if scene.valid is None:
+        masks = [collimator.of_line_integrals(image) for image in images]
+    else:
+        masks = _read_stack(scene, scene.valid, variant)
+        for i, (mask, camera) in enumerate(zip(masks, scene.cameras)):
+            if mask.dtype != bool or mask.shape != (camera.height, camera.width) or not mask.any():
+                found = f"{mask.dtype} {mask.shape}, {np.count_nonzero(mask)} of them set"
+                wanted = f"bool {(camera.height, camera.width)}, some of them set"
+                errors.fail(scene.valid, f"'{variant}'[{i}]", found, wanted)
+    return [XRay(*view) for view in zip(images, masks, scene.cameras)]
+
+
+def _read_stack(scene, path, variant):
+    stack = files.read_npz(path, variant)[variant]
+    if stack.ndim != 3 or len(stack) != len(scene.cameras):
+        errors.fail(path, f"'{variant}': shape", stack.shape, f"({len(scene.cameras)}, height, width)")
+    return stack
 
 
 def write_results(
-    path: pathlib.Path | str, program: str, variant: str, results: collections.abc.Sequence[dict[str, typing.Any]]
+    path: pathlib.Path | str,
+    program: str,
+    variant: str,
+    results: collections.abc.Sequence[dict[str, typing.Any]],
+    failures: collections.abc.Sequence[dict[str, str]] = (),
 ) -> None:
     """Writes a result file, atomically.
 
@@ -214,6 +249,7 @@ def write_results(
       variant: name of the array of X-rays.
       results: dicts with id, T (world_from_ct, 4x4 lists), runtime_s, cpu_s and optionally accepted, uncertainty_mm,
         covariance.
+      failures: dicts with id and reason, of cases that could not be registered.
 
     Raises:
       ValueError: a pose or another number is not finite. Nothing is written then.
@@ -221,4 +257,5 @@ def write_results(
     for result in results:
         if not all(math.isfinite(v) for row in result["T"] for v in row):
             raise ValueError(f"{result['id']}: the pose is not finite")
-    files.write_json(path, {"format": RESULTS_FORMAT, "program": program, "variant": variant, "results": results})
+    document = {"format": RESULTS_FORMAT, "program": program, "variant": variant, "results": results}
+    files.write_json(path, document | ({"failures": list(failures)} if failures else {}))

@@ -1,7 +1,7 @@
 """Contact sheets of a scan, simulations, a case file, localized levels, measured X-rays or a store of pairs.
 
-    python -m data_pipelines.show --scan=CT --mask=MASK [--labels=20,21] --output=SHEET.png
-    python -m data_pipelines.show --scan=CT --mask=MASK [--labels=20,21] --simulated=6 [--seed=0] --output=SHEET.png
+    python -m data_pipelines.show --scan=CT --mask=MASK [--label=20,21] --output=SHEET.png
+    python -m data_pipelines.show --scan=CT --mask=MASK [--label=20,21] --simulated=6 [--seed=0] --output=SHEET.png
     python -m data_pipelines.show --cases=CASES.json [--variant=real] [--found=FOUND.json] --output=SHEET.png
     python -m data_pipelines.show --xrays=A.dcm,B.png [--values=intensity] --output=SHEET.png
     python -m data_pipelines.show --pairs=STORE [--count=6] --output=SHEET.png
@@ -285,21 +285,29 @@ def of_pairs(source: pair_store.Source, count: int) -> Figure:
 
 FLAGS = flags.FlagValues()
 SCAN = flags.DEFINE_string("scan", None, "CT: NIfTI file or DICOM folder.", flag_values=FLAGS)
-MASK = flags.DEFINE_string("mask", None, "Its label map.", flag_values=FLAGS)
-LABELS = flags.DEFINE_list("labels", None, "VerSe numbers; default: all complete vertebrae.", flag_values=FLAGS)
-SIMULATED = flags.DEFINE_integer("simulated", 0, "Number of simulations to show.", lower_bound=0, flag_values=FLAGS)
+MASK = flags.DEFINE_string("mask", None, "Label map on the scan's grid.", flag_values=FLAGS)
+LABEL = flags.DEFINE_list(
+    "label", None, "VerSe numbers of the vertebrae to show; default: all complete ones.", flag_values=FLAGS
+)
+SIMULATED = flags.DEFINE_integer(
+    "simulated", 0, "Simulated acquisitions to show, instead of slices.", lower_bound=0, flag_values=FLAGS
+)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the simulations.", lower_bound=0, flag_values=FLAGS)
 CASES = flags.DEFINE_string("cases", None, "Case file.", flag_values=FLAGS)
 FOUND = flags.DEFINE_string("found", None, "Output of experiments.detect --do=find, for --cases.", flag_values=FLAGS)
 VARIANT = flags.DEFINE_enum(
-    "variant", "full", cases.VARIANTS, "Name of the array in its X-ray files.", flag_values=FLAGS
+    "variant", "full", cases.VARIANTS, "Array of the X-ray files to show, with --cases.", flag_values=FLAGS
 )
-XRAYS = flags.DEFINE_list("xrays", None, "Measured X-rays.", flag_values=FLAGS)
+XRAYS = flags.DEFINE_list("xrays", None, "Files of measured X-rays.", flag_values=FLAGS)
 VALUES = flags.DEFINE_enum(
-    "values", None, radiograph.VALUES, "Meaning of their numbers; default: DICOM tags.", flag_values=FLAGS
+    "values",
+    None,
+    radiograph.VALUES,
+    "What the X-rays' numbers are; default: what DICOM's tags say.",
+    flag_values=FLAGS,
 )
 PAIRS = flags.DEFINE_string("pairs", None, "Folder of a store of pairs.", flag_values=FLAGS)
-COUNT = flags.DEFINE_integer("count", 6, "Maximum number of pairs.", lower_bound=1, flag_values=FLAGS)
+COUNT = flags.DEFINE_integer("count", 6, "Maximum number of pairs to show.", lower_bound=1, flag_values=FLAGS)
 OUTPUT = flags.DEFINE_string("output", None, "PNG to write.", flag_values=FLAGS)
 HELP = flags.DEFINE_bool("help", False, "Show this help.", short_name="?", flag_values=FLAGS)
 
@@ -314,8 +322,8 @@ def _check():
         raise flags.Error("--scan and --mask go together")
     if FOUND.value is not None and CASES.value is None:
         raise flags.Error("--found goes with --cases")
-    if LABELS.value is not None and not all(label.isdecimal() for label in LABELS.value):
-        raise flags.Error(f"--labels={','.join(LABELS.value)}, wanted VerSe numbers")
+    if LABEL.value is not None and not all(label.isdecimal() for label in LABEL.value):
+        raise flags.Error(f"--label={','.join(LABEL.value)}, wanted VerSe numbers")
 
 
 def _figure():
@@ -332,13 +340,13 @@ def _figure():
             errors.fail(PAIRS.value, "examples", sorted(source[0]), "pairs, with measured, valid and vertebra")
         return of_pairs(source, COUNT.value)
     scan = scans.read_scan(SCAN.value, MASK.value)
-    labels = [int(label) for label in LABELS.value or segmentation.complete_labels(scan.labels)]
+    labels = [int(label) for label in LABEL.value or segmentation.complete_labels(scan.labels)]
     if not labels:
         errors.fail(MASK.value, "labels", sorted(scan.boxes), "a complete vertebra")
     if not SIMULATED.value:
         return of_scan(scan, labels)
     body = simulation.ArticulatedBody(scan)
-    labels = labels if LABELS.value else list(body.spine.labels)
+    labels = labels if LABEL.value else list(body.spine.labels)
     return of_simulation(body, labels, SIMULATED.value, SEED.value)
 
 

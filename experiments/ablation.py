@@ -26,7 +26,7 @@ from radgs_jax.training import objectives
 
 def define_flags() -> None:
     """Defines the command's flags; called once, by `cli.run`."""
-    flags.DEFINE_string("out", None, "Folder of the runs and of the table.", required=True)
+    flags.DEFINE_string("out", None, "Folder for the runs and the table.", required=True)
     flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0)
 
 
@@ -60,12 +60,12 @@ ROWS = (
     ("1  RecM, P1, without CAL", "no_cal", "p1", ("rec",)),
     ("2  RecM with CAL, P1", "small", "p1", ("rec",)),
     ("3  RecM and RegM apart, P1", "small", "p1", ("rec", "reg")),
-    ("4  RadGS-Reg, P1", "small", "p1", objectives.MODULES),
-    ("5  RadGS-Reg, P1 and P2", "small", "p2", objectives.MODULES),
-    ("6  RadGS-Reg, all stages", "small", "p3", objectives.MODULES),
-    ("6' the same without CAL", "no_cal", "p3", objectives.MODULES),
-    ("7  dense backbone, all stages", "dense", "p3", objectives.MODULES),
-    ("8  ViT backbone, all stages", "vit", "p3", objectives.MODULES),
+    ("4  RadGS-Reg, P1", "small", "p1", objectives.PHASES),
+    ("5  RadGS-Reg, P1 and P2", "small", "p2", objectives.PHASES),
+    ("6  RadGS-Reg, all stages", "small", "p3", objectives.PHASES),
+    ("6' the same without CAL", "no_cal", "p3", objectives.PHASES),
+    ("7  dense backbone, all stages", "dense", "p3", objectives.PHASES),
+    ("8  ViT backbone, all stages", "vit", "p3", objectives.PHASES),
 )
 """Of each row: its name, the run in `RUNS`, the data stage after which it is scored, and the phases of that stage."""
 REGISTRATION = ("mean_mm", "median_mm", "range_mm", "success", "refined_mm", "refined_success")
@@ -73,21 +73,22 @@ REGISTRATION = ("mean_mm", "median_mm", "range_mm", "success", "refined_mm", "re
 
 def _share_data(folder, out):
     """Links the runs to one folder of phantoms and pairs, which are named by content and so are made once."""
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     for name in ("scans", "pairs"):
-        (out / name).mkdir(exist_ok=True)
+        files.make_folder(out / name)
         if not (folder / name).exists():
-            (folder / name).symlink_to((out / name).resolve(), target_is_directory=True)
+            with files.writing(folder / name):
+                (folder / name).symlink_to((out / name).resolve(), target_is_directory=True)
 
 
-def _prepare_of(config, folder, stage, modules):
+def _prepare_of(config, folder, stage, phases):
     """A function from a `cases.Volume` to its `Prepared` with a row's model, which is trained where it is not there yet."""
-    model = data_stages.p1(config, folder, modules if stage == "p1" else objectives.MODULES)
+    model = data_stages.p1(config, folder, phases if stage == "p1" else objectives.PHASES)
     if stage != "p1":
-        data_stages.p2(config, folder, objectives.MODULES)
+        data_stages.p2(config, folder, objectives.PHASES)
         model = models.load_model(folder / "p2" / "model")
     if stage == "p3":
-        data_stages.p3(config, folder, objectives.MODULES)
+        data_stages.p3(config, folder, objectives.PHASES)
         return workdir.loader(folder / "p3")
     return workdir.untrained_loader(model, config.refine)
 
@@ -105,11 +106,11 @@ def score_row(
     Raises:
       InputError: as `data_stages.p1`, `data_stages.p2` and `data_stages.p3`.
     """
-    name, _, stage, modules = row
+    name, _, stage, phases = row
     kept = folder / "scores" / f"{name.split()[0]}.json"
     if kept.exists():
         return files.read_json(kept)
-    prepare = _prepare_of(config, folder, stage, modules)
+    prepare = _prepare_of(config, folder, stage, phases)
     network = evaluate.evaluate(case_file, "real", prepare, config.passes, refine=False)
     error, start = network["error_mm"], network["start_mm"]
     volumes = network["volumes"]["reconstruction"]
@@ -117,7 +118,7 @@ def score_row(
     figures = {name: float(values.mean()) for name, values in volumes.items()}
     figures |= {"attention": float(share), "silhouette": float(area), "start_mm": float(np.median(start))}
     figures |= dict.fromkeys(REGISTRATION)
-    if "reg" in modules:
+    if "reg" in phases:
         refined = evaluate.evaluate(case_file, "real", prepare, config.passes, score_volumes=False)["error_mm"]
         values = (
             np.mean(error),

@@ -1,8 +1,9 @@
 """Fits the acceptance rule: `python -m experiments.calibrate --cases=C.json,D.json --out=base/calibration.json`.
 
-Refines every scene from two starts, one about as wrong as a network's pose and one further off; fits the
-`confidence.AcceptanceRule` to how wrong the results are; and searches again where the rule refuses, as `register` does. It
-needs no training, because the features that a refinement reports do not depend on where its start came from.
+Each scene gives a case for each size of `--starts_mm`. A case is refined from two poses, as in `register`: one that is wrong by
+about that size, in place of the network's, and a start pose that is wrong by up to 25 mm. The `confidence.AcceptanceRule` is
+fitted to how wrong the results are, and cases that it refuses are searched for again, as in `register`. No network is needed,
+because the features that a refinement reports do not depend on where its start came from.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from absl import flags
 from data_pipelines import cases
 from data_pipelines.ct import extraction
 from data_pipelines.ct import whole_body
+from data_pipelines.io import checksums
 from data_pipelines.io import files
 from data_pipelines.simulation import carm
 from experiments.patients import workdir
@@ -48,12 +50,14 @@ CLOUD_GAUSSIANS = 64
 def define_flags() -> None:
     """Defines the command's flags; called once, by `cli.run`."""
     flags.DEFINE_list("cases", None, "Case files with true poses, of simulated patients.", required=True)
-    flags.DEFINE_list("variants", ["artic", "real"], "Arrays of their X-ray files.")
+    flags.DEFINE_list("variants", ["artic", "real"], "Arrays of the case files' X-ray files to fit to.")
     flags.DEFINE_list(
-        "starts_mm", ["1", "3", "5", "8", "15", "30", "45"], "Sizes of the starts' errors, one case of each a scene."
+        "starts_mm",
+        ["1", "3", "5", "8", "15", "30", "45"],
+        "Sizes of the starts' errors, mTRE in mm; a scene has a case of each.",
     )
     flags.DEFINE_integer("seed", 11, "Seed of the starts.", lower_bound=0)
-    flags.DEFINE_string("out", None, "JSON file of the calibration.", required=True)
+    flags.DEFINE_string("out", None, "JSON file to write the acceptance rule to.", required=True)
 
 
 @dataclasses.dataclass
@@ -174,6 +178,7 @@ def fit_acceptance_rule(
     except ValueError as error:
         fail(case_paths[0], "cases", str(error), "simulated cases of both kinds")
     files.write_json(out, dataclasses.asdict(rule))
+    checksums.renew(out)
     errors_mm = np.array([case.error_mm for case in found])
     accepted, radius = (np.array([getattr(j, name) for j in judged]) for name in ("accepted", "uncertainty_mm"))
     right = errors_mm < metrics.SUCCESS_MM

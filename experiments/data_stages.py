@@ -78,18 +78,18 @@ def folds(names: Iterable[str], count: int) -> dict[str, int]:
     return {name: index % count for index, name in enumerate(sorted(set(names)))}
 
 
-def p1(config: configs.Config, workdir: pathlib.Path, modules: Sequence[str]) -> Model:
+def p1(config: configs.Config, workdir: pathlib.Path, phases: Sequence[str]) -> Model:
     """Trains P1, on public CTs with simulated X-rays, unless `workdir`/p1/model is there already.
 
     Args:
       workdir: folder of the run.
-      modules: phases to run; the model is written after 'joint'.
+      phases: phases to run; the model is written after 'joint'.
     Returns:
       the model after the last phase.
     Raises:
       DivergedError: as `loop.run_steps`.
     """
-    if modules[-1] == "joint" and models.model_exists(workdir / "p1" / "model"):
+    if phases[-1] == "joint" and models.model_exists(workdir / "p1" / "model"):
         return models.load_model(workdir / "p1" / "model")
     subjects = _phantom_scans(config, workdir, P1_SEED, config.p1_patients, "p1 phantoms")
     vertebrae = [(*subject, label) for subject in subjects for label in config.labels]
@@ -106,9 +106,9 @@ def p1(config: configs.Config, workdir: pathlib.Path, modules: Sequence[str]) ->
         )
     params = jax.jit(lambda key: radgs_reg.init(config.model, key))(jax.random.key(config.seed))
     print("parameters: " + ", ".join(f"{k} {backbones.count_parameters(v):,}" for k, v in params.items()))
-    params = loop.run_phases(config, workdir, "p1", pair_set, params, config.p1.steps, config.p1.learning_rate, modules)
+    params = loop.run_phases(config, workdir, "p1", pair_set, params, config.p1.steps, config.p1.learning_rate, phases)
     model = Model(jax.device_get(params), config.model, pair_set.mean_shapes())
-    if modules[-1] == "joint":
+    if phases[-1] == "joint":
         models.save_model(workdir / "p1" / "model", model, "P1")
     return model
 
@@ -116,14 +116,14 @@ def p1(config: configs.Config, workdir: pathlib.Path, modules: Sequence[str]) ->
 def p2(
     config: configs.Config,
     workdir: pathlib.Path,
-    modules: Sequence[str],
+    phases: Sequence[str],
     case_path: pathlib.Path | str | None = None,
     variant: str = "real",
 ) -> None:
     """Trains P2, on all folds but one of real cases of known pose; by default on simulated cases, harder than P1's.
 
     Args:
-      config, workdir, modules: as in `p1`; case_path, variant: as in `train.train`.
+      config, workdir, phases: as in `p1`; case_path, variant: as in `train.train`.
     Raises:
       InputError: no model of P1, unreadable cases, an unknown variant, a fold out of range, or no patient outside the fold.
       DivergedError: as `loop.run_steps`.
@@ -169,9 +169,9 @@ def p2(
             bar.update,
         )
     params = loop.run_phases(
-        config, workdir, "p2", pair_set, model.params, config.p2.steps, config.p2.learning_rate, modules
+        config, workdir, "p2", pair_set, model.params, config.p2.steps, config.p2.learning_rate, phases
     )
-    if modules[-1] == "joint":
+    if phases[-1] == "joint":
         trained = dataclasses.replace(model, params=jax.device_get(params))
         outside = [s.name for s in case_file.scenes.values() if s.name not in names]
         if outside:
@@ -184,11 +184,11 @@ def p2(
         models.save_model(workdir / "p2" / "model", trained, note)
 
 
-def p3(config: configs.Config, workdir: pathlib.Path, modules: Sequence[str]) -> tuple[str, pathlib.Path, pathlib.Path]:
+def p3(config: configs.Config, workdir: pathlib.Path, phases: Sequence[str]) -> tuple[str, pathlib.Path, pathlib.Path]:
     """Trains P3, on the patient's own CT, starting from the result of P1 and P2.
 
     Args:
-      config, workdir, modules: as in `p1`.
+      config, workdir, phases: as in `p1`.
     Returns:
       (subject, CT path, mask path) of the patient.
     Raises:
@@ -199,5 +199,5 @@ def p3(config: configs.Config, workdir: pathlib.Path, modules: Sequence[str]) ->
     rule = models.base_folder() / CALIBRATION
     rule = read_rule(rule) if config.judged else None
     base = workdir / "p2" / "model"
-    preparing.prepare(config, workdir / "p3", targets, base, modules=modules, rule=rule)
+    preparing.prepare(config, workdir / "p3", targets, base, phases=phases, rule=rule)
     return subject, ct, mask

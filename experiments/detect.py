@@ -14,7 +14,6 @@ from typing import Any
 from absl import flags
 
 from data_pipelines import cases
-from data_pipelines.ct import segmentation
 from data_pipelines.io import files
 from data_pipelines.xrays import radiograph
 from experiments.localizers import acquisitions
@@ -22,6 +21,7 @@ from experiments.localizers import localizer_files
 from experiments.localizers import scoring
 from experiments.localizers import training
 from experiments.runtime import cli
+from experiments.runtime import input_flags
 from radgs_jax.errors import fail
 from radgs_jax.localization import locate
 
@@ -78,7 +78,8 @@ def score_localizer_file(
     """Scores a localizer on simulated X-rays that it was not trained on: of new phantoms, or new ones of one scan.
 
     Args:
-      localizer: localizer file; workdir: where the X-rays are kept; bodies: number of phantoms, or of postures by the dozen.
+      localizer: localizer file; workdir: where the X-rays are kept.
+      bodies: number of phantoms, 12 acquisitions of each; with a scan, a twelfth of its acquisitions.
       ct, mask, label_map: of the scan, as `scans.read_scan`; None for phantoms.
     Returns:
       the figures of `scoring.score_localizer`.
@@ -95,27 +96,25 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "do", None, ["generic", "patient", "score", "find"], "What to do with a localizer.", required=True
     )
-    flags.DEFINE_string(
-        "workdir", None, "Folder of the localizer that is made, or of the X-rays that one is scored on."
-    )
-    flags.DEFINE_string("detector", None, "Localizer file to start from or use.")
-    flags.DEFINE_string("ct", None, "CT, with --do=patient or score.")
+    flags.DEFINE_string("workdir", None, "Folder for the localizer, or with --do=score for the X-rays it is scored on.")
+    flags.DEFINE_string("detector", None, "Localizer file: the one to adapt, to score or to find with.")
+    flags.DEFINE_string("ct", None, "CT, with --do=patient or --do=score.")
     flags.DEFINE_string("mask", None, "Label map on the CT's grid, with --ct.")
-    flags.DEFINE_enum(
-        "labels", None, sorted(segmentation.LABEL_MAPS), "What numbers --mask holds; default: recognised, or refused."
+    input_flags.define_numbering()
+    flags.DEFINE_integer(
+        "bodies",
+        8,
+        "With --do=score: number of phantoms, 12 acquisitions of each; with --ct, a twelfth of the scan's acquisitions.",
+        lower_bound=1,
     )
-    flags.DEFINE_integer("bodies", 8, "Phantoms, or postures by the dozen, with --do=score.", lower_bound=1)
-    flags.DEFINE_integer("steps", None, "Training steps; default: as configured.", lower_bound=1)
+    flags.DEFINE_integer(
+        "steps", None, "Training steps; default: as many as the localizer's configuration says.", lower_bound=1
+    )
     flags.DEFINE_string("cases", None, "Case file, with --do=find.")
-    flags.DEFINE_string("variant", "real", "Array of the X-ray files, with --cases.")
-    flags.DEFINE_list("xrays", None, "One DICOM, PNG, TIFF, NPY or NIfTI image per view, with --do=find.")
-    flags.DEFINE_string(
-        "cameras",
-        None,
-        'JSON list with {"P": 3x4} or {"K": 3x3, "E": 4x4} per view; default: DICOM\'s nominal geometry.',
-    )
+    flags.DEFINE_string("variant", "real", "Array of the X-ray files to search, with --cases.")
+    input_flags.define_xrays("--do=find")
     flags.DEFINE_integer("label", None, "VerSe number of the vertebra to find, with --xrays.")
-    flags.DEFINE_string("out", None, "JSON file of what was found, with --do=find.")
+    flags.DEFINE_string("out", None, "JSON file to write what was found to, with --do=find.")
 
 
 def _need(*wanted):

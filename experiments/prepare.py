@@ -5,42 +5,51 @@ Trains data stage P3 on each patient's CT, starting from the base model, and ada
 `experiments.patients.preparing.prepare`.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
 from absl import flags
 
 from data_pipelines import cases
-from data_pipelines.ct import segmentation
 from experiments import configs
 from experiments.localizers import localizer_files
 from experiments.patients import models
 from experiments.patients import preparing
 from experiments.patients import workdir
 from experiments.runtime import cli
+from experiments.runtime import input_flags
 from radgs_jax import errors
 from radgs_jax.levels import level_name
+from radgs_jax.registration.gauss_newton import levels_of
+from radgs_jax.registration.gauss_newton import RefineConfig
 
 
 def define_flags() -> None:
     """Defines the command's flags; called once, by `cli.run`."""
-    flags.DEFINE_string("cases", None, "Case file whose `volumes` are prepared.")
-    flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder), instead of --cases.")
-    flags.DEFINE_string("mask", None, "Label map on the CT's grid, with --ct.")
-    flags.DEFINE_enum(
-        "labels", None, sorted(segmentation.LABEL_MAPS), "What numbers --mask holds; default: recognised, or refused."
-    )
-    flags.DEFINE_list("label", None, "VerSe number of the vertebra, or several, with --ct.")
+    flags.DEFINE_string("cases", None, "Case file; the vertebrae of all its volumes are prepared.")
+    input_flags.define_scan()
     flags.DEFINE_string("workdir", None, "Folder for the prepared patients.", required=True)
-    flags.DEFINE_string("base", None, "Model of P1+P2 to start from; default: the shipped one.")
-    flags.DEFINE_float(
-        "minutes", None, "Training time per scan, without its data; default: the preset's steps.", lower_bound=0.05
+    flags.DEFINE_string(
+        "base", None, "Folder of the model to start from, trained in P1 and P2; default: the shipped one."
     )
-    flags.DEFINE_enum("preset", "demo", sorted(configs.PRESETS), "Configuration.")
+    flags.DEFINE_float(
+        "minutes",
+        None,
+        "Training time per scan in minutes, without the time to make the pairs; 0, the default with --bone: none; default: "
+        "the preset's steps.",
+        lower_bound=0.0,
+    )
+    flags.DEFINE_list(
+        "levels_mm",
+        None,
+        "Pixels of the refinement's levels in mm, from coarse to fine, such as 1.5,0.75,0.4; poses are then not judged.",
+    )
+    flags.DEFINE_enum("preset", "demo", sorted(configs.PRESETS), "Training configuration.")
     flags.DEFINE_bool(
         "detector",
         None,
-        "Adapt the localizer BASE/detector.npz to each scan, in ten minutes; default: with --ct, where it exists.",
+        "Adapt the localizer BASE/detector.npz to each scan, which takes ten minutes; default: with --ct, if that file exists.",
     )
 
 
@@ -50,18 +59,15 @@ def targets() -> list[workdir.Target]:
     Raises:
       InputError: flags that do not go together, labels that are not numbers, or an unreadable case file.
     """
-    if flags.FLAGS.cases:
-        if flags.FLAGS.ct or flags.FLAGS.mask or flags.FLAGS.label or flags.FLAGS.labels:
-            errors.fail("flags", "--cases", "also --ct, --mask, --label or --labels", "either a case file or one scan")
-        return [
-            workdir.Target(v.patient, v.full_ct, v.full_mask, v.full_label)
-            for v in cases.read(flags.FLAGS.cases).volumes.values()
-        ]
-    if not (flags.FLAGS.ct and flags.FLAGS.mask and flags.FLAGS.label):
-        errors.fail("flags", "input", "neither --cases nor all of --ct, --mask, --label", "one of the two")
-    ct, mask = pathlib.Path(flags.FLAGS.ct), pathlib.Path(flags.FLAGS.mask)
-    numbers = cli.label_numbers(flags.FLAGS.label)
-    return [workdir.Target(ct.name, ct, mask, number, flags.FLAGS.labels) for number in numbers]
+    given = flags.FLAGS
+    if not given.cases:
+        return input_flags.targets()
+    if given.ct or given.mask or given.label or given.labels or given.bone:
+        errors.fail(
+            "flags", "--cases", "also --ct, --mask, --label, --labels or --bone", "either a case file or one scan"
+        )
+    volumes = cases.read(given.cases).volumes.values()
+    return [workdir.Target(v.patient, v.full_ct, v.full_mask, v.full_label) for v in volumes]
 
 
 def generic_localizer(chosen: Sequence[workdir.Target], base: pathlib.Path | str) -> pathlib.Path | None:
@@ -77,7 +83,7 @@ def generic_localizer(chosen: Sequence[workdir.Target], base: pathlib.Path | str
     path = pathlib.Path(base) / "detector.npz"
     if flags.FLAGS.detector is not None:
         return path if flags.FLAGS.detector else None
-    if flags.FLAGS.cases:
+    if flags.FLAGS.cases or flags.FLAGS.bone:
         return None
     why = None if path.exists() else f"{path} is not there"
     if why is None:
@@ -92,17 +98,23 @@ def generic_localizer(chosen: Sequence[workdir.Target], base: pathlib.Path | str
 
 def main() -> None:
     """Prepares what the flags name; raises as `targets`, `generic_localizer` and `preparing.prepare`."""
-    chosen, base = targets(), flags.FLAGS.base or models.base_folder()
-    preparing.prepare(
-        configs.PRESETS[flags.FLAGS.preset],
-        flags.FLAGS.workdir,
-        chosen,
-        base,
-        flags.FLAGS.minutes,
-        localizer=generic_localizer(chosen, base),
-        rule=workdir.read_rule(pathlib.Path(base) / workdir.CALIBRATION),
-    )
-    print(f"prepared: {flags.FLAGS.workdir}")
+    given = flags.FLAGS
+    chosen, base = targets(), given.base or models.base_folder()
+    config = configs.PRESETS[given.preset]
+    if given.levels_mm:
+        config = dataclasses.replace(config, refine=RefineConfig(levels=levels_of(_levels_mm(given.levels_mm))))
+    minutes = 0.0 if given.bone and given.minutes is None else given.minutes
+    preparing.prepare(config, given.workdir, chosen, base, minutes, localizer=generic_localizer(chosen, base))
+    print(f"prepared: {given.workdir}")
+
+
+def _levels_mm(texts):
+    wanted = "2 to 5 numbers from 3 to 0.1, each smaller than the one before"
+    found = cli.numbers("--levels_mm", texts, wanted)
+    falling = all(a > b for a, b in zip(found, found[1:]))
+    if not (2 <= len(found) <= 5 and falling and found[0] <= 3 and found[-1] >= 0.1):
+        errors.fail("flags", "--levels_mm", ",".join(texts), wanted)
+    return found
 
 
 def command() -> None:

@@ -3,164 +3,50 @@
 A case file: `python -m experiments.register --cases=C.json --variant=full --workdir=W --out=OUT`. One acquisition: `--ct --mask
 --label=20,21 --workdir --xrays=ap.npy,lat.npy --cameras=cameras.json --out=OUT`. The start pose is found by the workdir's
 localizer, read from --init, or made of --points (a vertebra's centre in each view) and the CT's own orientation. The function
-behind this command is `register_rows`.
+behind this command is `experiments.patients.registering.register_rows`. The exit status is 0 if every case was registered, 1 if
+some could not be, 2 if none could, and with --strict 3 if a pose was refused.
 """
 
-import dataclasses
 import functools
 import pathlib
-import shutil
-from collections.abc import Callable
-from collections.abc import Sequence
-from typing import Any
+import sys
 
-import numpy as np
 from absl import flags
+from absl import logging
 
-from data_pipelines import cases
-from data_pipelines.ct import segmentation
-from data_pipelines.io import camera_files
 from data_pipelines.io import files
+from data_pipelines.io import pose_files
 from data_pipelines.xrays import radiograph
 from experiments.patients import models
+from experiments.patients import registering
 from experiments.patients import starts
 from experiments.patients import workdir as workdirs
-from experiments.patients.workdir import Target
-from experiments.reports import case_folder
+from experiments.patients.registering import Row
+from experiments.reports import run_record
 from experiments.runtime import cli
-from experiments.runtime import progress
+from experiments.runtime import input_flags
 from experiments.runtime.kept_programs import kept
-from experiments.runtime.kept_programs import Stopwatch
 from radgs_jax import errors
-from radgs_jax.geometry.xray import XRay
 from radgs_jax.levels import level_name
-from radgs_jax.registration import pipeline
 from radgs_jax.registration.pipeline import RegisterOptions
-from radgs_jax.registration.prepared import Prepared
 
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One case to register.
-
-    Attributes:
-      name: its id in results.
-      target: the vertebra.
-      xrays: views of one acquisition.
-      start: (4, 4) world_from_ct, mm.
-      truth: (4, 4) world_from_ct, mm, used in pictures only; None if unknown.
-    """
-
-    name: str
-    target: Target
-    xrays: Sequence[XRay]
-    start: np.ndarray
-    truth: np.ndarray | None = None
-
-
-def rows_of_cases(path: str | pathlib.Path, variant: str) -> list[Row]:
-    """Every case of a case file.
-
-    Args:
-      path: case file; variant: array of its X-ray files.
-    Raises:
-      InputError: as `cases.read` and `cases.read_xrays`.
-    """
-    case_file = cases.read(path)
-    xrays = {name: cases.read_xrays(scene, variant) for name, scene in case_file.scenes.items()}
-    rows = []
-    for case in case_file.cases:
-        scene = case_file.scenes[case.scene]
-        volume = case_file.volumes[scene.volume]
-        target = Target(volume.patient, volume.full_ct, volume.full_mask, volume.full_label)
-        rows.append(Row(case.name, target, xrays[scene.name], case.world_from_ct, _truth_for_pictures(scene)))
-    return rows
-
-
-def _truth_for_pictures(scene):
-    # The true pose is optional and only drawn, so a missing or malformed one must not stop the registration.
-    try:
-        return camera_files.check_rigid("", "", scene.world_from_ct)
-    except errors.InputError:
-        return None
-
-
-def register_rows(
-    rows: Sequence[Row],
-    load: Callable[[Target], Prepared],
-    out: str | pathlib.Path,
-    options: RegisterOptions = RegisterOptions(),
-    variant: str = "xrays",
-    pictures: bool = True,
-    extra_files: dict[str, Any] | None = None,
-) -> list[dict[str, Any]]:
-    """Registers cases into the folder `out`, which is written completely or not at all.
-
-    Args:
-      load: returns the `Prepared` of a target; called for every row before the first case is registered, so that unusable
-        input is found early. It should cache its results.
-      out: a new or empty folder.
-      variant: name of the X-rays' variant in results.json.
-      pictures: also write each case's pictures, volumes and transforms.
-      extra_files: further JSON files to write: file name -> content.
-    Returns:
-      the results, as in results.json.
-    Raises:
-      InputError: a folder that is not empty; as `load`.
-    """
-    out = pathlib.Path(out)
-    _check_new(out)
-    for row in rows:
-        load(row.target)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    results, warm = [], set()
-    with progress.bar(len(rows), "register") as bar:
-        for row in rows:
-            prepared = load(row.target)
-            shapes = (row.target, *(x.line_integrals.shape for x in row.xrays))
-            if shapes not in warm:
-                pipeline.warm_up(prepared, row.xrays, options, kept)
-                warm.add(shapes)
-            with Stopwatch() as watch:
-                outcome = pipeline.register(prepared, row.xrays, row.start, options, kept)
-            results.append({"id": row.name, **case_folder.answer(outcome), **watch.times()})
-            if pictures:
-                case_folder.write(partial, row.name, outcome, prepared, row.xrays, row.start, row.truth)
-            bar.update()
-    cases.write_results(partial / "results.json", case_folder.PROGRAM, variant, results)
-    for name, value in (extra_files or {}).items():
-        files.write_json(partial / name, value)
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
-    return results
-
-
-def _check_new(out):
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        errors.fail(out, "folder", "one that is not empty", "a new folder")
+STRICT_STATUS = 3
+"""Exit status where --strict is given and a pose is refused."""
 
 
 def define_flags() -> None:
     """Defines the command's flags; called once, by `cli.run`."""
     flags.DEFINE_string("cases", None, "Case file; all its cases are registered.")
-    flags.DEFINE_string("variant", "full", "Array of the X-ray files, with --cases.")
-    flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder), instead of --cases.")
-    flags.DEFINE_string("mask", None, "Label map on the CT's grid, with --ct.")
-    flags.DEFINE_enum(
-        "labels", None, sorted(segmentation.LABEL_MAPS), "What numbers --mask holds; default: recognised, or refused."
-    )
-    flags.DEFINE_list("label", None, "VerSe number of the vertebra, or several, with --ct.")
-    flags.DEFINE_list("xrays", None, "One DICOM, PNG, TIFF, NPY or NIfTI image per view, with --ct.")
+    flags.DEFINE_string("variant", "full", "Array of the X-ray files to register, with --cases.")
+    input_flags.define_scan()
+    input_flags.define_xrays("--ct")
     flags.DEFINE_enum(
         "values",
         None,
         radiograph.VALUES,
-        "What their numbers are; default: what DICOM's tags say, line integrals elsewhere.",
+        "What the X-rays' numbers are; default: what DICOM's tags say, line integrals elsewhere.",
     )
-    flags.DEFINE_integer("sign", None, "1: larger numbers are more X-rays; -1: fewer; default: DICOM's tag, else 1.")
+    flags.DEFINE_integer("sign", None, "1: a larger number means more X-rays; -1: fewer; default: DICOM's tag, else 1.")
     flags.DEFINE_integer(
         "bits",
         None,
@@ -169,74 +55,97 @@ def define_flags() -> None:
         upper_bound=radiograph.BITS_RANGE[1],
     )
     flags.DEFINE_string(
-        "cameras",
+        "init",
         None,
-        'JSON list with {"P": 3x4} or {"K": 3x3, "E": 4x4} per view; default: DICOM\'s nominal geometry.',
+        "Start pose world_from_ct: a 4x4 matrix in JSON, or an earlier pose.json or pose.tfm; default: a localizer finds it.",
     )
-    flags.DEFINE_string("init", None, "JSON 4x4 start pose world_from_ct, with --ct; default: a localizer finds it.")
-    flags.DEFINE_string("points", None, "'u,v;u,v': the one vertebra's centre in each view, instead of --init.")
+    flags.DEFINE_string("points", None, "'u,v;u,v': the vertebra's centre in each view, in pixels, instead of --init.")
+    flags.DEFINE_string(
+        "axis",
+        None,
+        "'u,v;u,v': a second point in each view, on the bone's axis towards the CT's top; with --points. All turns are tried.",
+    )
     flags.DEFINE_bool("raw", False, "Short for --values=intensity.")
     flags.DEFINE_float(
         "air",
         None,
-        "Number of the unattenuated beam, rescaled and turned round as DICOM says; default: the brightest pixels.",
+        "Pixel value where the beam passes nothing, after DICOM's rescaling and inversion; default: the brightest pixels.",
     )
-    flags.DEFINE_list("flat", None, "Image of the beam without a patient, one per view.")
-    flags.DEFINE_float("log_scale", None, "Numbers per unit of ln(I), with --values=log.")
-    flags.DEFINE_bool("mirrored", False, "X-rays and cameras show the mirror image of what the source sees.")
+    flags.DEFINE_list("flat", None, "One image per view of the beam without a patient.")
+    flags.DEFINE_float("log_scale", None, "How much a stored number grows when ln(I) grows by 1, with --values=log.")
+    flags.DEFINE_list("dark", None, "One image per view of the panel without a beam, for intensities.")
+    flags.DEFINE_float(
+        "saturation", None, "Stored number of a saturated pixel; default: the end of the range of --bits."
+    )
+    flags.DEFINE_list(
+        "frame", None, "Number of the frame, from 0, in files with several: one for all views, or one per view."
+    )
+    flags.DEFINE_bool("collimator", True, "Search for the collimator's border where the file gives none.")
+    flags.DEFINE_bool("mirrored", False, "The X-rays and cameras show the mirror image of what the source sees.")
     flags.DEFINE_string("workdir", None, "Folder that `experiments.prepare` made.", required=True)
     flags.DEFINE_string("out", None, "New folder for the results.", required=True)
     flags.DEFINE_integer("passes", RegisterOptions().passes, "Passes of the network.", lower_bound=1, upper_bound=50)
     flags.DEFINE_bool("refine", True, "Refine the network's pose against the X-rays themselves.")
-    flags.DEFINE_bool("pictures", True, "Write pictures, volumes and transforms per case, besides results.json.")
+    flags.DEFINE_bool("strict", False, f"End with status {STRICT_STATUS} if a pose is refused.")
+    flags.DEFINE_bool(
+        "resume", False, "Go on with the cases that a stopped run with the same flags has left unfinished."
+    )
+    flags.DEFINE_bool("pictures", True, "Also write each case's picture, volumes and transform, not only results.json.")
 
 
-def _given(identity, load):
+def _given(digests, load):
     """A `Row` for each label of the flags, and the localizer's reports: row name -> report."""
     given = flags.FLAGS
-    for name in ("mask", "label", "xrays"):
-        if not getattr(given, name):
-            errors.fail("flags", f"--{name}", "nothing", "a value, with --ct")
+    targets = input_flags.targets()
+    if not given.xrays:
+        errors.fail("flags", "--xrays", "nothing", "one file per view, with --ct")
     if given.init and given.points:
         errors.fail("flags", "--init, --points", "both", "one of the two, or neither")
-    labels = cli.label_numbers(given.label)
-    if given.points and len(labels) > 1:
-        errors.fail("flags", "--points", f"{len(labels)} vertebrae", "one --label with it")
-    ct = pathlib.Path(given.ct)
-    targets = [Target(ct.name, ct, pathlib.Path(given.mask), label, given.labels) for label in labels]
+    if given.axis and not given.points:
+        errors.fail("flags", "--axis", "no --points", "the bone's centre with it")
+    if given.points and len(targets) > 1:
+        errors.fail("flags", "--points", f"{len(targets)} vertebrae", "one --label with it")
     options = radiograph.ReadOptions(
         values=given["values"].value or ("intensity" if given.raw else None),
         sign=given.sign,
         bits=given.bits,
         log_scale=given.log_scale,
         air=given.air,
+        saturation=given.saturation,
+        collimator=given.collimator,
         mirrored=given.mirrored,
     )
-    xrays = radiograph.read_views(given.xrays, given.cameras, options, given.flat)
+    xrays = radiograph.read_views(
+        given.xrays, given.cameras, options, given.flat, given.dark, _frames(len(given.xrays))
+    )
     rows, reports = [], {}
     for target in targets:
         name = "case" if len(targets) == 1 else level_name(target.label)
         if given.init:
-            start = camera_files.check_rigid(given.init, "T_init", files.read_json(given.init))
+            start = pose_files.read_pose(given.init)
         else:
             vertebra = load(target).vertebra
             if given.points:
-                start, miss = starts.start_from_points([x.camera for x in xrays], _pixels(len(xrays)), vertebra)
+                centre = _pixels("points", len(xrays))
+                if given.axis:
+                    start, miss = starts.start_from_axis(xrays, centre, _pixels("axis", len(xrays)), load(target), kept)
+                else:
+                    start, miss = starts.start_from_points([x.camera for x in xrays], centre, vertebra)
                 print(f"start from --points: the rays miss each other by {miss:.2f} mm")
             else:
-                start, reports[name] = _found(identity, target, xrays, vertebra)
-        rows.append(Row(name, target, xrays, start))
+                start, reports[name] = _found(digests, target, xrays, vertebra)
+        sources = given.cameras or "cameras", given.init or ("--points" if given.points else "the localizer")
+        rows.append(Row(name, target, xrays, start, None, *sources))
     return rows, reports
 
 
-def _found(identity, target, xrays, vertebra):
+def _found(digests, target, xrays, vertebra):
     """Start pose and report of the vertebra that a localizer finds."""
     generic = models.base_folder() / "detector.npz"
-    localizer, adapted = workdirs.load_localizer(flags.FLAGS.workdir, target, identity, generic)
+    localizer, adapted = workdirs.load_localizer(flags.FLAGS.workdir, target, digests, generic)
     if not adapted:
-        print(
-            "warning: this localizer is generic, and weaker: `experiments.prepare --detector` adapts it to the patient"
-        )
+        weaker = "this localizer is generic, and weaker: `experiments.prepare --detector` adapts it to the patient"
+        logging.warning("%s", weaker)
     start, located = starts.start_from_localizer(localizer, xrays, vertebra)
     report, level = located.report, level_name(target.label)
     apart = f"the views' rays pass {report['apart_mm'][level]:.1f} mm apart"
@@ -244,15 +153,39 @@ def _found(identity, target, xrays, vertebra):
     return start, {**report, "adapted": adapted, "start_world_from_ct": start.tolist()}
 
 
-def _pixels(count):
-    given = flags.FLAGS.points
+def _frames(count):
+    """The frame of each view, or None."""
+    given = flags.FLAGS.frame
+    if given is None:
+        return None
+    if len(given) not in (1, count) or not all(text.isdecimal() for text in given):
+        errors.fail("flags", "--frame", ",".join(given), f"a frame's number from 0, or {count} of them, one per view")
+    return [int(text) for text in given] * (count if len(given) == 1 else 1)
+
+
+def _pixels(flag, count):
+    """The (u, v) of each view in a flag."""
+    given = flags.FLAGS[flag].value
     try:
         pixels = [[float(v) for v in pair.split(",")] for pair in given.split(";")]
     except ValueError:
         pixels = []
     if len(pixels) != count or any(len(p) != 2 for p in pixels):
-        errors.fail("flags", "--points", repr(given), f"{count} pairs 'u,v', separated by ';'")
+        errors.fail("flags", f"--{flag}", repr(given), f"{count} pairs 'u,v', separated by ';'")
     return pixels
+
+
+def _digests(digests):
+    """Digests of everything that the flags name, for run.json."""
+    given = flags.FLAGS
+    lists = {name: getattr(given, name) or [] for name in ("xrays", "flat", "dark")}
+    single = {name: getattr(given, name) for name in ("cases", "cameras", "init") if getattr(given, name)}
+    found = {name: [files.sha256(path) for path in paths] for name, paths in lists.items() if paths}
+    found |= {name: files.sha256(path) for name, path in single.items()}
+    found["workdir"] = files.sha256(pathlib.Path(given.workdir) / "manifest.json")
+    if given.ct:
+        found["scan"] = digests.of(input_flags.targets()[0])
+    return found
 
 
 def main() -> None:
@@ -261,24 +194,51 @@ def main() -> None:
     Raises:
       InputError: flags that do not go together, a folder that is not new, unreadable input, a vertebra that was not prepared
         or is not found.
+      RunError: some of the cases could not be registered.
     """
-    given = flags.FLAGS
+    given, record = flags.FLAGS, run_record.RunRecord()
     if bool(given.cases) == bool(given.ct):
         errors.fail("flags", "--cases, --ct", "both" if given.ct else "neither", "one of the two")
-    if given.cases and given.labels:
-        errors.fail("flags", "--labels", f"{given.labels!r} with --cases", "it with --ct only")
+    for name in ("labels", "label", "bone", "mask", "xrays", "cameras", "init", "points"):
+        if given.cases and getattr(given, name):
+            errors.fail("flags", f"--{name}", f"{getattr(given, name)!r} with --cases", "it with --ct only")
     out = pathlib.Path(given.out)
-    _check_new(out)
-    identity = workdirs.Identity()
-    load = functools.cache(lambda target: workdirs.load(given.workdir, target, identity))
-    rows, reports = (rows_of_cases(given.cases, given.variant), {}) if given.cases else _given(identity, load)
-    extra_files = {}
+    files.check_new(out)
+    digests = workdirs.ScanDigests()
+    load = functools.cache(lambda target: workdirs.load(given.workdir, target, digests))
+    if given.cases:
+        rows, reports = registering.rows_of_cases(given.cases, given.variant), {}
+    else:
+        rows, reports = _given(digests, load)
+    inputs = _digests(digests)
+    extra_files = {"run.json": lambda: record.finish(inputs, cli.warnings_said())}
     if reports:
         extra_files["detection.json"] = next(iter(reports.values())) if len(reports) == 1 else reports
     options = RegisterOptions(given.passes, given.refine)
     variant = given.variant if given.cases else "xrays"
-    results = register_rows(rows, load, out, options, variant, given.pictures, extra_files)
-    print(f"registered {len(results)} case(s): {out / 'results.json'}")
+    done = registering.register_rows(
+        rows, load, out, options, variant, given.pictures, extra_files, given.resume, inputs, print
+    )
+    _conclude(done, out, given.strict)
+
+
+def _conclude(done, out, strict):
+    """Prints what all cases came to.
+
+    Raises:
+      RunError: some of the cases could not be registered.
+    """
+    judged = [result["accepted"] for result in done.results if "accepted" in result]
+    counts = f"{sum(judged)} accepted, {len(judged) - sum(judged)} refused" if judged else "not judged"
+    print(f"registered {len(done.results)} case(s), {counts}: {out / 'results.json'}")
+    if judged and not any(judged):
+        print("no pose may be used: check the label, the start, the cameras, and that X-rays and CT are of one patient")
+    if done.failures:
+        raise errors.RunError(
+            f"{out / 'results.json'}: {len(done.failures)} case(s) could not be registered: 'failures' says why"
+        )
+    if strict and not all(judged):
+        sys.exit(STRICT_STATUS)
 
 
 def command() -> None:

@@ -8,6 +8,7 @@ from absl import flags
 
 from data_pipelines.ct import segmentation
 from experiments.runtime import cli
+from experiments.runtime import input_flags
 
 
 def define_flags() -> None:
@@ -15,9 +16,7 @@ def define_flags() -> None:
     flags.DEFINE_string("ct", None, "NIfTI file, or folder of one DICOM series.", required=True)
     flags.DEFINE_string("output", None, "NIfTI file to write; a JSON next to it says how it was made.", required=True)
     flags.DEFINE_string("mask", None, "Label map to use; default: TotalSegmentator.")
-    flags.DEFINE_enum(
-        "labels", None, sorted(segmentation.LABEL_MAPS), "What numbers --mask holds; default: recognised, or refused."
-    )
+    input_flags.define_numbering()
     flags.DEFINE_bool("fast", False, "TotalSegmentator's 3 mm model.")
     flags.DEFINE_string("device", None, "TotalSegmentator's device, such as cpu.")
 

@@ -69,8 +69,12 @@ def define_flags() -> None:
     flags.DEFINE_string("mask", None, "Label map on the CT's grid.", required=True)
     flags.DEFINE_list("label", None, "VerSe numbers of the vertebrae.", required=True)
     flags.DEFINE_string("subject", None, "Name of the patient; default: the CT's file name.")
-    flags.DEFINE_integer("scenes", 3, "Acquisitions of each vertebra.", lower_bound=1)
-    flags.DEFINE_list("starts_mm", ["0", "5", "10", "15", "20", "25"], "Edges of the bins of start errors.")
+    flags.DEFINE_integer("scenes", 3, "Number of acquisitions of each vertebra.", lower_bound=1)
+    flags.DEFINE_list(
+        "starts_mm",
+        ["0", "5", "10", "15", "20", "25"],
+        "Edges of the bins of the starts' errors, mTRE in mm; each acquisition has a start in each bin.",
+    )
     flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0)
     flags.DEFINE_enum(
         "posture",
@@ -78,8 +82,8 @@ def define_flags() -> None:
         list(case_files.POSTURES),
         "How the body has moved: as one piece, or bent, every vertebra by itself.",
     )
-    flags.DEFINE_float("photons", quick.PanelFaults().photons, "Photons per pixel, of variant `real`.", lower_bound=1.0)
-    flags.DEFINE_string("out", None, "Case file to write; its X-rays go next to it.", required=True)
+    flags.DEFINE_float("photons", quick.PanelFaults().photons, "Photons per pixel in variant `real`.", lower_bound=1.0)
+    flags.DEFINE_string("out", None, "Case file to write; the X-ray files go next to it.", required=True)
 
 
 def main() -> None:

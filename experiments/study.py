@@ -13,7 +13,7 @@ from absl import flags
 from data_pipelines.io import files
 from experiments import configs
 from experiments.patients import models
-from experiments.reports import pictures
+from experiments.reports import plots
 from experiments.reports import statistics
 from experiments.runtime import cli
 from experiments.scoring import conditions
@@ -27,20 +27,27 @@ def define_flags() -> None:
     """Defines the command's flags; called once, by `cli.run`."""
     flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder) that was prepared.", required=True)
     flags.DEFINE_string("mask", None, "Label map on the CT's grid.", required=True)
-    flags.DEFINE_list("label", None, "VerSe numbers of its prepared vertebrae.", required=True)
+    flags.DEFINE_list("label", None, "VerSe numbers of the prepared vertebrae.", required=True)
     flags.DEFINE_string("workdir", None, "Folder that `experiments.prepare` made.", required=True)
-    flags.DEFINE_string("out", None, "Folder of the study.", required=True)
-    flags.DEFINE_integer("scenes", 20, "Acquisitions of each vertebra, one start each.", lower_bound=1)
+    flags.DEFINE_string("out", None, "Folder for the study's cases and tables.", required=True)
+    flags.DEFINE_integer("scenes", 20, "Number of acquisitions of each vertebra, with one start each.", lower_bound=1)
     flags.DEFINE_integer(
         "sweep_scenes",
         3,
-        "Acquisitions of each vertebra at each point of a sweep, one start each; 0: no sweeps.",
+        "Number of acquisitions of each vertebra at each point of a sweep, with one start each; 0: no sweeps.",
         lower_bound=0,
     )
     flags.DEFINE_float(
-        "plain_minutes", 0.0, "Training time of the plain 2D network, on the workdir's pairs; 0: none.", lower_bound=0.0
+        "plain_minutes",
+        0.0,
+        "Minutes to train a plain 2D network on the workdir's pairs; 0: none.",
+        lower_bound=0.0,
     )
-    flags.DEFINE_list("minutes", [], "Training times to prepare the first vertebra with, anew, and compare.")
+    flags.DEFINE_list(
+        "minutes",
+        [],
+        "Training times in minutes to compare; each prepares the first vertebra anew.",
+    )
     flags.DEFINE_integer("seed", 5, "Seed of everything random.", lower_bound=0)
 
 
@@ -123,7 +130,7 @@ def run_study(
         lines = (statistics.line(name, rows) for name, rows in groups[condition.group].items())
         report.add(condition.group, statistics.HEADER, *lines)
     starts = {name: results[conditions.Condition("scenes", name, name)] for name in ("artic", "real")}
-    pictures.study_page(out / "study.png", {**starts, "artic, far": results[far]}, groups)
+    plots.study_page(out / "study.png", {**starts, "artic, far": results[far]}, groups)
     conditions.failures(patient, results, counts, seed, out, passes)
     print(f"\nwritten: {out / 'study.txt'}, {out / 'study.png'}")
 

@@ -12,6 +12,7 @@ from absl import flags
 
 from data_pipelines import cases
 from data_pipelines.io import files
+from data_pipelines.io import locks
 from data_pipelines.pairs import identity
 from experiments import configs
 from experiments import data_stages
@@ -21,18 +22,18 @@ from experiments.training import loop
 from radgs_jax import errors
 from radgs_jax.training import objectives
 
-STAGES = ("full", *configs.DATA_STAGES, *(f"{d}_{m}" for d in configs.DATA_STAGES for m in objectives.MODULES))
+STAGES = ("full", *configs.DATA_STAGES, *(f"{d}_{p}" for d in configs.DATA_STAGES for p in objectives.PHASES))
 
 
 def define_flags() -> None:
     """Defines the command's flags; called once, by `cli.run`."""
-    flags.DEFINE_enum("stage", "full", STAGES, "full, a data stage, or one phase of it.")
-    flags.DEFINE_enum("preset", "demo", sorted(configs.PRESETS), "Configuration.")
+    flags.DEFINE_enum("stage", "full", STAGES, "full, a data stage, or one phase of a data stage.")
+    flags.DEFINE_enum("preset", "demo", sorted(configs.PRESETS), "Training configuration.")
     flags.DEFINE_string("workdir", "runs/demo", "Folder for data, checkpoints, logs and results.")
     flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0)
     flags.DEFINE_string("p2_cases", None, "Case file of real X-rays with known poses, for P2; default: simulated.")
-    flags.DEFINE_string("p2_variant", "real", "Array of its X-ray files.")
-    flags.DEFINE_integer("p2_fold", 0, "Fold (by patient) that P2 holds out.", lower_bound=0)
+    flags.DEFINE_string("p2_variant", "real", "Array of the X-ray files of --p2_cases.")
+    flags.DEFINE_integer("p2_fold", 0, "Number of the fold of patients that P2 holds out.", lower_bound=0)
 
 
 def score_patient(
@@ -94,15 +95,21 @@ def train(
     Returns:
       the score table after 'full' and 'p3', else None.
     Raises:
-      InputError: a stage whose predecessor is not there, a workdir of another configuration, or unusable input.
+      InputError: a stage whose predecessor is not there, a workdir of another configuration or in use by another process, or
+        unusable input.
       DivergedError: as `loop.run_steps`.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = files.make_folder(workdir)
+    with locks.hold(workdir / locks.LOCK, workdir):
+        return _train(config, workdir, stage, case_path, variant)
+
+
+def _train(config, workdir, stage, case_path, variant):
     _claim(workdir / "config.json", identity.config_hash(config))
-    name, _, module = stage.partition("_")
-    modules = objectives.MODULES[: objectives.MODULES.index(module) + 1] if module else objectives.MODULES
-    if module and len(modules) > 1:
-        before, steps = modules[-2], config.stage(name).steps[len(modules) - 2]
+    name, _, phase = stage.partition("_")
+    phases = objectives.PHASES[: objectives.PHASES.index(phase) + 1] if phase else objectives.PHASES
+    if phase and len(phases) > 1:
+        before, steps = phases[-2], config.stage(name).steps[len(phases) - 2]
         if not loop.finished(workdir, name, before, steps):
             errors.fail(
                 workdir,
@@ -111,11 +118,11 @@ def train(
                 f"its last checkpoint: run --stage={name}_{before} first",
             )
     if name in ("full", "p1"):
-        data_stages.p1(config, workdir, modules)
+        data_stages.p1(config, workdir, phases)
     if name in ("full", "p2"):
-        data_stages.p2(config, workdir, modules, case_path, variant)
+        data_stages.p2(config, workdir, phases, case_path, variant)
     if name in ("full", "p3"):
-        patient = data_stages.p3(config, workdir, modules)
+        patient = data_stages.p3(config, workdir, phases)
     return score_patient(config, workdir, *patient) if name == "full" or stage == "p3" else None
 
 

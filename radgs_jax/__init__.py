@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from radgs_jax.gaussians import Gaussians as Gaussians
     from radgs_jax.geometry.camera import Camera as Camera
     from radgs_jax.geometry.xray import XRay as XRay
+    from radgs_jax.localization.locate import Localizer as Localizer
     from radgs_jax.localization.locate import locate as locate
+    from radgs_jax.localization.locate import Located as Located
     from radgs_jax.registration.confidence import judge as judge
     from radgs_jax.registration.pipeline import Outcome as Outcome
     from radgs_jax.registration.pipeline import register as register
@@ -22,6 +24,8 @@ __version__ = "0.2.0"
 _HOMES = {
     "Camera": "radgs_jax.geometry.camera",
     "Gaussians": "radgs_jax.gaussians",
+    "Localizer": "radgs_jax.localization.locate",
+    "Located": "radgs_jax.localization.locate",
     "Outcome": "radgs_jax.registration.pipeline",
     "Prepared": "radgs_jax.registration.prepared",
     "RegisterOptions": "radgs_jax.registration.pipeline",

@@ -1,7 +1,6 @@
 """Settings shared by all tests: quick compilation, a persistent compilation cache, and a fixture for float64."""
 
 import os
-import pathlib
 
 # The tests compile far longer than they compute: LLVM's cheapest level halves their time. Before jax is imported, and in
 # the environment, so that the programs that tests start do the same.
@@ -10,9 +9,15 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_opti
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-jax.config.update("jax_compilation_cache_dir", str(_cache / "radgs_jax" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure():
+    from kernels.common import private_cache  # after jaxtyping's plugin, which checks what is imported from then on
+
+    if cache := private_cache.folder("xla"):
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 LONGEST = ("test_training_runs.py", "test_models.py")

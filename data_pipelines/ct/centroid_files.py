@@ -70,8 +70,8 @@ def read_centroids(path: pathlib.Path | str, scan: scans.Scan) -> dict[int, np.n
         if int(label) in points:
             errors.fail(path, f"[{number}].label", f"{label} a second time", "each label once")
         for axis, value in zip("XYZ", values):
-            if type(value) not in (int, float):
-                errors.fail(path, f"[{number}].{axis}", repr(value)[:60], "a number")
+            if type(value) not in (int, float) or abs(value) > files.REACH_MM:
+                errors.fail(path, f"[{number}].{axis}", repr(value)[:60], f"a number, {files.REACH_MM:g} at most")
         if not np.isnan(values).any():
             points[int(label)] = np.array(values, np.float64)
     # With several direction entries, the first one counts.

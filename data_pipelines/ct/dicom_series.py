@@ -7,6 +7,7 @@ that would give a distorted volume are refused.
 
 import contextlib
 import dataclasses
+import logging
 import math
 import pathlib
 import warnings
@@ -97,7 +98,8 @@ def read_series(path: pathlib.Path | str) -> tuple[np.ndarray, np.ndarray]:
         values are not Hounsfield units.
     """
     path = pathlib.Path(path)
-    # pydicom warns about every deviation from the standard. Those that matter are checked below.
+    # pydicom warns about every deviation from the standard, and logs it as well. Those that matter are checked below.
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         headers = _one_series(path, _headers(path))

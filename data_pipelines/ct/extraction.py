@@ -31,6 +31,19 @@ MIN_SPINE_MM = 1.0
 distance between any two vertebrae; not sensitive."""
 
 
+def _direction(label, present):
+    """The labels above and below that give a vertebra's direction, or None for either.
+
+    L5 and the sacrum do not count for each other: the centre of the sacrum lies so far behind that the line to it is tilted by tens
+    of degrees against L5's own axis.
+    """
+    above, below = levels.above(label, present), levels.below(label, present)
+    return (
+        None if (above, label) == (levels.L5, levels.SACRUM) else above,
+        None if (label, below) == (levels.L5, levels.SACRUM) else below,
+    )
+
+
 def _centroid(scan, label):
     box = scan.boxes.get(label)
     if box is None:
@@ -54,7 +67,7 @@ def ct_from_box(scan: scans.Scan, label: int, path: pathlib.Path | str = "mask")
     """
     scans.find_label(scan, label, path)
     centre = _centroid(scan, label)
-    above, below = _centroid(scan, label - 1), _centroid(scan, label + 1)
+    above, below = (_centroid(scan, other) for other in _direction(label, scan.boxes))
     up = (above if above is not None else centre) - (below if below is not None else centre)
     z = np.array([0.0, 0, 1]) if np.linalg.norm(up) < MIN_SPINE_MM else up / np.linalg.norm(up)
     y = np.cross(z, [1.0, 0, 0])

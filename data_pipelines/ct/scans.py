@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 
+from data_pipelines.ct import hounsfield
 from data_pipelines.ct import segmentation
 from data_pipelines.io import files
 from data_pipelines.io import nifti
@@ -67,24 +68,27 @@ def read_scan(
     mask_path: pathlib.Path | str,
     patient: str | None = None,
     label_map: str | None = None,
+    unclear: str | None = None,
 ) -> Scan:
     """Reads a CT and its label map, each stored along any axes.
 
     Args:
       ct_path: as for `read_ct`.
-      mask_path: the label map, NIfTI.
+      mask_path: the label map, a NIfTI file or a folder of masks, as for `segmentation.read_labels`.
       patient: an identifier. None: the CT's path.
-      label_map: numbering of the mask, as for `segmentation.read_labels`.
+      label_map, unclear: numbering of the mask, as for `segmentation.read_labels`.
 
     Raises:
-      InputError: as `read_ct` and `segmentation.read_labels`, or the grids differ.
+      InputError: as `read_ct`, `segmentation.read_labels` and `hounsfield.check`, or the grids differ.
     """
     # Grids are compared before the label map's voxels are read, so it cannot be larger than the CT.
-    grid = nifti.read_nifti_grid(mask_path)
+    grid = segmentation.read_grid(mask_path)
     hu, ct_from_index = read_ct(ct_path)
     segmentation.check_grid(mask_path, *grid, hu.shape, ct_from_index)
-    labels, _ = segmentation.read_labels(mask_path, label_map)
-    return Scan(patient or str(ct_path), hu, labels, ct_from_index)
+    labels, _ = segmentation.read_labels(mask_path, label_map, unclear)
+    scan = Scan(patient or str(ct_path), hu, labels, ct_from_index)
+    hounsfield.check(ct_path, hu, labels, ct_from_index, scan.boxes)
+    return scan
 
 
 def find_label(scan: Scan, label: int, path: pathlib.Path | str) -> tuple[slice, ...]:

@@ -11,67 +11,67 @@ import subprocess
 import tempfile
 
 import numpy as np
-import scipy
 
+from data_pipelines.ct import hounsfield
+from data_pipelines.ct import mask_folders
+from data_pipelines.ct import numbering
+from data_pipelines.ct import pieces
 from data_pipelines.io import files
 from data_pipelines.io.nifti import read_nifti
 from data_pipelines.io.nifti import read_nifti_grid
 from data_pipelines.io.nifti import read_nifti_label_names
-from data_pipelines.io.nifti import to_canonical
 from data_pipelines.io.nifti import write_nifti
 from radgs_jax import errors
+from radgs_jax import levels
 
-_NAMES = (
-    [f"vertebrae_C{n}" for n in range(1, 8)]
-    + [f"vertebrae_T{n}" for n in range(1, 13)]
-    + [f"vertebrae_L{n}" for n in range(1, 6)]
-)
-VERSE_BY_NAME = {**{name: number for number, name in enumerate(_NAMES, 1)}, "sacrum": 26, "vertebrae_S1": 26}
-"""VerSe numbers by TotalSegmentator's class names. It separates S1 from the sacrum, VerSe does not."""
-VERSE_LARGEST = 28
-"""Largest VerSe number. C1 to C7 are 1 to 7, T1 to T12 8 to 19, L1 to L6 20 to 25, sacrum 26, coccyx 27, T13 28."""
-LARGEST_LEVEL = 25
-"""VerSe number of L6, the last one that counts from the head down."""
-GRID_TOLERANCE_MM = 0.1
-"""Largest distance in mm between the corners of a label map's grid and its CT's. Chosen by hand: half may refuse affines rounded on
-writing, twice adds as much error to every pose."""
-LABEL_MAPS = {
-    "verse": {number: number for number in range(256)},
-    # `total_v1` and `total` in TotalSegmentator's map_to_binary.py. Both count vertebrae from L5 up to C1.
-    "totalsegmentator_v1": {**{18 + i: 24 - i for i in range(24)}, 92: 26},
-    "totalsegmentator": {**{27 + i: 24 - i for i in range(24)}, 25: 26, 26: 26},
-}
-"""VerSe number by label value; values that are not listed become 0. `totalsegmentator` is the task `total` of version 2."""
+LABEL_MAPS = numbering.LABEL_MAPS
+to_verse = numbering.to_verse
+parse_labels = numbering.parse_labels
+boxes = pieces.boxes
+border_axis = pieces.border_axis
+check_grid = mask_folders.check_grid
+_NAMES = list(numbering.NAMES)
 INSTALL = "pip install TotalSegmentator"
 
 
-def to_verse(values: np.ndarray, label_map: dict[int, int]) -> np.ndarray:
-    """Converts label values (any shape, integers 0 to 255) to VerSe numbers, uint8. `label_map` is a value of LABEL_MAPS."""
-    table = np.zeros(256, np.uint8)
-    for value, number in label_map.items():
-        table[value] = number
-    return table[values]
+def read_grid(path: pathlib.Path | str) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape (3,) and affine (4, 4) of what `read_labels` reads, without reading the voxels.
+
+    Raises:
+      InputError: as `read_labels`, for faults of names and headers.
+    """
+    return mask_folders.read_grid(path) if mask_folders.is_folder(path) else read_nifti_grid(path)
 
 
-def read_labels(path: pathlib.Path | str, label_map: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a label map in VerSe numbers.
+def read_labels(
+    path: pathlib.Path | str, label_map: str | None = None, unclear: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a label map in VerSe numbers. Specks are removed and levels checked (`pieces.clean`, `pieces.check_order`).
 
     Args:
-      path: a NIfTI file.
-      label_map: a key of LABEL_MAPS. None recognises the numbering: by the table of names that TotalSegmentator writes into its
-        files; or else it is VerSe's, provided that all values are VerSe numbers and that they increase from the head down
-        (those of TotalSegmentator increase upwards). Any other file is refused.
+      path: a NIfTI file; or a folder with one mask for each vertebra, as TotalSegmentator writes it.
+      label_map: what the values are, as for `numbering.parse_labels`. None recognises it: by the names of a folder's files; by the
+        table of names that TotalSegmentator writes into its files; or else it is VerSe's, provided that all values are VerSe
+        numbers, that they increase from the head down (those of TotalSegmentator increase upwards), and that they are no count
+        from 1 and no mask of a single vertebra. Any other file is refused.
+      unclear: what such counts and single values are, instead of refusing them: a numbering, where the files are known to have it.
 
     Returns:
       Labels (X, Y, Z) uint8 with axes nearest to RAS+, and their affine (4, 4) in mm.
 
     Raises:
-      InputError: the file is unreadable or damaged, its values are not whole numbers from 0 to 255, it shows no vertebra, or
-        its numbering is not recognised.
-      ValueError: `label_map` is not a key of LABEL_MAPS.
+      InputError: the file is unreadable or damaged, its values are not whole numbers from 0 to 255, it shows no vertebra, its
+        numbering is not recognised, a label has two large pieces, or levels do not follow each other from head to feet.
+      ValueError: `label_map` is no numbering.
     """
-    if label_map is not None and label_map not in LABEL_MAPS:
-        raise ValueError(f"label_map is {label_map!r}, wanted one of {', '.join(LABEL_MAPS)}")
+    numbering.check_name(label_map)
+    if mask_folders.is_folder(path):
+        if label_map is not None and not label_map.startswith("totalsegmentator"):
+            errors.fail(
+                path, "labels", f"--labels={label_map} for a folder of masks", "none: the names of its files tell"
+            )
+        numbers, affine = mask_folders.read_values(path)
+        return _checked(path, numbers, affine, ordered=True)
     values, affine = read_nifti(path)
     low, high = values.min(), values.max()
     if not (np.isfinite(low) and np.isfinite(high) and 0 <= low and high <= 255):
@@ -79,34 +79,48 @@ def read_labels(path: pathlib.Path | str, label_map: str | None = None) -> tuple
     numbers = values.astype(np.uint8)
     if values.dtype.kind == "f" and (numbers != values).any():
         errors.fail(path, "labels", f"values in [{low}, {high}], some between whole numbers", "whole numbers 0 to 255")
-    wanted = f"VerSe numbers, or a word on what they are: --labels={'|'.join(LABEL_MAPS)}"
-    named = {} if label_map else _named(path)
-    if high > VERSE_LARGEST and not named and not label_map:
-        errors.fail(path, "labels", f"values up to {high}", wanted)
-    numbers = to_verse(numbers, named or LABEL_MAPS[label_map or "verse"])
     heights = _heights(numbers, affine)
     if not heights:
-        errors.fail(path, "labels", "an empty mask" if high == 0 else "no vertebra", "one labelled vertebra or more")
-    steps = np.sign(np.diff([heights[label] for label in sorted(heights) if label <= LARGEST_LEVEL]))
-    if not label_map and steps.sum() > 0:
+        errors.fail(path, "labels", "an empty mask", "one labelled vertebra or more")
+    named = {} if label_map else _named(path)
+    if named:
+        numbers = to_verse(numbers, named)
+    elif label_map:
+        numbers = numbering.apply(path, numbers, sorted(heights), label_map)
+    else:
+        _recognise(path, heights, unclear)
+    return _checked(path, numbers, affine, ordered=label_map != numbering.BONES)
+
+
+def _recognise(path, heights, unclear):
+    """Refuses values, given by their heights in mm, that are not clearly VerSe numbers."""
+    present = sorted(heights)
+    wanted = f"VerSe numbers, or a word on what they are: --labels={'|'.join(LABEL_MAPS)}|binary:LEVEL|VALUES:LEVELS"
+    steps = np.sign(np.diff([heights[n] for n in present if n <= levels.L6])).sum()
+    single = len(present) == 1
+    if present[-1] > numbering.VERSE_LARGEST and not single:
+        errors.fail(path, "labels", f"values up to {present[-1]}", wanted)
+    if unclear is None or single and present[0] > numbering.VERSE_LARGEST:
+        numbering.check_clear(path, present, steps > 0)
+    if steps > 0:
         errors.fail(path, "labels", "numbers that count from the feet up", wanted)
+
+
+def _checked(path, numbers, affine, ordered):
+    """Labels without specks, and their affine."""
+    found = pieces.clean(path, numbers, affine)
+    if not found:
+        errors.fail(path, "labels", "no vertebra", "one labelled vertebra or more")
+    if ordered:
+        pieces.check_order(path, found, numbers.shape, affine)
     return numbers, affine
 
 
 def _named(path):
     """VerSe number by label value, from the table of names in the file. Empty if it names no vertebra."""
-    names = read_nifti_label_names(path)
-    found = {value: VERSE_BY_NAME[name] for value, name in names.items() if name in VERSE_BY_NAME and 0 < value < 256}
+    names, known = read_nifti_label_names(path), numbering.VERSE_BY_NAME
+    found = {value: known[name] for value, name in names.items() if name in known and 0 < value < 256}
     return found if any(names[value].startswith("vertebrae_") for value in found) else {}
-
-
-def boxes(labels: np.ndarray) -> dict[int, tuple[slice, ...]]:
-    """Bounding box, as a tuple of slices, of each label above 0 in an integer array."""
-    # In memory order, which differs from C order once axes were permuted: six times faster.
-    order = np.argsort(np.abs(labels.strides))[::-1]
-    found = enumerate(scipy.ndimage.find_objects(labels.transpose(order)), 1)
-    back = np.argsort(order)
-    return {label: tuple(box[axis] for axis in back) for label, box in found if box is not None}
 
 
 def complete_labels(labels: np.ndarray) -> tuple[int, ...]:
@@ -114,41 +128,9 @@ def complete_labels(labels: np.ndarray) -> tuple[int, ...]:
     return tuple(label for label, box in boxes(labels).items() if border_axis(box, labels.shape) is None)
 
 
-def border_axis(box: tuple[slice, ...], shape: tuple[int, ...]) -> int | None:
-    """The first axis on which a bounding box touches the border of an array of the given shape, or None."""
-    touched = (axis for axis, (part, size) in enumerate(zip(box, shape)) if part.start == 0 or part.stop == size)
-    return next(touched, None)
-
-
 def _heights(numbers, affine):
     """Height in mm of the centre of each label's bounding box, along the axis to the head."""
     return {label: affine[2, :3] @ [0.5 * (s.start + s.stop - 1) for s in box] for label, box in boxes(numbers).items()}
-
-
-def check_grid(
-    path: pathlib.Path | str,
-    shape: tuple[int, ...],
-    affine: np.ndarray,
-    ct_shape: tuple[int, ...],
-    ct_from_index: np.ndarray,
-) -> None:
-    """Checks that a label map is on its CT's grid.
-
-    Args:
-      path: the label map's file, named in errors.
-      shape, affine: (3,) and (4, 4) in mm, of the label map.
-      ct_shape, ct_from_index: the same of the CT.
-
-    Raises:
-      InputError: the shapes differ, or a corner is more than GRID_TOLERANCE_MM away.
-    """
-    if tuple(shape) != tuple(ct_shape):
-        errors.fail(path, "shape in RAS order", tuple(shape), f"the CT's {tuple(ct_shape)}")
-    difference = ct_from_index - affine
-    corners = np.array(np.meshgrid(*[[0, n - 1] for n in shape])).reshape(3, -1).T
-    apart = np.abs(corners @ difference[:3, :3].T + difference[:3, 3]).max()
-    if apart > GRID_TOLERANCE_MM:
-        errors.fail(path, "affine", f"a grid {apart:.2f} mm away from the CT's", "the CT's grid within 0.1 mm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +160,7 @@ def segment(
     Args:
       ct_path: as for `scans.read_ct`.
       output_path: the NIfTI file to write.
-      mask_path: a label map on the CT's grid. None runs TotalSegmentator.
+      mask_path: a label map on the CT's grid, as for `read_labels`. None runs TotalSegmentator.
       label_map: numbering of `mask_path`, as for `read_labels`.
       options: how TotalSegmentator is run.
 
@@ -186,45 +168,46 @@ def segment(
       The content of the JSON file.
 
     Raises:
-      InputError: the output's name is not a NIfTI's, a file is unreadable, the mask is on another grid, or TotalSegmentator is
-        not installed, fails, or finds no vertebra.
+      InputError: the output's name is not a NIfTI's, a file is unreadable, the mask is on another grid or refused by
+        `read_labels`, the CT is not in HU, or TotalSegmentator is not installed, fails, or finds no vertebra.
     """
     output_path = pathlib.Path(output_path)
     if not output_path.name.endswith((".nii.gz", ".nii")):
         errors.fail(output_path, "name", output_path.suffix or "no ending", "a name that ends in .nii.gz")
+    from data_pipelines.ct import scans  # here, since that module imports this one
+
     with tempfile.TemporaryDirectory() as folder:
         record = {"ct": {"name": pathlib.Path(ct_path).name, "sha256": files.sha256(ct_path)}}
-        nifti, ct_shape, ct_from_index = _as_nifti(ct_path, pathlib.Path(folder), convert=mask_path is None)
         if mask_path is not None:
             record["mask"] = {"name": pathlib.Path(mask_path).name, "sha256": files.sha256(mask_path)}
             record["label_map"] = label_map or "recognised"
             source = mask_path
+            grid = read_grid(source)
+            hu, ct_from_index = scans.read_ct(ct_path)
         else:
             source = pathlib.Path(folder) / "labels.nii.gz"
-            record.update(_run_totalsegmentator(nifti, source, options))
+            hu, ct_from_index = scans.read_ct(ct_path)
+            record.update(_run_totalsegmentator(_as_nifti(ct_path, hu, ct_from_index, folder), source, options))
             if not _named(source):
                 label_map = "totalsegmentator_v1" if record["version"].startswith("1.") else "totalsegmentator"
-        check_grid(source, *read_nifti_grid(source), ct_shape, ct_from_index)
+            grid = read_grid(source)
+        check_grid(source, *grid, hu.shape, ct_from_index)
         labels, affine = read_labels(source, label_map)
+        hounsfield.check(ct_path, hu, labels, ct_from_index)
     record["vertebrae"] = sorted(boxes(labels))
     files.write_json(output_path.with_name(output_path.name.removesuffix(".gz").removesuffix(".nii") + ".json"), record)
     write_nifti(output_path, labels, affine)
     return record
 
 
-def _as_nifti(ct_path, folder, convert):
-    """(NIfTI file, shape, affine) of a CT. A DICOM series is converted to a file in `folder` if `convert` is set."""
+def _as_nifti(ct_path, hu, ct_from_index, folder):
+    """A NIfTI file of a CT. A DICOM series is converted to one in `folder`."""
     ct_path = pathlib.Path(ct_path)
     if not (ct_path.is_dir() or files.is_dicom(ct_path)):
-        return ct_path, *read_nifti_grid(ct_path)
-
-    from data_pipelines.ct import dicom_series
-
-    hu, ct_from_index = to_canonical(*dicom_series.read_series(ct_path))
-    path = folder / "ct.nii.gz"
-    if convert:
-        write_nifti(path, np.rint(hu).astype(np.int16), ct_from_index)
-    return path, hu.shape, ct_from_index
+        return ct_path
+    path = pathlib.Path(folder) / "ct.nii.gz"
+    write_nifti(path, np.rint(hu).astype(np.int16), ct_from_index)
+    return path
 
 
 def _run_totalsegmentator(ct, output, options):

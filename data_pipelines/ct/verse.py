@@ -36,11 +36,12 @@ from data_pipelines.ct import extraction
 from data_pipelines.ct import scans
 from data_pipelines.ct import segmentation
 from radgs_jax import errors
+from radgs_jax import levels
 from radgs_jax.geometry import resample
 
 SPLITS = ("training", "validation", "test")
 LUMBAR = tuple(range(20, 26))
-SPINE = tuple(range(1, 26)) + (28,)
+SPINE = tuple(sorted(levels.VERTEBRAE))
 PAPER_CASES, PAPER_SCANS, PAPER_VERTEBRAE = 300, 253, 1280
 """The paper's lumbar selection of VerSe'20: 253 scans with 1,280 vertebrae, from 300 cases."""
 MARGIN_MM = 10.0
@@ -311,7 +312,7 @@ class Verse(tfds.core.GeneratorBasedBuilder):
             logging.warning("%s: a mask without a CT, left out", path)
         complete = {}
         for scan in found:
-            labels, _ = segmentation.read_labels(scan.mask)
+            labels, _ = segmentation.read_labels(scan.mask, unclear="verse")
             complete[scan] = tuple(label for label in segmentation.complete_labels(labels) if label in wanted)
         held = selection_summary(complete)
         if not held["scans"]:
@@ -326,7 +327,7 @@ class Verse(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, members):
         config = self.builder_config
         for member in members:
-            scan = scans.read_scan(member.ct, member.mask, member.patient)
+            scan = scans.read_scan(member.ct, member.mask, member.patient, unclear="verse")
             known = centroid_files.read_centroids(member.centroids, scan) if member.centroids else {}
             labels = [label for label in segmentation.complete_labels(scan.labels) if label in config.labels]
             nowhere = np.full(3, np.nan)

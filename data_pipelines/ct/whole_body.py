@@ -1,6 +1,7 @@
 """The body without one vertebra at a coarse resolution, and the two rigid parts that an X-ray is modelled with."""
 
 import numpy as np
+import scipy
 
 from data_pipelines.ct import scans
 from radgs_jax import attenuation
@@ -24,6 +25,14 @@ SHAPE_MULTIPLE = 16
 """Shapes of parts are padded to multiples of this number of voxels, so that few programs are compiled. Chosen by hand: half
 compiles more programs, twice pads more."""
 
+ROUND_MM = 6.0
+"""How far from a bone tissue is looked for, mm. Chosen by hand: half may lie within blurred borders of the bone, twice takes a thin
+arm's surroundings for air."""
+TISSUE = 0.25
+"""Least mean attenuation around a bone, relative to water, of a CT that shows more than the bone. Chosen by hand: fat has 0.9,
+lungs 0.2 to 0.5 and the air of a cut-out bone 0; at half the blur of a cut-out bone's border counts as tissue, at twice lungs are
+air."""
+
 
 class WholeBody:
     """A scan's attenuation on a coarser grid, its end slices repeated for END_MM, from which single vertebrae can be removed.
@@ -40,17 +49,40 @@ class WholeBody:
         self._mu, self.ct_from_index, self._repeat = coarse_body(mu, scan.ct_from_index, spacing_mm)
 
     def without(self, vertebra: prepared.Vertebra) -> np.ndarray:
-        """Attenuation (X, Y, Z) in 1/mm on the grid `ct_from_index`, with muscle in place of the vertebra."""
+        """Attenuation (X, Y, Z) in 1/mm on the grid `ct_from_index`, with muscle in place of the vertebra.
+
+        All 0 where the CT shows nothing around the bone.
+        """
         factor = resample.block_factors(self._grid, self._spacing_mm)
         start = np.linalg.solve(self._grid[:3, :3], vertebra.ct_from_index[:3, 3] - self._grid[:3, 3])
         start = np.rint(start).astype(int)
         first = start // factor
         padded = np.pad(excess_over_fill(vertebra), [(int(n), 0) for n in start - first * factor])
         patch, _ = resample.block_average(padded, self._grid, self._spacing_mm)
-        rest = self._mu.copy()
         first[2] += self._repeat
+        if self._stands_alone(vertebra, first, start):
+            return np.zeros_like(self._mu)
+        rest = self._mu.copy()
         rest[tuple(slice(a, a + n) for a, n in zip(first, patch.shape))] -= patch
         return rest
+
+    def _stands_alone(self, vertebra, first, start):
+        """Whether the CT shows nothing around a bone, as one does that bones were cut out of."""
+        factor = resample.block_factors(self._grid, self._spacing_mm)
+        offset = [int(n) for n in start % factor]
+        mask = np.pad(vertebra.mask.astype(np.float32), [(n, 0) for n in offset])
+        share, affine = resample.block_average(mask, self._grid, self._spacing_mm)
+        reach = [int(np.ceil(ROUND_MM / n)) for n in np.linalg.norm(affine[:3, :3], axis=0)]
+        low = np.maximum(np.array(first) - reach, 0)
+        high = np.minimum(np.array(first) + share.shape + reach, self._mu.shape)
+        around = np.zeros(high - low, bool)
+        inside = tuple(slice(a, a + n) for a, n in zip(np.array(first) - low, share.shape))
+        around[inside] = share > 0
+        near = scipy.ndimage.distance_transform_edt(~around, np.linalg.norm(affine[:3, :3], axis=0))
+        # The first voxels beside the bone hold some of it.
+        shell = (near > 0.5 * ROUND_MM) & (near <= ROUND_MM)
+        mu = self._mu[tuple(slice(a, b) for a, b in zip(low, high))][shell]
+        return mu.size > 0 and mu.mean() < TISSUE * attenuation.from_hounsfield(np.zeros(1, np.float32))[0]
 
 
 def coarse_body(array: np.ndarray, ct_from_index: np.ndarray, spacing_mm: float) -> tuple[np.ndarray, np.ndarray, int]:

@@ -8,6 +8,9 @@ import sys
 
 from radgs_jax import errors
 
+END = b"\xff\xd9"
+"""The last marker of a stream: EOI of JPEG and JPEG-LS (ISO 10918-1 B.1.1.3), EOC of JPEG 2000 (15444-1 A.4.4)."""
+
 
 @contextlib.contextmanager
 def silent() -> collections.abc.Iterator[None]:
@@ -38,10 +41,15 @@ def check(path: pathlib.Path | str, frame: bytes, wanted: tuple[int, int]) -> No
       InputError: the stream is truncated, of another size, or of another kind.
     """
     size = shape(frame)
-    if size is None or not frame.rstrip(b"\0").endswith(b"\xff\xd9"):
+    if size is None or not without_padding(frame).endswith(END):
         errors.fail(path, "PixelData", "a compressed image that is cut or of another kind", "a whole JPEG or JPEG 2000")
     if size != tuple(wanted):
         errors.fail(path, "PixelData", f"a compressed image of {size}", f"{tuple(wanted)} as Rows and Columns say")
+
+
+def without_padding(frame: bytes) -> bytes:
+    """A stream without the bytes 00 and FF that pad fragments behind its last marker. Some decoders take them for data."""
+    return frame.rstrip(b"\0\xff")
 
 
 def shape(frame: bytes) -> tuple[int, int] | None:

@@ -2,19 +2,23 @@
 
 import collections.abc
 import contextlib
+import errno
+import functools
 import hashlib
 import io
 import json
 import math
 import os
 import pathlib
+import secrets
+import shutil
 import stat
-import tempfile
 import typing
 import zipfile
 
 import numpy as np
 
+from data_pipelines.io import locks
 from radgs_jax import errors
 
 # Limits on what a header may declare; each is checked before memory is allocated. All are chosen by hand: half of one refuses
@@ -47,28 +51,183 @@ VOXEL_MM = (1e-3, 1e3)
 """Smallest and largest voxel spacing in mm that an affine may have. Chosen by hand to catch wrong units; not sensitive."""
 REACH_MM = 1e6
 """Largest coordinate in mm of a volume's corner. Chosen by hand to catch damaged affines; not sensitive."""
+MAX_FOLDER_FILES = 20_000
+"""Files and folders in a folder that is read as one thing, such as a DICOM series. A whole-body CT has 1500 slices. Chosen by hand:
+half might refuse a folder of several phases, and twice walks further through a folder that was named by mistake."""
+MAX_FOLDER_BYTES = 2**33
+"""Bytes of all files in such a folder: four times the largest volume. Half refuses series with large private elements; twice
+spends twice the time, about 8 s, before a folder that was named by mistake is refused."""
+LEFTOVER = ".radgs-"
+"""How the names of temporary files begin."""
+LONGEST_SUFFIX = 24
+"""Characters of a suffix that a temporary name repeats, since writers choose their format by it; longer ones name no format."""
+CLEARED_FOLDERS = 4096
+"""Folders that a process remembers to have cleared of leftovers. Chosen by hand; not sensitive: a forgotten one is listed again."""
+NAMED_CHARACTERS = 100
+"""Longest name of a field in an error message, characters. Chosen by hand, so that a message stays a line."""
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path | str, field: str = "file") -> collections.abc.Iterator[None]:
+    """Turns an OSError of the block, which writes `path`, into one line: no space, no permission, a name too long, ...
+
+    Raises:
+      InputError: an OSError in the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        other = error.filename if error.filename and str(path) not in str(error.filename) else None
+        reason = error.strerror or str(error) or type(error).__name__
+        errors.fail(path, field, f"{reason} ({other})" if other else reason, "a place that can be written")
+
+
+def make_folder(path: pathlib.Path | str) -> pathlib.Path:
+    """Makes a folder, and those above it, unless it is there.
+
+    Raises:
+      InputError: it cannot be made.
+    """
+    path = pathlib.Path(path)
+    with writing(path, "folder"):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path | str) -> collections.abc.Iterator[pathlib.Path]:
-    """Yields a temporary path in the same folder, which becomes `path` when the block ends without an error.
+    """Yields a temporary path in the same folder, which becomes `path`, on the disk, when the block ends without an error.
 
-    A missing folder is created. After an error, `path` is unchanged and the temporary file is removed.
+    A missing folder is created. The file's mode is what the user's umask says. After an error, `path` is unchanged and the
+    temporary file is removed. What killed processes have left in the folder is removed as well.
 
     Raises:
-      OSError: the folder cannot be created or written to.
+      InputError: the folder or the file cannot be written, or `path` is a folder, device or pipe.
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix="".join(path.suffixes[-2:]))
-    os.close(handle)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            errors.fail(path, "file", "a folder, device or pipe", "a file that may be replaced")
+        clear_leftovers(path.parent)
+        temporary, handle = _temporary(path)
+        try:
+            yield temporary
+            synchronise(temporary)
+            os.replace(temporary, path)
+            synchronise(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            os.close(handle)
+
+
+def _temporary(path):
+    """A new file beside `path`, locked while it is open: (path, descriptor). Its name is short where that of `path` is long."""
+    suffix = "".join(path.suffixes[-2:])
+    suffix = suffix if len(suffix) <= LONGEST_SUFFIX else ""
+    while True:
+        temporary = path.with_name(f"{LEFTOVER}{secrets.token_hex(6)}{suffix}")
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        if locks.mark(handle, temporary):
+            return temporary, handle
+        os.close(handle)
+
+
+@functools.lru_cache(CLEARED_FOLDERS)
+def clear_leftovers(folder: pathlib.Path) -> None:
+    """Removes the temporary files of `replacing` whose process has ended, once per folder and process."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            if name.startswith(LEFTOVER) and locks.abandoned(folder / name):
+                os.unlink(folder / name)
+
+
+def synchronise(path: pathlib.Path | str) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk.
+
+    Raises:
+      OSError: the disk is full or broken.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        yield pathlib.Path(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems cannot synchronise a folder, or anything.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EROFS):
+            raise
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        os.close(handle)
+
+
+def check_new(path: pathlib.Path | str) -> None:
+    """Checks that a folder can be made at `path`: nothing is there, or an empty folder.
+
+    Raises:
+      InputError: something else is there, or it cannot be told.
+    """
+    wanted = "a new folder"
+    try:
+        if os.path.lexists(path) and not os.path.isdir(path):
+            errors.fail(path, "folder", "a file", wanted)
+        elif not os.path.lexists(path):
+            return
+        elif os.path.ismount(path):
+            errors.fail(path, "folder", "a mount point, which cannot be replaced", "a new folder below it")
+        elif os.listdir(path):
+            errors.fail(path, "folder", "one that is not empty", wanted)
+    except OSError as error:
+        errors.fail(path, "folder", error.strerror, wanted)
+
+
+@contextlib.contextmanager
+def new_folder(
+    path: pathlib.Path | str, keep: bool = False, resume: bool = False
+) -> collections.abc.Iterator[pathlib.Path]:
+    """Yields a folder beside `path` to write into, which becomes `path` when the block ends without an error.
+
+    While the block runs, no other process can do the same with this `path`. What killed runs have left is removed.
+
+    Args:
+      path: a new or empty folder.
+      keep: leave the unfinished folder there after an error, for `resume`.
+      resume: go on with the unfinished folder of an earlier run, if there is one.
+    Raises:
+      InputError: `path` is not new, another process makes it, or it cannot be written.
+    """
+    check_new(path)
+    real = pathlib.Path(os.path.realpath(path))
+    make_folder(real.parent)
+    with locks.hold(locks.beside(real, "lock"), path) as held:
+        check_new(path)  # again: another process may have finished it meanwhile
+        with writing(path, "folder"):
+            left = unfinished(real) if held else []
+            partial = left.pop() if resume and left else locks.beside(real, f"{secrets.token_hex(4)}.partial")
+            for old in left:
+                shutil.rmtree(old)
+            partial.mkdir(exist_ok=True)
+        try:
+            yield partial
+            with writing(path, "folder"):
+                synchronise(partial)
+                check_new(path)
+                if real.exists():
+                    real.rmdir()
+                partial.rename(real)
+                synchronise(real.parent)
+        finally:
+            if not keep:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def unfinished(path: pathlib.Path | str) -> list[pathlib.Path]:
+    """Unfinished folders of `new_folder(path)` and of models, the latest last. Whoever holds the lock may remove them."""
+    path = pathlib.Path(os.path.realpath(path))
+    start = locks.beside(path, "").name
+    with contextlib.suppress(OSError):
+        names = [n for n in os.listdir(path.parent) if n.startswith(start) and n.endswith(".partial")]
+        return sorted((path.with_name(n) for n in names), key=lambda p: p.stat().st_mtime_ns)
+    return []
 
 
 def write_json(path: pathlib.Path | str, value: object) -> None:
@@ -90,8 +249,11 @@ def write_npz(path: pathlib.Path | str, **arrays: np.ndarray) -> None:
 
 
 def is_dicom(path: pathlib.Path | str) -> bool:
-    """Whether a file has "DICM" after its 128-byte preamble (DICOM PS3.10, 7.1). False if it cannot be read."""
+    """Whether a file has "DICM" after its 128-byte preamble (DICOM PS3.10, 7.1). False if it cannot be read, or is no file."""
     try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size < 132:
+            return False
         with open(path, "rb") as stream:
             return stream.read(132)[128:] == b"DICM"
     except (OSError, ValueError):
@@ -119,20 +281,29 @@ def read_json(path: pathlib.Path | str, nan: bool = False) -> typing.Any:
     """The value in a JSON file. `nan` allows NaN, which is not part of JSON.
 
     Raises:
-      InputError: the file is missing, unreadable, not JSON, too deeply nested or longer than MAX_JSON_BYTES, or holds a
-        number that is not finite, or a whole number beyond 64 bits.
+      InputError: the file is missing, unreadable, not JSON, too deeply nested or longer than MAX_JSON_BYTES, or holds a key
+        twice, a number that is not finite, or a whole number beyond 64 bits.
     """
     size = file_size(path, "a JSON file")
     if size > MAX_JSON_BYTES:
         errors.fail(path, "size", f"{size} bytes", f"{MAX_JSON_BYTES} at most")
     try:
-        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique)
     # ValueError: not JSON, not UTF-8, or a number of too many digits.
     except (OSError, ValueError) as error:
         errors.fail(path, "content", error, "valid JSON")
     except RecursionError:
         errors.fail(path, "content", "nesting too deep to read", "valid JSON")
     _check_numbers(path, value, nan)
+    return value
+
+
+def _unique(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:NAMED_CHARACTERS]!r} twice")
     return value
 
 
@@ -150,9 +321,11 @@ def _check_numbers(path, value, nan):
                 name = f"{place}[{index}]"
                 pending.append((name if isinstance(inner, dict) else field, name, inner))
         elif isinstance(value, float) and not (math.isfinite(value) or nan and math.isnan(value)):
-            errors.fail(path, field or "content", "values that are not finite", "finite numbers")
+            errors.fail(path, field[-NAMED_CHARACTERS:] or "content", "values that are not finite", "finite numbers")
         elif isinstance(value, int) and abs(value) >= 2**63:
-            errors.fail(path, field or "content", "a whole number beyond 64 bits", "numbers of 64 bits")
+            errors.fail(
+                path, field[-NAMED_CHARACTERS:] or "content", "a whole number beyond 64 bits", "numbers of 64 bits"
+            )
 
 
 def read_npz(path: pathlib.Path | str, *names: str) -> dict[str, np.ndarray]:
@@ -167,6 +340,8 @@ def read_npz(path: pathlib.Path | str, *names: str) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            if len(members) < len(archive.infolist()):
+                errors.fail(path, "content", "two arrays of one name", wanted)
             absent = [name for name in names if name not in members]
             if absent:
                 errors.fail(path, "array", f"only {list(members)}", f"'{absent[0]}'")
@@ -254,16 +429,39 @@ def sha256(path: pathlib.Path | str) -> str:
     """Hex digest of a file, or of the names and contents of all files in a folder (such as a DICOM series).
 
     Raises:
-      InputError: the file is missing or unreadable.
+      InputError: the file is missing or unreadable, or as `listed`.
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.is_file())
-        listed = "".join(f"{p.relative_to(path).as_posix()}\n{sha256(p)}\n" for p in inside)
-        return hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
-    file_size(path, "a readable file")
+        lines = (f"{p.relative_to(path).as_posix()}\n{sha256(p)}\n" for p in listed(path))
+        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+    size = file_size(path, "a readable file")
     try:
-        with open(path, "rb") as stream:
+        # Files of /proc claim to be empty, and reading one of them may never end.
+        with open(path if size else os.devnull, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         errors.fail(path, "file", error.strerror, "a readable file")
+
+
+def listed(folder: pathlib.Path | str) -> list[pathlib.Path]:
+    """All files below a folder, sorted; links to folders are not followed, devices and pipes are left out.
+
+    Raises:
+      InputError: more than MAX_FOLDER_FILES files and folders, or more than MAX_FOLDER_BYTES.
+    """
+    folder, found, count, size = pathlib.Path(folder), [], 0, 0
+    wanted = "a folder of one series, or one file"
+    for place, folders, names in os.walk(folder):
+        count += len(folders) + len(names)
+        if count > MAX_FOLDER_FILES:
+            errors.fail(folder, "folder", f"more than {MAX_FOLDER_FILES} files", wanted)
+        for path in (pathlib.Path(place, name) for name in names):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                if stat.S_ISREG(status.st_mode):
+                    found.append(path)
+                    size += status.st_size
+        if size > MAX_FOLDER_BYTES:
+            errors.fail(folder, "folder", f"more than {MAX_FOLDER_BYTES} bytes", wanted)
+    return sorted(found)

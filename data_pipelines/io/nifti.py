@@ -3,7 +3,7 @@
 import contextlib
 import gzip
 import io
-import logging
+import logging as standard_logging
 import math
 import os
 import pathlib
@@ -12,10 +12,15 @@ import xml.etree.ElementTree
 import zlib
 
 import numpy as np
+from absl import logging
 
 from data_pipelines.io import files
 from radgs_jax import errors
 
+QFORM_SAID_MM, QFORM_REFUSED_MM = 0.1, 1.0
+"""Distances in mm between a volume's corners by its sform and by its qform from which this is said, and refused. A qform's 32-bit
+quaternion rounds by 0.01 mm at most. Chosen by hand: half says and refuses rounded qforms, twice allows twice the error in a pose,
+if the CT and its X-rays were related by the other one."""
 MIN_AXIS_DETERMINANT = 1e-3
 """Smallest determinant of an affine's unit axes. Chosen by hand: 1 is a right angle, 0 a singular affine; not sensitive."""
 
@@ -140,7 +145,7 @@ def _nifti_header(path, block, axes):
             if axes == 3 and not header["sform_code"] and not (header["pixdim"][1:4] > 0).all():
                 errors.fail(path, "pixdim", header["pixdim"][1:4].tolist(), "a positive spacing (no sform stands in)")
             # nibabel repairs and logs small faults, and raises for others; the log is discarded.
-            header.check_fix(logger=logging.Logger("nifti", logging.CRITICAL + 1), error_level=40)
+            header.check_fix(logger=standard_logging.Logger("nifti", standard_logging.CRITICAL + 1), error_level=40)
             return header
     errors.fail(path, "content", f"a file that begins with {block[:8]}", "a complete NIfTI volume")
 
@@ -170,7 +175,33 @@ def _nifti_claims(path, header, axes, most):
     return shape, int(offset), int(offset) + voxels * dtype.itemsize
 
 
-def _nifti_affine(path, header):
+def apart_mm(shape: tuple[int, ...], affine: np.ndarray, other: np.ndarray) -> float:
+    """Largest distance in mm along an axis between the corner voxels of a grid (3,) by two affines (4, 4)."""
+    difference = other - affine
+    corners = np.array(np.meshgrid(*[[0, n - 1] for n in shape])).reshape(3, -1).T
+    return float(np.abs(corners @ difference[:3, :3].T + difference[:3, 3]).max())
+
+
+def _check_qform(path, header, shape, affine, say):
+    """Refuses a header whose qform puts the volume elsewhere than its sform, which is `affine`; small differences are said."""
+    import nibabel
+
+    if not (header["sform_code"] and header["qform_code"]):
+        return
+    try:
+        qform = np.asarray(header.get_qform(), np.float64)
+    except (ValueError, nibabel.spatialimages.HeaderDataError) as error:
+        errors.fail(path, "qform", f"no rotation ({error})", "one that agrees with the sform, or the code 0")
+    axes = ["".join(axis or "?" for axis in nibabel.aff2axcodes(m)) for m in (affine, qform)]
+    apart = apart_mm(shape, affine, qform) if np.isfinite(qform).all() else np.inf
+    if axes[0] != axes[1] or apart > QFORM_REFUSED_MM:
+        found = f"axes {axes[0]} by the sform, {axes[1]} by the qform, up to {apart:.1f} mm apart"
+        errors.fail(path, "sform and qform", found, "one place: set the code of the wrong one to 0")
+    if apart > QFORM_SAID_MM and say:
+        logging.warning("%s: sform and qform: up to %.2f mm apart, the sform is taken", path, apart)
+
+
+def _nifti_affine(path, header, shape, say=False):
     if not header["sform_code"] and not header["qform_code"]:
         errors.fail(path, "affine", "neither an sform nor a qform", "one of them: left and right cannot be guessed")
     unit = header.get_xyzt_units()[0]
@@ -186,6 +217,7 @@ def _nifti_affine(path, header):
         or np.abs(affine[:3, 3]).max() > files.REACH_MM
     ):
         errors.fail(path, "affine", affine.tolist(), f"a finite, invertible 4x4 matrix, voxels of {files.VOXEL_MM} mm")
+    _check_qform(path, header, shape, affine, say)
     return affine
 
 
@@ -209,7 +241,7 @@ def read_nifti_grid(path: pathlib.Path | str) -> tuple[tuple[int, ...], np.ndarr
     """
     with _nifti(path) as (header, shape, _, _):
         # A broadcast array has the shape, and takes no memory.
-        stand_in, affine = to_canonical(np.broadcast_to(np.uint8(0), shape), _nifti_affine(path, header))
+        stand_in, affine = to_canonical(np.broadcast_to(np.uint8(0), shape), _nifti_affine(path, header, shape))
         return stand_in.shape, affine
 
 
@@ -246,10 +278,11 @@ def read_nifti(path: pathlib.Path | str) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
       InputError: the file is missing, truncated or damaged; it is not 3D; its voxels are not real numbers; it exceeds
-        MAX_VOXELS or MAX_VOLUME_BYTES; its length is not the declared one; it has no usable affine.
+        MAX_VOXELS or MAX_VOLUME_BYTES; its length is not the declared one; it has no usable affine, or
+        its qform and its sform disagree by more than QFORM_REFUSED_MM.
     """
     with _nifti(path) as (header, shape, start, source):
-        affine = _nifti_affine(path, header)
+        affine = _nifti_affine(path, header, shape, say=True)
         array = _nifti_voxels(path, header, shape, start, source)
     return to_canonical(array, affine)
 

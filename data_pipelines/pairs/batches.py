@@ -62,18 +62,18 @@ class PairSet:
         records = [self.vertebrae[index] for index in range(len(self.vertebrae))]
         return gaussians.Gaussians(**{name: np.stack([record[name] for record in records]) for name in examples.CLOUD})
 
-    def batches(self, seed: int, batch: int, module: str = "rec") -> Batches:
+    def batches(self, seed: int, batch: int, phase: str = "rec") -> Batches:
         """Endless batches, to be closed after use.
 
         Args:
           seed: of the shuffles.
           batch: number of pairs per step over all processes.
-          module: the phase of training: 'reg' takes CT pairs, 'rec' and 'joint' take pairs.
+          phase: of training; 'reg' takes CT pairs, 'rec' and 'joint' take pairs.
 
         Raises:
           ValueError: a batch that does not divide by the number of jax's processes.
         """
-        return Batches(self.moved if module == "reg" else self.source, self.clouds, seed, batch)
+        return Batches(self.moved if phase == "reg" else self.source, self.clouds, seed, batch)
 
     def mean_shapes(self) -> dict[int, np.ndarray]:
         """Mean density of the vertebrae by VerSe number, and of all of them under 0: MEAN_SHAPE, 1/mm, box frame, float16."""

@@ -49,7 +49,7 @@ class Loader:
             raise ValueError(f"batch {batch} does not divide by {process_count} processes")
         if not 0 <= process_index < process_count:
             raise ValueError(f"process {process_index} of {process_count}")
-        self._identity = {"format": STATE_FORMAT, "store": source.identity(), "seed": int(seed), "batch": int(batch)}
+        self._stream = {"format": STATE_FORMAT, "store": source.digest(), "seed": int(seed), "batch": int(batch)}
         self.batch = batch // process_count
         # Grain adds 1 to a shuffle's seed in each epoch. Seeds are mixed first, so that neighbouring ones share no epochs.
         mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -70,7 +70,7 @@ class Loader:
 
     def get_state(self) -> dict:
         """The position in the stream as plain JSON values, for a checkpoint."""
-        return {**self._identity, "step": int(self._iterator.get_state()["next_index"])}
+        return {**self._stream, "step": int(self._iterator.get_state()["next_index"])}
 
     def set_state(self, state: dict) -> None:
         """Goes to a position from `get_state` of this loader or of one with another number of processes.
@@ -78,10 +78,10 @@ class Loader:
         Raises:
           InputError: a state of another store, seed or batch, or not a state at all.
         """
-        wanted = {**self._identity, "step": 0}
+        wanted = {**self._stream, "step": 0}
         if not isinstance(state, dict) or set(state) != set(wanted):
             errors.fail("loader state", "content", state, f"the keys {sorted(wanted)}")
-        for key, value in self._identity.items():
+        for key, value in self._stream.items():
             if state[key] != value:
                 errors.fail("loader state", key, state[key], value)
         if type(state["step"]) is not int or state["step"] < 0:

@@ -4,24 +4,28 @@ An example is a dict of numeric arrays and a function of (config, seed, index) a
 names, types and shapes. A store therefore holds the same records whatever number of processes made it and however often it was
 interrupted.
 
-A store is a folder with `manifest.json` and shards of records (`codec`). A shard gets its name when it is complete.
+A store is a folder with `manifest.json` and shards of records (`codec`). A shard gets its name when it is complete. The manifest
+holds checksums of the shards and of itself; each record has one as well, which is checked whenever the record is read.
 """
 
-import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import multiprocessing
 import os
 import pathlib
 import platform
 from collections.abc import Callable
 
 import numpy as np
+from absl import logging
 from array_record.python import array_record_data_source
 from array_record.python import array_record_module
 
+from data_pipelines.io import checksums
 from data_pipelines.io import files
+from data_pipelines.io import locks
+from data_pipelines.io import workers
 from data_pipelines.pairs import codec
 from data_pipelines.pairs.identity import content_hash
 from data_pipelines.pairs.identity import plain_values
@@ -33,6 +37,10 @@ LIBRARIES = ("radgs_jax", "numpy", "scipy", "jax", "jaxlib", "array_record")
 """Libraries whose versions a manifest records, where installed: examples are equal to the last bit only if these are."""
 WRITER = "group_size:1,zstd:1"
 """Options of array_record: one record per chunk, so that a random access decompresses one record. Each chunk has checksums."""
+REMEDY = "copy the store again, or delete this file and run the same command again: it goes on"
+"""What helps where a shard was damaged."""
+REMAKE = "copy the store again, or delete its folder and run the same command again"
+"""What helps where a manifest was damaged."""
 
 Maker = Callable[..., codec.Arrays]
 """make_example(config, seed, index) or make_example(config, seed, index, context), see `write`."""
@@ -87,7 +95,8 @@ def write(
       The opened store, or None while shards of other hosts are missing.
 
     Raises:
-      InputError: the folder holds another store, one begun with other library versions, or shards without a manifest.
+      InputError: the folder holds another store, one begun with other library versions, or shards without a manifest; another
+        process writes it; or it cannot be written.
       ValueError: examples of different kinds.
     """
     folder = pathlib.Path(folder)
@@ -114,12 +123,17 @@ def write(
     else:
         if stray:
             errors.fail(stray, "manifest", "none beside it", "an empty folder")
-        files.write_json(manifest, {**plan, "arrays": None, "shards": None})
+        files.write_json(manifest, checksums.sealed({**plan, "arrays": None, "shards": None}))
     jobs = _jobs(folder, count, shard_size)
     more = () if context is None else (context,)
     make = functools.partial(_make_shard, make_example=make_example, config=config, seed=seed, more=more)
-    for (_, first, last), _ in _run(make, jobs[process_index::process_count], processes):
-        on_done(last - first)
+    own = jobs[process_index::process_count]
+    # Hosts that share the work have locks of their own, and whoever finds all shards there needs none.
+    lock = folder / f"{locks.LOCK}-{process_index}-of-{process_count}"
+    writes = any(not path.exists() for path, _, _ in own)
+    with locks.hold(lock, folder) if writes else contextlib.nullcontext():
+        for (_, first, last), _ in _run(make, own, processes):
+            on_done(last - first)
     if all(path.exists() for path, _, _ in jobs):
         entries = [entry for _, entry in _run(_describe, jobs, processes)]
         for entry in entries:
@@ -127,9 +141,7 @@ def write(
                 raise ValueError(f"{entry['file']}: arrays {entry['arrays']}, elsewhere {entries[0]['arrays']}")
         arrays = entries[0]["arrays"]
         shards = [{key: entry[key] for key in ("file", "records", "bytes", "sha256")} for entry in entries]
-        files.write_json(manifest, {**plan, "arrays": arrays, "shards": shards})
-        for leftover in folder.glob(".*.array_record"):  # from a process that was killed
-            leftover.unlink(missing_ok=True)
+        files.write_json(manifest, checksums.sealed({**plan, "arrays": arrays, "shards": shards}))
         return open(folder)
     return None
 
@@ -143,7 +155,8 @@ def open(folder: pathlib.Path | str) -> "Source":
     """Opens a finished store.
 
     Raises:
-      InputError: no store, an unfinished one, a damaged manifest, a shard that is missing or cut short.
+      InputError: no store, an unfinished one, a damaged manifest, a shard that is missing or cut short, or, in a store of an
+        older version, one that differs from what was written.
     """
     folder = pathlib.Path(folder)
     manifest = _read_manifest(folder / MANIFEST)
@@ -156,7 +169,11 @@ def open(folder: pathlib.Path | str) -> "Source":
         size = path.stat().st_size if path.exists() else None
         if size != shard["bytes"]:
             errors.fail(path, "size", "no file" if size is None else f"{size} bytes", f"{shard['bytes']} bytes")
-    return Source(folder, manifest)
+    source = Source(folder, manifest)
+    if checksums.FIELD not in manifest:
+        logging.warning("%s: no checksum of the manifest, as in older versions; all shards are checked", folder)
+        verify(source)
+    return source
 
 
 def verify(source: "Source") -> None:
@@ -204,12 +221,12 @@ class Source:
             return self._codec.decode(self._records[index])
         except (RuntimeError, ValueError, IndexError) as error:
             shard = self.manifest["shards"][index // self.manifest["shard_size"]]["file"]
-            errors.fail(self.folder / shard, f"example {index}", error, "an intact record")
+            errors.fail(self.folder / shard, f"example {index}", error, f"an intact record: {REMEDY}")
 
     def __repr__(self) -> str:
         return f"Source({str(self.folder)!r})"
 
-    def identity(self) -> str:
+    def digest(self) -> str:
         """Digest of the store's content."""
         digests = [shard["sha256"] for shard in self.manifest["shards"]]
         return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
@@ -241,20 +258,14 @@ def _run(task, jobs, processes):
         for job in jobs:
             yield job, task(job)
         return
-    # Spawned, not forked: the parent may hold jax's threads.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        try:
-            yield from zip(jobs, pool.map(task, jobs))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with workers.pool(processes) as pool:
+        yield from zip(jobs, pool.map(task, jobs))
 
 
 def _make_shard(job, make_example, config, seed, more):
     """Writes one shard unless it exists."""
     path, first, last = job
-    if path.exists() and _reader(path).num_records() == last - first:
+    if path.exists() and _count(path) == last - first:
         return
     first_codec = None
     with files.replacing(path) as temporary:
@@ -266,20 +277,44 @@ def _make_shard(job, make_example, config, seed, more):
                 first_codec = first_codec or own
                 if own.arrays != first_codec.arrays:
                     raise ValueError(f"example {index}: arrays {own.arrays}, before it {first_codec.arrays}")
-                writer.write(first_codec.encode(example))
+                with _as_os_errors():
+                    writer.write(first_codec.encode(example))
         finally:
-            writer.close()
+            with _as_os_errors():
+                writer.close()
+
+
+@contextlib.contextmanager
+def _as_os_errors():
+    """The library reports a full disk as a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(None, str(error)) from error
+
+
+def _count(path):
+    """Number of records of a shard; None where it is damaged."""
+    try:
+        return _reader(path).num_records()
+    except (RuntimeError, ValueError, IndexError) as error:
+        logging.warning("%s: made again: %s", path, " ".join(str(error).split()))
+        return None
 
 
 def _describe(job):
     """A shard's entry in the manifest, and the arrays of its first record."""
     path, first, last = job
+    try:
+        record = _reader(path).read([0])[0]
+    except (RuntimeError, ValueError, IndexError) as error:
+        errors.fail(path, "content", error, f"intact records: {REMEDY}")
     return {
         "file": path.name,
         "records": last - first,
         "bytes": path.stat().st_size,
         "sha256": files.sha256(path),
-        "arrays": codec.Codec.of_record(_reader(path).read([0])[0]).arrays,
+        "arrays": codec.Codec.of_record(record).arrays,
     }
 
 
@@ -316,6 +351,8 @@ def _read_manifest(path):
             errors.fail(path, key, manifest.get(key), "a whole number from 1 up")
     if manifest["shards"] is not None:
         _check_shards(path, manifest)
+    if checksums.FIELD in manifest:  # stores of older versions have none
+        checksums.check_sealed(path, manifest, REMAKE)
     return manifest
 
 

@@ -1,7 +1,7 @@
 """Phantoms on disk: CT, label map and centroids of each subject in the layout of VerSe."""
 
 import concurrent.futures
-import multiprocessing
+import os
 import pathlib
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipelines.io import files
 from data_pipelines.io import nifti
+from data_pipelines.io import workers
 from data_pipelines.phantom import generate
 from data_pipelines.phantom import transforms
 
@@ -49,8 +50,7 @@ def phantoms(
     Raises:
       ValueError: a config that makes no spine.
     """
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = files.make_folder(folder)
     subjects = {f"phantom{seed:05d}": seed for seed in seeds}
     missing = {s: seed for s, seed in subjects.items() if not (folder / f"sub-{s}_seg-subreg_ctd.json").exists()}
     for _ in range(len(subjects) - len(missing)):
@@ -61,10 +61,7 @@ def phantoms(
             make_and_write(*job)
             on_done()
     else:
-        # Spawned, not forked: the parent may hold jax's threads.
-        context = multiprocessing.get_context("spawn")
-        workers = min(len(jobs), multiprocessing.cpu_count())
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with workers.pool(min(len(jobs), os.cpu_count() or 1)) as pool:
             for job in concurrent.futures.as_completed([pool.submit(make_and_write, *job) for job in jobs]):
                 job.result()
                 on_done()
@@ -95,8 +92,7 @@ def write_verse(
         nib.orientations.axcodes2ornt(("R", "A", "S")), nib.orientations.axcodes2ornt(axcodes)
     )
     ras_from_stored = phantom.affine @ nib.orientations.inv_ornt_aff(turn, phantom.hu.shape)
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = files.make_folder(folder)
     paths = {
         "ct": folder / f"sub-{subject}_ct.nii.gz",
         "mask": folder / f"sub-{subject}_seg-vert_msk.nii.gz",

@@ -39,7 +39,7 @@ class Preset:
       vignetting: relative loss of gain in the corners.
       offset_drift: largest drift of the dark level, relative to the mean signal.
       air_value: relative error of the air value.
-      collimation: strength of `panel.collimator`.
+      collimation: strength of `panel.random_collimator`.
       chance_collimator, chance_hardware: probabilities of a collimator, drawn for each view, and of implants.
     """
 
@@ -300,7 +300,7 @@ def measure(
     spectrum = beam.tube(drawn["kvp"], drawn["aluminium_mm"], drawn["copper_mm"])
     signal, variance_ratio = beam.transmit(spectrum, line_integrals)
     blades = drawn["collimation"] if rng.uniform() < preset.chance_collimator else 0.0
-    open_share = panel.collimator(signal.shape, blades, rng, pixel_mm)
+    open_share = panel.random_collimator(signal.shape, blades, rng, pixel_mm)
     total = sum(line_integrals.values())
     signal = panel.blur(signal * open_share, drawn["focal_blur_mm"], pixel_mm)
     signal = panel.scatter(signal, total, drawn["scatter_to_primary"], rng, pixel_mm)

@@ -16,9 +16,10 @@ from data_pipelines.simulation import posture
 from kernels.drr import drr
 from radgs_jax import attenuation
 from radgs_jax import errors
+from radgs_jax import levels
 from radgs_jax.geometry import resample
 
-VERTEBRAE = (*range(1, 20), 28, *range(20, 26))
+VERTEBRAE = levels.VERTEBRAE
 """VerSe numbers of movable vertebrae from head to feet; 28 is T13. The sacrum belongs to the rest of the body."""
 MARGIN_MM = 16.0
 """Distance by which the warped volume exceeds the scan's cross-section on each side, mm. Tissue that a posture moves further

@@ -113,9 +113,9 @@ def report(
 
 FLAGS = flags.FlagValues()
 SCAN = flags.DEFINE_string("scan", None, "CT: NIfTI file or DICOM folder.", flag_values=FLAGS)
-MASK = flags.DEFINE_string("mask", None, "Its label map.", flag_values=FLAGS)
+MASK = flags.DEFINE_string("mask", None, "Label map on the scan's grid.", flag_values=FLAGS)
 LABEL = flags.DEFINE_integer("label", None, "VerSe number of the target.", flag_values=FLAGS)
-PAIRS = flags.DEFINE_integer("pairs", 20, "Pairs to time.", lower_bound=1, flag_values=FLAGS)
+PAIRS = flags.DEFINE_integer("pairs", 20, "Number of pairs to time.", lower_bound=1, flag_values=FLAGS)
 HELP = flags.DEFINE_bool("help", False, "Show this help.", short_name="?", flag_values=FLAGS)
 
 

@@ -111,7 +111,7 @@ def simulated_cases(
                 files.write_npz(xray_path, **{v: image.astype(np.float16) for v, image in images.items()})
                 size = next(iter(images.values())).shape[1:]
                 views = [
-                    camera_files.view_json(camera.Camera(K, E, *size), view)
+                    camera_files.camera_json(camera.Camera(K, E, *size), view)
                     for K, E, view in zip(intrinsics, extrinsics, carm.VIEWS)
                 ]
                 document["scenes"].append(

@@ -121,7 +121,7 @@ def air_value(signal: np.ndarray, strength: float, rng: np.random.Generator) -> 
     return signal * np.float32((1.0 + strength) ** rng.choice([-1.0, 1.0]))
 
 
-def collimator(shape: tuple[int, int], strength: float, rng: np.random.Generator, pixel_mm: float) -> np.ndarray:
+def random_collimator(shape: tuple[int, int], strength: float, rng: np.random.Generator, pixel_mm: float) -> np.ndarray:
     """Share of the beam that a random collimator lets through, (H, W) in LEAD_SHARE to 1, with a penumbra 1 mm wide.
 
     The collimator is two pairs of blades at a random angle, or an iris, at a random place.

@@ -1,11 +1,18 @@
 """Finds the border of a collimated X-ray in the image: straight blades or a round diaphragm."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import scipy
 
+from data_pipelines.xrays import surroundings
+from data_pipelines.xrays import turned_borders
 from radgs_jax.geometry import camera
+
+PENUMBRA_PX = 2
+"""Width in pixels along the collimator's border that is not valid, since its shadow is not sharp. Chosen by hand: half may keep
+shadow, twice loses image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +20,7 @@ class Border:
     """The border of the exposed field, in pixels.
 
     Attributes:
-      kind: 'none', 'rectangle' (one to four straight borders) or 'circle'.
+      kind: 'none', 'rectangle' (one to four straight borders), 'circle' or 'convex' (a shape without lines or circle).
       mask: (H, W) bool, True inside.
       lines: (n, 3), a u + b v >= c inside, with (a, b) a unit vector.
       circle: (u, v, radius), or None.
@@ -30,6 +37,10 @@ class Border:
 _SEARCH_PX = 384
 """Larger side of the search image, at most, in pixels; the border is refined on the full image. Half loses weak borders to
 averaging, twice takes four times as long."""
+_LINE_SEARCH_PX = 256
+"""The same for line integrals, of which many are read at once. Half misses weak borders, twice takes four times as long."""
+_BLACKEST = 40.0
+"""Line integral of a pixel without any signal: exp(-40) is nothing in float32. Half is nothing as well, twice overflows."""
 _TILT_DEG = 8.0
 """Largest rotation of a straight border against the image side. Half misses rotated collimators, twice fits oblique anatomy."""
 _CANDIDATES = 8
@@ -47,6 +58,9 @@ _COHERENT = 0.6
 """Lowest mean along a border of its steps, each divided by _STEP and clipped to 1. Half accepts anatomy; 1 is the maximum."""
 _RISING = 0.9
 """Fraction of a border's points with an inward step above a tenth of _STEP. Half accepts anatomy; 1 is the maximum."""
+_WINDOW, _NESTED = 3, 0.95
+"""Lines of a window within a circle, and the largest share of the circle that it has. Fewer lines take anatomy in a round field for
+its border, and so does a share of half."""
 _MIN_SEGMENT = 0.1
 """Shortest border as a fraction of the smaller image side. Half accepts edges of small structures, twice misses corners."""
 _MIN_INSIDE = 0.02
@@ -54,9 +68,14 @@ _MIN_INSIDE = 0.02
 _DARKER = 1.5
 """Lowest ratio of the bright ends inside and outside (quantiles 0.99 and 0.9). Nearer to 1 accepts anatomy, twice misses borders
 behind strong scatter."""
+_SHADOW = 0.25
+"""Quantile of the intensity inside that the median outside must not exceed. Twice takes more of a table's edge beside a body for a
+border, half misses borders beside strong scatter."""
 _BLACK = 12.0
 """Ratio above which structure outside is allowed, since blades transmit a little. Half accepts dense anatomy, twice refuses borders
 whose shadow shows anatomy."""
+_NOISE_PIXELS = 2000
+"""Number of pixels that the noise is measured at. Half is still within 5 %, twice takes twice the time."""
 _FLAT = 0.25
 """Largest structure of the shadow: quantile 0.9 of the difference of Gaussian means over _FINE_PX and _COARSE_PX. Half refuses
 noisy shadows, twice accepts anatomy."""
@@ -86,7 +105,41 @@ _MIN_RAYS = 20
 """Smallest number of the 180 rays that agree on a circle. Half tests more circles, twice misses partly visible ones."""
 
 
-def find(image: np.ndarray) -> Border:
+def of_line_integrals(image: np.ndarray) -> np.ndarray:
+    """The valid pixels (H, W) bool of line integrals: inside the collimator, without its penumbra; all True if there is none.
+
+    Args:
+      image: (H, W) line integrals -ln(I / I0); pixels that are not finite count as black.
+    """
+    return without_penumbra(find_in_line_integrals(image))
+
+
+def without_penumbra(border: Border) -> np.ndarray:
+    """The pixels (H, W) bool that are further than PENUMBRA_PX inside a border."""
+    if border.kind == "none":
+        return border.mask
+    return scipy.ndimage.binary_erosion(border.mask, iterations=PENUMBRA_PX, border_value=1)
+
+
+def find_in_line_integrals(image: np.ndarray) -> Border:
+    """Finds the border of a collimated X-ray that is given as line integrals. Deterministic.
+
+    What lies outside may be constant (also 0, where a program filled it), black, noise, or scatter: the first two are told
+    from the field by their numbers and may leave any convex shape, the last ones as `find` does.
+
+    Args:
+      image: (H, W) line integrals -ln(I / I0); pixels that are not finite count as black.
+    """
+    image = np.asarray(image, np.float32)
+    image = np.clip(np.where(np.isfinite(image), image, _BLACKEST), -_BLACKEST, _BLACKEST)
+    for search in (surroundings.field_in_constant, surroundings.field_in_black):
+        field = search(image)
+        if field is not None:
+            return Border("convex", field, np.zeros((0, 3)), None)
+    return find(np.exp(-image), _LINE_SEARCH_PX, turned=True)
+
+
+def find(image: np.ndarray, search_px: int = _SEARCH_PX, turned: bool = False) -> Border:
     """Finds the border of a collimated X-ray, straight or circular. Deterministic.
 
     A border is a line along an image side (rotated by at most _TILT_DEG) or a circle. Intensity rises inwards along nearly
@@ -96,31 +149,59 @@ def find(image: np.ndarray) -> Border:
 
     Args:
       image: (H, W) linear intensity on any positive scale.
+      search_px: larger side of the search image, at most, in pixels.
+      turned: also search for straight borders at any angle.
     """
     image = np.asarray(image, np.float32)
     height, width = image.shape
     nothing = Border("none", np.ones(image.shape, bool), np.zeros((0, 3)), None)
-    factor = max(1, -(-max(height, width) // _SEARCH_PX))
+    factor = max(1, -(-max(height, width) // search_px))
     small = scipy.ndimage.gaussian_filter(camera.bin_image(image, factor), 0.7)
     bright = np.quantile(small, 0.99)
     if min(small.shape) < 32 or not bright > 0:
         return nothing
     # Without signal, the logarithm of the noise has steps of any size.
-    dark = small <= np.quantile(small, 0.2)
-    noise = 1.5 * np.median(np.abs(small - scipy.ndimage.median_filter(small, 5))[dark])
+    noise = _dark_noise(small)
     log = np.log(np.clip(small, 0, bright) + max(_FLOOR * bright, _NOISE_FLOOR * noise))
-    smooth = scipy.ndimage.gaussian_filter(image, 0.5 * factor)
-    # Circles first: part of a circle can pass for a line, but lines cannot pass for a circle.
+    smooth = functools.cache(lambda: scipy.ndimage.gaussian_filter(image, 0.5 * factor))
     circle = _find_circle(log)
-    circle = None if circle is None else _refine_circle(smooth, circle, factor)
+    circle = None if circle is None else _refine_circle(smooth(), circle, factor)
+    found = nothing
     if circle is not None:
         v, u = np.ogrid[:height, :width]
         inside = (u - circle[0]) ** 2 + (v - circle[1]) ** 2 <= circle[2] ** 2
-        return Border("circle", inside, np.zeros((0, 3)), circle)
-    lines = _find_lines(log)
-    lines = [_refine_line(smooth, line, [other for other in lines if other is not line], factor) for line in lines]
-    lines = np.array([line for line in lines if line is not None]).reshape(-1, 3)
-    return Border("rectangle", _inside_lines(image.shape, lines), lines, None) if len(lines) else nothing
+        found = Border("circle", inside, np.zeros((0, 3)), circle)
+    # Part of a circle can pass for a line. So lines count only where there is no circle, or well within it: then the circle is that
+    # of scatter round the field.
+    for candidates in (_upright_candidates, turned_borders.candidates) if turned else (_upright_candidates,):
+        lines = _find_lines(log, candidates(log, _CANDIDATES))
+        lines = [_refine_line(smooth(), line, [o for o in lines if o is not line], factor) for line in lines]
+        lines = np.array([line for line in lines if line is not None]).reshape(-1, 3)
+        inside = _inside_lines(image.shape, lines)
+        within = (
+            len(lines) >= _WINDOW and not (inside & ~found.mask).any() and inside.mean() < _NESTED * found.mask.mean()
+        )
+        better = within if found.circle is not None else len(lines) > len(found.lines)
+        if better and _is_shadow(image, inside, factor):
+            found = Border("rectangle", inside, lines, None)
+    return found
+
+
+def _is_shadow(image, inside, factor):
+    """Whether most of what lies outside is darker than nearly all that lies inside, as no table or blanket beside a body is."""
+    image, inside = image[::factor, ::factor], inside[::factor, ::factor]
+    if inside.all() or not inside.any():
+        return False
+    return np.median(image[~inside]) <= np.quantile(image[inside], _SHADOW)
+
+
+def _dark_noise(small):
+    """Standard deviation of the noise in the dark fifth of an image, from _NOISE_PIXELS deviations from medians of 5 x 5."""
+    padded = np.pad(small, 2, mode="reflect")
+    at = np.flatnonzero(small <= np.quantile(small, 0.2))
+    v, u = np.divmod(at[:: max(1, len(at) // _NOISE_PIXELS)], small.shape[1])
+    around = np.stack([padded[v + dv, u + du] for dv in range(5) for du in range(5)])
+    return 1.5 * np.median(np.abs(around[12] - np.median(around, 0)))
 
 
 def _inside_lines(shape, lines, margin=0.0):
@@ -143,12 +224,16 @@ def _steps(log, u, v, normal):
     return inner - outer
 
 
-def _find_lines(log):
-    """Straight borders (a, b, c) in pixels of `log`, at most one for each image side."""
-    candidates = []
-    for side in range(4):
-        lines = (_turn_back(*line, log.shape, side) for line in _left_borders(np.rot90(log, side)))
-        candidates.append([line for line in lines if _dark_beyond(log, *_sides_of(log.shape, line))])
+def _upright_candidates(log, count):
+    """For each image side, up to `count` straight borders (a, b, c) along it, best first."""
+    return [
+        [_turn_back(*line, log.shape, side) for line in _left_borders(np.rot90(log, side), count)] for side in range(4)
+    ]
+
+
+def _find_lines(log, candidates):
+    """Straight borders (a, b, c) in pixels of `log`, at most one of the candidates for each side."""
+    candidates = [[line for line in lines if _dark_beyond(log, *_sides_of(log.shape, line))] for lines in candidates]
     chosen = [lines[0] if lines else None for lines in candidates]
     # A border is judged along its segment, which ends at the other borders. So the best candidate is chosen for each side in turn.
     # Then weak borders are removed one by one, since removing one lengthens the segments of the others.
@@ -168,7 +253,9 @@ def _find_lines(log):
 
 def _sides_of(shape, line):
     """Masks of the pixels inside a line with a margin outwards, and with a margin inwards, which exclude the blur."""
-    return _inside_lines(shape, [line], -1.5), _inside_lines(shape, [line], 2.5)
+    a, b, c = line.astype(np.float32)
+    distance = a * np.arange(shape[1], dtype=np.float32) + (b * np.arange(shape[0], dtype=np.float32) - c)[:, None]
+    return distance >= -1.5, distance >= 2.5
 
 
 def _turn_back(a, b, c, shape, side):
@@ -183,7 +270,7 @@ def _turn_back(a, b, c, shape, side):
     return np.array([a, b, c])
 
 
-def _left_borders(log):
+def _left_borders(log, count):
     """The strongest borders (a, b, c) on the left, best first: local maxima of the clipped step summed along lines."""
     rows, columns = log.shape
     padded = np.pad(log, ((0, 0), (5, 5)), mode="edge")
@@ -194,14 +281,16 @@ def _left_borders(log):
     step = np.clip(step / 3, -_STEP, 1)  # more than scatter makes, but no single pixel dominates
     slopes = np.tan(np.radians(np.linspace(-_TILT_DEG, _TILT_DEG, 33)))
     middle = 0.5 * (rows - 1)
-    score = np.empty((len(slopes), columns))
+    # Rows are shifted against each other, with zeros beyond the image.
+    beyond, most = int(slopes[-1] * rows) + 1, int(_MAX_BORDER * columns)
+    padded = np.pad(step, ((0, 0), (beyond, beyond))).ravel()
+    begin = np.arange(rows) * (columns + 2 * beyond) + beyond
+    score = np.zeros((len(slopes), columns))
     for k, slope in enumerate(slopes):
-        column = np.arange(columns) + np.rint(slope * (np.arange(rows) - middle)).astype(int)[:, None]
-        inside = (column >= 0) & (column < columns)
-        score[k] = np.where(inside, np.take_along_axis(step, np.clip(column, 0, columns - 1), 1), 0).sum(0)
-    score[:, int(_MAX_BORDER * columns) :] = 0
+        shifted = begin + np.rint(slope * (np.arange(rows) - middle)).astype(int)
+        score[k, :most] = padded[shifted[:, None] + np.arange(most)].sum(0)
     peaks = np.argwhere((score == scipy.ndimage.maximum_filter(score, (9, 9))) & (score > _MIN_SCORE * rows))
-    best = sorted(peaks.tolist(), key=lambda peak: -score[tuple(peak)])[:_CANDIDATES]
+    best = sorted(peaks.tolist(), key=lambda peak: -score[tuple(peak)])[:count]
     return [
         np.array([1.0, -slopes[k], column - 0.5 - slopes[k] * middle]) / np.hypot(1.0, slopes[k]) for k, column in best
     ]
@@ -212,19 +301,22 @@ def _dark_beyond(log, near_inside, well_inside):
     outside = ~near_inside
     if outside.sum() < 0.5 * min(log.shape) or well_inside.sum() < _MIN_INSIDE * log.size:
         return False
-    drop = np.quantile(log[well_inside], 0.99) - np.quantile(log[outside], 0.9)
+    drop = np.quantile(log[well_inside][::3], 0.99) - np.quantile(log[outside][::3], 0.9)
     if drop < np.log(_DARKER):
         return False
     if drop > np.log(_BLACK):
         return True
+    rows, columns = (slice(at.min(), at.max() + 1) for at in (outside.any(1).nonzero()[0], outside.any(0).nonzero()[0]))
+    log, outside = log[rows, columns], outside[rows, columns]
     fine, coarse = (_smooth_within(log, outside, sigma) for sigma in (_FINE_PX, _COARSE_PX))
     return np.quantile(np.abs(fine - coarse)[outside], 0.9) < _FLAT
 
 
 def _smooth_within(image, mask, sigma):
     """Gaussian mean over the pixels inside `mask`."""
-    weight = scipy.ndimage.gaussian_filter(mask.astype(np.float32), sigma, truncate=3)
-    return scipy.ndimage.gaussian_filter(np.where(mask, image, 0), sigma, truncate=3) / np.maximum(weight, 1e-3)
+    weight = scipy.ndimage.gaussian_filter(mask.astype(np.float32), sigma, truncate=3, mode="constant")
+    total = scipy.ndimage.gaussian_filter(np.where(mask, image, 0), sigma, truncate=3, mode="constant")
+    return total / np.maximum(weight, 1e-3)
 
 
 def _segment(line, shape, others, step=1.0):
@@ -324,14 +416,25 @@ def _find_circle(log):
     smallest, largest = _CIRCLE_RADIUS
     radius = circles[:, 2]
     circles = circles[(radius > smallest * size) & (radius < largest * size) & (off < _CIRCLE_OFFSET * size)]
-    votes = [len(np.unique(ray[_near(points, circle, _NEAR_PX)])) for circle in circles]
+    votes = _votes(points.astype(np.float32), ray, circles.astype(np.float32))
+    holding = []
     for index in np.argsort(votes)[::-1][:_CANDIDATES]:
         if votes[index] < _MIN_RAYS:
             break
         circle = _fit_circle(points[_near(points, circles[index], _NEAR_PX)])
-        if _circle_holds(log, circle):
-            return circle
-    return None
+        step = _circle_step(log, circle)
+        if step > 0:
+            holding.append((step, tuple(circle)))
+    # Scatter round the field ends in a circle, too, but with a smaller step.
+    return np.array(max(holding)[1]) if holding else None
+
+
+def _votes(points, ray, circles):
+    """Number of rays with a point near each circle. `ray`, the ray of each point, ascends."""
+    first = np.flatnonzero(np.r_[True, ray[1:] != ray[:-1]])
+    distance = np.hypot(points[:, 0] - circles[:, :1], points[:, 1] - circles[:, 1:2])
+    near = np.abs(distance - circles[:, 2:]) < _NEAR_PX
+    return np.logical_or.reduceat(near, first, axis=1).sum(1) if len(circles) else np.zeros(0, int)
 
 
 def _near(points, circle, tolerance):
@@ -363,15 +466,18 @@ def _arc(circle, shape, margin, count=720):
     return u[keep], v[keep], normal[:, keep]
 
 
-def _circle_holds(log, circle):
+def _circle_step(log, circle):
+    """Mean step along a circle, see `_mean_step`; 0 if it is not the border of a field."""
     u, v, normal = _arc(circle, log.shape, 4)
     if len(u) < 100:
-        return False
-    steps = _steps(log, u, v, normal)
+        return 0.0
+    step = _mean_step(_steps(log, u, v, normal))
+    if step <= 0:
+        return 0.0
     rows, columns = np.ogrid[: log.shape[0], : log.shape[1]]
     distance = np.hypot(columns - circle[0], rows - circle[1])
     dark = _dark_beyond(log, distance < circle[2] + 1.5, distance < circle[2] - 2.5)
-    return dark and _mean_step(steps) > 0
+    return step if dark else 0.0
 
 
 def _refine_circle(image, circle, factor):

@@ -1,7 +1,8 @@
 """Reads a measured X-ray from a hospital's or laboratory's file: line integrals, valid pixels and the camera.
 
-Formats: DICOM (XA, RF, DX, CR), PNG and TIFF of 16 bits or more, NPY and NIfTI. The meaning of the stored numbers is taken
-from DICOM tags or from the caller, never guessed. Display settings (window, presentation LUT, MONOCHROME1) are ignored.
+Formats: DICOM (XA, RF, DX, CR), PNG and TIFF of 16 bits or more, NPY and NIfTI; pictures of 8 bits (also JPEG) only where the
+caller says so. The meaning of the stored numbers is taken from DICOM tags or from the caller, never guessed. Display settings
+(window, presentation LUT, MONOCHROME1) are ignored.
 
 Images are (height, width), with u the column, v the row, and integers at pixel centres, as in the case format.
 """
@@ -11,74 +12,46 @@ import dataclasses
 import pathlib
 
 import numpy as np
-import scipy
 
-from data_pipelines.io import files
 from data_pipelines.xrays import collimator
+from data_pipelines.xrays import image_files
+from data_pipelines.xrays import read_options
+from data_pipelines.xrays import remarks
+from data_pipelines.xrays import same_acquisition
+from data_pipelines.xrays import shutters
 from data_pipelines.xrays import stored_images
 from data_pipelines.xrays import view_geometry
+from data_pipelines.xrays.read_options import BITS_RANGE as BITS_RANGE
+from data_pipelines.xrays.read_options import ReadOptions as ReadOptions
+from data_pipelines.xrays.read_options import VALUES as VALUES
 from radgs_jax import errors
 from radgs_jax.geometry.camera import Camera
 from radgs_jax.geometry.xray import XRay
 
-VALUES = ("line_integrals", "intensity", "log")
-BITS_RANGE = (6, 32)
-"""Fewest and most bits of a stored number: DICOM's tag BitsStored is 6 or more, and no supported file has more than 32."""
 LINE_INTEGRAL_RANGE = (-1.0, 12.0)
 """Line integrals are clamped to this range: ln(2^16) is 11.1, and a wrong air value rarely gives less than -1. Chosen by hand:
 half of 12 would clamp dense laterals, twice changes nothing."""
 AIR_QUANTILE = 0.995
 """Quantile of the pixels inside the collimator that is taken as the air value if none is given. It is air only if the field shows
 air. Chosen by hand: a lower one needs more air in the field, and one nearer to 1 follows noise and hot pixels."""
-PENUMBRA_PX = 2
-"""Width in pixels along the collimator's border that is not valid, since its shadow is not sharp. Chosen by hand: half may keep
-shadow, twice loses image."""
 TYPICAL_LINE_INTEGRALS = (-5, 20)
 """The median of line integrals must be inside this range. Chosen by hand to catch intensities and wrong signs; not sensitive."""
 MIN_VALID = 0.01
 """Smallest fraction of valid pixels of an X-ray. Chosen by hand to catch wrong options; not sensitive."""
+FEW_VALID = 0.25
+"""Fraction of valid pixels below which an X-ray is remarked on. Chosen by hand: half misses X-rays that are mostly saturated, twice
+remarks on usual collimators."""
+NOISE_CORRELATION = 0.3
+"""Lowest correlation of neighbouring areas of an X-ray, along rows or columns. White noise of 500 areas has 0 +- 0.04, X-rays have
+more than 0.9. Chosen by hand: half or twice still parts them."""
+AREAS = 24
+"""Areas along the smaller side at which noise is looked for, whose means leave the noise of an X-ray behind. Chosen by hand: half
+has too few to judge, twice keeps more noise."""
+LARGEST_AREA_PX = 16
+"""Largest side of such an area, in pixels. Chosen by hand: half keeps more noise, twice blurs small X-rays."""
 MIN_FULL_SCALE = 1023
 """Smallest largest number, 2^10 - 1, that is taken as a saturated full scale where the bits are unknown. Chosen by hand: half would
 also take 9-bit maxima, twice would miss saturation of 10-bit panels."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ReadOptions:
-    """What the caller knows about an X-ray and its file may not say.
-
-    Attributes:
-      values: meaning of the stored numbers. 'line_integrals': -ln(I / I0). 'intensity': proportional to the X-rays that
-        arrived, plus `dark`. 'log': log_scale * ln(I) + constant. None: from DICOM tags.
-      sign: +1 if more X-rays give larger stored numbers, -1 if smaller. None: from the DICOM tag, else +1.
-      bits: number of bits of a stored number, which is from 0 to 2**bits - 1. None: DICOM's BitsStored. Inverted intensities
-        (sign -1) are counted from 2**bits - 1, so it is required for them in other files: neither the image's largest number
-        nor its data type shows how many bits the panel has.
-      log_scale: stored units per unit of ln(I), with values='log', on the scale of `air`.
-      air: number of the unattenuated beam, after the file's own rescaling, and after inversion if intensity is inverted (so
-        that 0 is no X-rays). With `flat`, the ratio of this exposure to that of the flat field. None: 1 with `flat`, else
-        AIR_QUANTILE of the pixels inside the collimator.
-      flat, dark: files of the same size as the X-ray: the beam without a patient, and the panel without a beam.
-      saturation: stored number of a saturated pixel. Larger numbers (with sign -1: smaller ones) are saturated as well. None:
-        the end of the range of `bits` with most X-rays; for integers without `bits`, 0 with sign -1, else the image's largest
-        number if it is 2**n - 1 with n at least 10, else none.
-      frame: number of the frame in a file with several, from 0.
-      collimator: search for a border if the file gives none.
-      mirrored: the file shows the mirror image of the source's view. Image and calibration are mirrored together.
-      view: number or name of the entry in a calibration with several.
-    """
-
-    values: str | None = None
-    sign: int | None = None
-    bits: int | None = None
-    log_scale: float | None = None
-    air: float | None = None
-    flat: pathlib.Path | str | None = None
-    dark: pathlib.Path | str | None = None
-    saturation: float | None = None
-    frame: int | None = None
-    collimator: bool = True
-    mirrored: bool = False
-    view: int | str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,24 +103,16 @@ def read(
         derived for inverted intensities (unknown bits, signed numbers, or a rescaling with an offset).
     """
     options = options or ReadOptions()
-    _check_options(path, options)
-    stored = stored_images.load_stored(path, options.frame)
+    read_options.check(path, options)
+    return _measured(path, image_files.load_stored(path, options.frame, options.bits), calibration, options)
+
+
+def _measured(path, stored, calibration, options):
     values, sign = options.values or stored.values, options.sign or stored.sign or 1
-    if values is None:
-        errors.fail(path, "values", "nothing that says what the pixels mean", f"option values= one of {VALUES}")
-    if values == "log" and options.log_scale is None:
-        errors.fail(path, "log_scale", "nothing", "stored units per unit of ln(I), with values='log'")
-    if values != "intensity" and options.dark is not None:
-        errors.fail(path, "dark", f"a dark image with values='{values}'", "one with values='intensity' only")
-    if values == "line_integrals" and (options.flat is not None or options.air is not None):
-        errors.fail(path, "air, flat", "a reference for line integrals", "none: they have it in them")
-    if values == "line_integrals" and options.bits is not None:
-        errors.fail(
-            path, "option bits", f"{options.bits} with values='line_integrals'", "none: these are no stored numbers"
-        )
+    read_options.check_meaning(path, options, values)
     if options.bits is not None:
         stored = dataclasses.replace(stored, bits=options.bits, signed=False)
-        stored_images.check_range(path, "option bits", stored)
+        stored_images.check_range(path, read_options.named("bits"), stored)
 
     usable = np.isfinite(stored.pixels)
     if stored.padding is not None:
@@ -162,7 +127,7 @@ def read(
     grows = _grows(path, stored, values, sign)
     signal = _signal(numbers, values, grows, options, references["dark"])
     usable &= signal > 0
-    field, found = _field(stored, signal, usable, options)
+    field, found = _field(path, stored, values, numbers, signal, usable, options)
     line, air = _line_integrals(path, numbers, signal, values, grows, options, references, usable, field)
     low, high = LINE_INTEGRAL_RANGE
     usable &= np.isfinite(line)
@@ -171,10 +136,14 @@ def read(
     valid = usable & field
     if valid.mean() < MIN_VALID:
         errors.fail(path, "pixels", f"{int(valid.sum())} usable of {valid.size}", "one in a hundred or more")
+    if valid.mean() < FEW_VALID:
+        found_share = f"{valid.mean():.1%} usable: inside the collimator ({found}), with signal and not saturated"
+        remarks.remark(path, "pixels", found_share, "only these count")
+    _check_areas(path, line, valid)
 
     camera, moves, said = view_geometry.find_camera(path, stored, calibration, options.view, options.mirrored)
     line, valid = (np.ascontiguousarray(view_geometry.apply_moves(image, moves)) for image in (line, valid))
-    pixel_mm = stored.pixel_mm
+    pixel_mm = stored.geometry.pixel_mm
     if moves[0] and pixel_mm is not None:
         pixel_mm = pixel_mm[::-1]
     origin = {
@@ -186,6 +155,7 @@ def read(
         **air,
         "saturation": None if saturation is None else float(saturation),
         "collimator": found,
+        "valid_share": float(valid.mean()),
         "camera": said,
         "frame": options.frame,
     }
@@ -194,24 +164,25 @@ def read(
         valid,
         camera,
         pixel_mm,
-        stored.source_detector_mm,
-        stored.source_isocentre_mm,
+        stored.geometry.source_detector_mm,
+        stored.geometry.source_isocentre_mm,
         view_geometry.file_from_image(stored.pixels.shape, moves),
         origin,
     )
 
 
-def read_stored(path: pathlib.Path | str, frame: int | None = None) -> np.ndarray:
+def read_stored(path: pathlib.Path | str, frame: int | None = None, bits: int | None = None) -> np.ndarray:
     """The numbers (height, width) in an X-ray's file as stored: not rescaled, inverted or turned.
 
     Args:
       path: the file.
       frame: number of the frame in a file with several, from 0.
+      bits: 8 for a picture of 8 bits.
 
     Raises:
       InputError: the file is damaged or unsuitable, as for `read`.
     """
-    return stored_images.load_stored(path, frame).pixels
+    return image_files.load_stored(path, frame, bits).pixels
 
 
 def read_views(
@@ -219,52 +190,56 @@ def read_views(
     calibration: pathlib.Path | str | None = None,
     options: ReadOptions | None = None,
     flats: collections.abc.Sequence[pathlib.Path | str] | None = None,
+    darks: collections.abc.Sequence[pathlib.Path | str] | None = None,
+    frames: collections.abc.Sequence[int | None] | None = None,
 ) -> list[Radiograph]:
     """The X-rays of one acquisition, each with its camera.
 
-    Files other than DICOM hold line integrals unless `options.values` is set. Line integrals are not searched for a border.
+    Files other than DICOM hold line integrals unless `options.values` is set. What contradicts one acquisition is refused, and
+    what makes it doubtful is remarked on: `same_acquisition`.
 
     Args:
       paths: one file per view.
       calibration: a JSON file with one entry per view, or None for DICOM's nominal geometry.
       options: options of all views.
-      flats: one flat field per view.
+      flats, darks: one flat field and one dark image per view, or one for all, in place of those of `options`.
+      frames: one frame number per view, or one for all, in place of that of `options`.
 
     Raises:
-      InputError: as `read`; or the number of cameras or flat fields is not that of X-rays, or a view has no camera.
+      InputError: as `read`; or the number of cameras, references or frames is not that of X-rays; two X-rays are the same
+        image, of different patients or from one camera; a view has no camera.
     """
     options = options or ReadOptions()
-    listed = files.read_json(calibration) if calibration else None
-    if isinstance(listed, list) and len(listed) != len(paths):
-        errors.fail(calibration, "views", len(listed), f"a list of {len(paths)}, one per X-ray")
-    if flats and len(flats) != len(paths):
-        errors.fail(flats[0], "flat fields", len(flats), f"{len(paths)}, one per X-ray")
-    views = []
+    if calibration is not None:
+        view_geometry.check_count(calibration, len(paths))
+    own = []
     for index, path in enumerate(paths):
-        values = options.values or (None if files.is_dicom(path) else "line_integrals")
-        bordered = options.collimator and values != "line_integrals"
-        flat = flats[index] if flats else None
-        own = dataclasses.replace(options, values=values, flat=flat, collimator=bordered, view=index)
-        views.append(read(path, calibration, own))
+        flat, dark, frame = (
+            getattr(options, name) if given is None else _for_view(path, name, given, index, len(paths))
+            for name, given in (("flat", flats), ("dark", darks), ("frame", frames))
+        )
+        values = options.values or (None if image_files.is_dicom(path) else "line_integrals")
+        own.append(dataclasses.replace(options, values=values, flat=flat, dark=dark, frame=frame, view=index))
+        read_options.check(path, own[-1])
+    stored = [image_files.load_stored(path, each.frame, each.bits) for path, each in zip(paths, own)]
+    same_acquisition.compare(paths, stored, calibration is not None)
+    views = []
+    for path, numbers, each in zip(paths, stored, own):
+        views.append(_measured(path, numbers, calibration, each))
         if views[-1].camera is None:
-            errors.fail(path, "camera", views[-1].origin["camera"], "geometry tags, or a calibration")
+            errors.fail(path, "camera", views[-1].origin["camera"], "geometry tags, or a calibration: --cameras")
+    source = calibration if calibration is not None else "geometry tags"
+    same_acquisition.compare_cameras(paths, [view.camera for view in views], source)
     return views
 
 
-def _check_options(path, options):
-    if options.values not in (None, *VALUES):
-        errors.fail(path, "option values", repr(options.values), f"one of {VALUES}")
-    if options.sign not in (None, 1, -1):
-        errors.fail(path, "option sign", options.sign, "1 or -1")
-    bits, (low, high) = options.bits, BITS_RANGE
-    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high):
-        errors.fail(path, "option bits", repr(bits), f"a whole number from {low} to {high}")
-    for name in ("log_scale", "air", "saturation"):
-        number = getattr(options, name)
-        if number is not None and not (np.isfinite(number) and (name == "saturation" or number > 0)):
-            errors.fail(
-                path, f"option {name}", number, "a finite number" + (" above 0" if name != "saturation" else "")
-            )
+def _for_view(path, name, given, index, count):
+    """The value of an option that has one for each view, or one for all."""
+    if len(given) not in (1, count):
+        errors.fail(
+            path, read_options.named(name), f"{len(given)} values", f"one for each of {count} X-rays, or one for all"
+        )
+    return given[index if len(given) > 1 else 0]
 
 
 def _saturation(stored, sign, options):
@@ -300,7 +275,7 @@ def _numbers(path, stored, values, sign):
     pixels, rescale = stored.pixels, stored.rescale
     if values == "intensity" and _grows(path, stored, values, sign) < 0:
         if stored.bits is None:
-            wanted = "option bits=, how many a stored number has: 2**bits - 1 is no X-rays"
+            wanted = f"{read_options.named('bits', 'N')}, how many a stored number has: 2**N - 1 is no X-rays"
             errors.fail(path, "bits", "nothing, with inverted intensities (sign -1)", wanted)
         if rescale is not None and not rescale.factor:
             wanted = "a rescaling that rises, or sign -1" if sign > 0 else "one that falls, or a positive factor alone"
@@ -311,14 +286,15 @@ def _numbers(path, stored, values, sign):
             errors.fail(path, "PixelRepresentation", "1 with inverted intensities (sign -1)", wanted)
         stored_images.check_range(path, "bits", stored)
         pixels = np.subtract(stored_images.stored_range(stored.bits, False)[1], pixels, dtype=np.float64)
-    return (rescale.apply(pixels) if rescale else pixels).astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and does not count
+        return (rescale.apply(pixels) if rescale else pixels).astype(np.float32)
 
 
 def _reference(name, options, stored, values, sign):
     source = getattr(options, name)
     if source is None:
         return None
-    other = stored_images.load_stored(source, options.frame if options.frame else 0)
+    other = _load_reference(source, options)
     if other.pixels.shape != stored.pixels.shape:
         errors.fail(source, f"{name}: shape", other.pixels.shape, f"the X-ray's {stored.pixels.shape}")
     if values == "intensity" and sign < 0 and options.bits is None and other.bits not in (None, stored.bits):
@@ -328,6 +304,14 @@ def _reference(name, options, stored, values, sign):
     if not np.isfinite(numbers).all():
         errors.fail(source, name, "pixels that are not finite", "finite numbers")
     return numbers
+
+
+def _load_reference(source, options):
+    try:
+        return image_files.load_stored(source, None, options.bits)
+    except errors.InputError:
+        # One of several frames is that of the X-ray's number. What else is wrong is wrong again.
+        return image_files.load_stored(source, options.frame or 0, options.bits)
 
 
 def _signal(numbers, values, grows, options, dark):
@@ -341,17 +325,42 @@ def _signal(numbers, values, grows, options, dark):
     return np.exp(np.clip(np.nan_to_num(log - reference, nan=-60.0), -60.0, 60.0))
 
 
-def _field(stored, signal, usable, options):
+def _field(path, stored, values, numbers, signal, usable, options):
     """The exposed field, (H, W) bool, and how it was found."""
     if stored.field is not None:
+        shutters.compare(path, stored.field, signal)
         return stored.field, "DICOM tags"
     if not options.collimator:
         return np.ones(signal.shape, bool), "not looked for"
-    border = collimator.find(np.where(usable | (signal > 0), signal, 0.0))
-    if border.kind == "none":
-        return border.mask, "none found"
-    shrunk = scipy.ndimage.binary_erosion(border.mask, iterations=PENUMBRA_PX, border_value=1)
-    return shrunk, f"{border.kind} found"
+    if values == "line_integrals":
+        border = collimator.find_in_line_integrals(np.where(usable | np.isfinite(numbers), numbers, np.inf))
+    else:
+        border = collimator.find(np.where(usable | (signal > 0), signal, 0.0))
+    return collimator.without_penumbra(border), f"{border.kind} found"
+
+
+def _check_areas(path, line, valid):
+    """Refuses an image whose neighbouring areas have nothing in common: noise."""
+    side = max(1, min(LARGEST_AREA_PX, min(line.shape) // AREAS))
+    height, width = (n // side for n in line.shape)
+    pixels, weights = np.where(valid, line, 0.0), valid.astype(np.float32)
+    sums, counts = (
+        x[: height * side, : width * side].reshape(height, side, width, side).sum((1, 3)) for x in (pixels, weights)
+    )
+    seen = counts > 0.5 * side * side
+    means = sums / np.maximum(counts, 1)
+    if seen.any():
+        # A few odd pixels must not outweigh all others.
+        means = np.clip(means, *np.quantile(means[seen], (0.02, 0.98)))
+    found = []
+    for first, second in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):
+        both = seen[first] & seen[second]
+        a, b = means[first][both], means[second][both]
+        if a.size >= AREAS * AREAS // 2 and a.std() > 0 and b.std() > 0:
+            found.append(float(np.corrcoef(a, b)[0, 1]))
+    if found and max(found) < NOISE_CORRELATION:
+        shown = f"areas that have nothing in common with their neighbours (correlation {max(found):.2f}), as in noise"
+        errors.fail(path, "pixels", shown, "an X-ray")
 
 
 def _line_integrals(path, numbers, signal, values, grows, options, references, usable, field):
@@ -386,7 +395,7 @@ def _line_integrals(path, numbers, signal, values, grows, options, references, u
         air, source = options.air, "option"
         reference = air if dark is None else air - dark
         if np.min(reference) <= 0:
-            errors.fail(path, "option air", air, "more than the dark image")
+            errors.fail(path, read_options.named("air"), air, "more than the dark image")
     else:
         air = reference = float(np.quantile(signal[seen], AIR_QUANTILE))
         source = f"{AIR_QUANTILE:g} quantile inside the collimator"

@@ -54,7 +54,15 @@ def read_calibration(
         the ratio of the focal lengths differs from `aspect` by more than ASPECT_TOLERANCE.
     """
     path = pathlib.Path(path)
-    where, value = _calibration_entry(path, view)
+    names, value = _calibration_entries(path)
+    where = "matrix" if path.suffix.lower() in (".npy", ".txt") else "view"
+    if names is not None:
+        if view is None and len(names) == 1:
+            view = names[0]
+        if view not in names or isinstance(view, bool):
+            shown = f"a whole number from 0 to {len(names) - 1}" if isinstance(value, list) else f"one of {names[:20]}"
+            errors.fail(path, "ReadOptions.view", repr(view), shown)
+        where, value = f"views[{view!r}]", value[view]
     if not isinstance(value, dict):
         value = {"P": value}
     size = tuple(value.get(name, n) for name, n in zip(("height", "width"), shape))
@@ -63,15 +71,8 @@ def read_calibration(
     factor = max(1, round(size[0] / shape[0]))
     if (size[0] // factor, size[1] // factor) != tuple(shape):
         errors.fail(path, f"{where}.height, width", size, f"those of the X-ray, {tuple(shape)}, or a multiple of them")
-    if "P" in value and not ("K" in value and "E" in value):
-        value = {"P": camera_files.check_matrix(path, f"{where}.P", value["P"], (3, 4))}
-    elif mirrored:
-        whole = camera_files.read_view(path, where, value, size)
-        value = camera_files.view_json(whole, "")
-        value = {"P": np.asarray(value["P"])}
-    if mirrored:
-        value = {"P": np.array([[-1, 0, size[1] - 1], [0, 1, 0], [0, 0, 1.0]]) @ value["P"]}
-    found = camera_files.read_view(path, where, {**value, "height": size[0], "width": size[1]})
+    value = {**value, "height": size[0], "width": size[1]}
+    found = camera_files.read_camera(path, where, value, mirrored=mirrored)
     ratio = found.intrinsics[0] / found.intrinsics[1]
     low, high = ASPECT_RANGE
     if not low < ratio < high or aspect is not None and abs(ratio / aspect - 1) > ASPECT_TOLERANCE:
@@ -79,30 +80,40 @@ def read_calibration(
     return camera.bin(found, factor)
 
 
-def _calibration_entry(path, view):
-    """(place for errors, value) of one entry of a calibration file."""
+def check_count(path: pathlib.Path | str, count: int) -> None:
+    """Checks that a calibration file has one entry for each of `count` X-rays, in their order.
+
+    Raises:
+      InputError: it has fewer or more, or names in place of an order, or is not readable.
+    """
+    path = pathlib.Path(path)
+    names, value = _calibration_entries(path)
+    if isinstance(value, dict) and names is not None and count > 1:
+        found = f"cameras with names: {', '.join(map(str, names[:5]))}"
+        errors.fail(path, "cameras", found, f"a list of {count}, in the order of the X-rays")
+    if names is None and count > 1:
+        errors.fail(path, "cameras", f"one camera for {count} X-rays", f"a list of {count}, one per X-ray")
+    if names is not None and len(names) != count:
+        errors.fail(path, "views", len(names), f"a list of {count}, one per X-ray")
+
+
+def _calibration_entries(path):
+    """Names or numbers of the entries in a calibration file, and its value; no names if it is a single entry."""
     kind = path.suffix.lower()
     if kind == ".npy":
-        return "matrix", files.read_npy(path)
+        return None, files.read_npy(path)
     if kind == ".txt":
-        return "matrix", _read_matrix(path)
+        return None, _read_matrix(path)
     if kind != ".json":
         errors.fail(path, "name", repr(path.name), "a calibration .json, .txt or .npy")
     value = files.read_json(path)
     if isinstance(value, dict) and isinstance(value.get("views"), (list, dict)):
         value = value["views"]
     if isinstance(value, dict) and not {"P", "K", "E"} & set(value):
-        names = list(value)
-    elif isinstance(value, list) and value and not (isinstance(value[0], list) and _is_row(value[0])):
-        names = list(range(len(value)))
-    else:
-        return "view", value
-    if view is None and len(names) == 1:
-        view = names[0]
-    if view not in names or isinstance(view, bool):
-        shown = f"a whole number from 0 to {len(names) - 1}" if isinstance(value, list) else f"one of {names[:20]}"
-        errors.fail(path, "option view", repr(view), shown)
-    return f"views[{view!r}]", value[view]
+        return list(value), value
+    if isinstance(value, list) and value and not (isinstance(value[0], list) and _is_row(value[0])):
+        return list(range(len(value))), value
+    return None, value
 
 
 def _is_row(value):
@@ -178,31 +189,30 @@ def find_camera(
     shape = stored.pixels.shape
     as_stored = (False, mirrored, False)
     if calibration is not None:
-        found = read_calibration(calibration, shape, view, mirrored, stored.aspect)
+        found = read_calibration(calibration, shape, view, mirrored, stored.geometry.aspect)
         return found, as_stored, f"calibration {calibration}"
+    geometry = stored.geometry
+    if geometry.problems:
+        raise geometry.problems[0]
     missing = [
         name
         for name, value in (
-            ("ImagerPixelSpacing", stored.pixel_mm),
-            ("DistanceSourceToDetector", stored.source_detector_mm),
-            ("DistanceSourceToPatient", stored.source_isocentre_mm),
-            ("positioner angles of a still C-arm", stored.angles_deg),
+            ("ImagerPixelSpacing", geometry.pixel_mm),
+            ("DistanceSourceToDetector", geometry.source_detector_mm),
+            ("DistanceSourceToPatient", geometry.source_isocentre_mm),
+            ("positioner angles of a still C-arm", geometry.angles_deg),
         )
         if value is None
     ]
     if missing:
         return None, as_stored, f"none: no {', '.join(missing)}"
-    if stored.orientation is None and stored.turned:
+    if geometry.orientation is None and geometry.turned:
         return None, as_stored, "none: FieldOfViewRotation or flip without PatientOrientation"
-    if stored.source_isocentre_mm >= stored.source_detector_mm:
-        errors.fail(path, "DistanceSourceToPatient", stored.source_isocentre_mm, "less than DistanceSourceToDetector")
-    if abs(stored.angles_deg[0]) > 180 or abs(stored.angles_deg[1]) > 90:
-        errors.fail(path, "positioner angles", stored.angles_deg, "primary within 180, secondary within 90 degrees")
-    distances = (stored.source_detector_mm, stored.source_isocentre_mm)
-    upright = carm_camera(shape, stored.pixel_mm, *distances, *stored.angles_deg)
-    moves = _moves(path, stored.orientation, upright.camera_from_world)
+    distances = (geometry.source_detector_mm, geometry.source_isocentre_mm)
+    upright = carm_camera(shape, geometry.pixel_mm, *distances, *geometry.angles_deg)
+    moves = _moves(path, geometry.orientation, upright.camera_from_world)
     if moves[0]:
-        upright = carm_camera(shape[::-1], stored.pixel_mm[::-1], *distances, *stored.angles_deg)
+        upright = carm_camera(shape[::-1], geometry.pixel_mm[::-1], *distances, *geometry.angles_deg)
     return upright, moves, "DICOM tags, nominal"
 
 

@@ -18,7 +18,7 @@ CLEAN_SHARE = 0.3
 """Fraction of crops from clean X-rays. Chosen by hand, like all values below: more variation covers more
 X-ray panels and takes more training."""
 COLLIMATED_SHARE, COLLIMATED_RANGE = 0.2, (0.2, 0.8)
-"""Fraction of crops with a further collimator, and the range of the argument of `panel.collimator` that sets how much it covers."""
+"""Fraction of crops with a further collimator, and the range of its strength (`panel.random_collimator`)."""
 VALID_LIMIT, OPEN_LIMIT = 0.9, 0.5
 """Minimum interpolated value at which a pixel counts as valid, and as not covered by the further collimator."""
 CURVE, SHADE, NOISE = 0.1, 0.2, 0.05
@@ -64,7 +64,7 @@ def batch_of(
         image = scipy.ndimage.affine_transform(image, matrix, start, (crop_px,) * 2, order=1, mode="nearest")
         image = _spoil(image, rng)
         if rng.uniform() < COLLIMATED_SHARE:
-            inside &= panel.collimator(image.shape, rng.uniform(*COLLIMATED_RANGE), rng, 1.0) > OPEN_LIMIT
+            inside &= panel.random_collimator(image.shape, rng.uniform(*COLLIMATED_RANGE), rng, 1.0) > OPEN_LIMIT
         uv = np.linalg.solve(matrix, pool["centroids"][index][:, ::-1].T - start[:, None]).T[:, ::-1]
         pixel = np.rint(uv).astype(int)
         seen = pool["in_sight"][index] & (pixel >= 0).all(1) & (pixel < crop_px).all(1)

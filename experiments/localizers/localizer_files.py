@@ -1,13 +1,16 @@
 """A localizer as one npz file."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
+from collections.abc import Mapping
 
 import flax.traverse_util
 import jax
 import numpy as np
 
+from data_pipelines.io import checksums
 from data_pipelines.io import files
 from radgs_jax import errors
 from radgs_jax.localization import locate
@@ -15,24 +18,44 @@ from radgs_jax.localization import network
 from radgs_jax.localization.chain import Chain
 
 LOCALIZER_FORMAT = "radgs-detector/1"
+REMEDY = "copy or make the localizer again, or, if it is right, call data_pipelines.io.checksums.renew on it"
+"""What helps where a localizer's checksum does not hold."""
 
 
 def write_localizer(path: pathlib.Path | str, model: locate.Localizer, note: str) -> None:
-    """Writes a localizer atomically; `note` is one line for people about its origin."""
+    """Writes a localizer atomically, with checksums in it and, where its folder has them, there.
+
+    Args:
+      note: one line for people about its origin.
+    Raises:
+      InputError: it cannot be written.
+    """
     params = flax.traverse_util.flatten_dict(model.params, sep=".")
-    chain = dataclasses.asdict(model.chain)
+    chain = {f"chain.{k}": np.asarray(v) for k, v in dataclasses.asdict(model.chain).items()}
     centres = {str(label): np.asarray(centre).tolist() for label, centre in model.centres_ct.items()}
     config = dataclasses.asdict(model.config)
-    header = json.dumps({"format": LOCALIZER_FORMAT, "note": note, "config": config, "centres_ct": centres})
-    files.write_npz(path, header=np.array(header), **{f"chain.{k}": v for k, v in chain.items()}, **params)
+    header = {"format": LOCALIZER_FORMAT, "note": note, "config": config, "centres_ct": centres}
+    header = checksums.sealed({**header, "arrays": _digest({**params, **chain})})
+    files.write_npz(path, header=np.array(json.dumps(header)), **chain, **params)
+    checksums.renew(path)
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def read_localizer(path: pathlib.Path | str) -> locate.Localizer:
     """Reads a localizer.
 
     Raises:
-      InputError: a file that is not a localizer, another format, or parameters that do not fit the configuration.
+      InputError: a file that is not a localizer, another format, a file that was damaged or changed, or parameters that do not fit
+        the configuration or are not finite.
     """
+    checksums.check_file(path, REMEDY)
     text = str(files.read_npz(path, "header")["header"])
     try:
         header = json.loads(text)
@@ -50,6 +73,10 @@ def read_localizer(path: pathlib.Path | str) -> locate.Localizer:
             errors.fail(path, name, f"shape {arrays[name].shape} or values not finite", f"finite {leaf.shape}")
     names = [field.name for field in dataclasses.fields(Chain)]
     chain = files.read_npz(path, *(f"chain.{name}" for name in names))
+    if checksums.FIELD in header:  # localizers of older versions have none, and rely on the CRCs of npz
+        checksums.check_sealed(path, header, REMEDY)
+        if header.get("arrays") != _digest({**arrays, **chain}):
+            errors.fail(path, checksums.FIELD, "other arrays", f"those that were written: {REMEDY}")
     values = {name: chain[f"chain.{name}"] for name in names}
     values |= {name: float(values[name]) for name in ("weight", "link")}
     return locate.Localizer(flax.traverse_util.unflatten_dict(arrays, sep="."), config, Chain(**values), centres)

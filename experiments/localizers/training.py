@@ -220,7 +220,7 @@ def _make(workdir, which, archive, config, start, note):
     pool, held_out = (acquisitions.gather(source[i] for i in part) for part in (range(cut), range(cut, len(which))))
     # The folder is named by everything the state depends on, so a changed input starts anew.
     leaves = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(start.params))
-    name = identity.config_hash(config, start.config, source.identity(), hashlib.sha256(leaves).hexdigest())
+    name = identity.config_hash(config, start.config, source.digest(), hashlib.sha256(leaves).hexdigest())
     params = train_localizer(pool, folder / "state" / name, start.config, config, start.params)
     chain = fit_localizer_chain(params, start.config, pool, held_out, config, prior=start.chain)
     path = folder.with_name("detector.npz")

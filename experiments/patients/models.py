@@ -1,16 +1,22 @@
-"""Models on disk: a folder with parameters (Orbax), a JSON manifest and mean shapes."""
+"""Models on disk: a folder with parameters (Orbax), a JSON manifest, mean shapes and checksums."""
 
+import contextlib
 import dataclasses
 import hashlib
+import os
 import pathlib
+import secrets
 import shutil
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from data_pipelines.io import checksums
 from data_pipelines.io import files
+from data_pipelines.io import locks
 from data_pipelines.pairs import identity
 from experiments.runtime import kept_programs
 from radgs_jax import errors
@@ -19,6 +25,12 @@ from radgs_jax.models import trained
 from radgs_jax.models.config import ModelConfig
 
 MODEL_FORMAT = "radgs-model/1"
+MEMBERS = ("manifest.json", "mean_shapes.npz", "params/")
+"""What `load_model` reads, as beginnings of paths in a model's folder."""
+REMEDY = "copy or make the model again, or, if its files are right, call data_pipelines.io.checksums.seal on the folder"
+"""What helps where a checksum does not hold; models of older versions have none."""
+SHOWN_CHARACTERS = 120
+"""Maximum length of another library's message in an error message, so that it stays one line."""
 
 
 def base_folder() -> pathlib.Path:
@@ -41,30 +53,74 @@ def abstract(x: np.ndarray | jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtype
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
+@contextlib.contextmanager
+def writing(path: pathlib.Path, field: str) -> Iterator[None]:
+    """`files.writing` for a block in which Orbax writes: its library reports a full disk as a ValueError.
+
+    Raises:
+      InputError: the system's error in the block.
+    """
+    try:
+        with files.writing(path, field):
+            yield
+    except errors.InputError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        if "os_error_code" not in str(error):
+            raise
+        reason = str(error).partition(" [os_error_code")[0].rpartition(": ")[2]
+        errors.fail(path, field, reason, "a place that can be written")
+
+
 def save_model(folder: pathlib.Path | str, model: trained.Model, note: str) -> None:
     """Writes a model to `folder` and replaces the one that is there.
 
-    Wherever this is stopped, `load_model` finds either the old or the new model, complete; the next call removes leftovers.
+    Wherever this is stopped, `load_model` finds either the old or the new model, complete; the next call removes leftovers. Only
+    one process at a time can replace a model.
     All of jax's processes must call this, on a shared file system; it returns when the model is complete.
 
     Args:
       note: one line for people about the model's origin.
+    Raises:
+      InputError: another process replaces this model, or it cannot be written.
     """
-    folder = pathlib.Path(folder).resolve()
-    temporary = folder.with_name(f".{folder.name}.partial")
-    if jax.process_index() == 0:
-        _clear(folder, temporary)
-        temporary.mkdir(parents=True)
-    _wait_for_all(f"{folder} begun")
-    ocp.save_pytree(temporary / "params", model.params)
-    if jax.process_index() == 0:
-        _finish_model(temporary, model, note)
-        # There is no portable call that swaps two folders atomically, so the old one is set aside first.
-        if folder.exists():
-            folder.rename(_aside(folder))
-        temporary.rename(folder)
-        _clear(folder, temporary)
-    _wait_for_all(f"{folder} written")
+    folder = pathlib.Path(os.path.realpath(folder))
+    first = jax.process_index() == 0
+    temporary = locks.beside(folder, f"{_token()}.partial")
+    with contextlib.ExitStack() as stack:
+        if first:
+            files.make_folder(folder.parent)
+            held = stack.enter_context(locks.hold(locks.beside(folder, "lock"), folder))
+            with files.writing(folder, "folder"):
+                _clear(folder, temporary)
+                for old in files.unfinished(folder) if held else []:
+                    shutil.rmtree(old)
+                temporary.mkdir(parents=True)
+        _wait_for_all(f"{folder} begun")
+        try:
+            with writing(folder, "parameters"):
+                ocp.save_pytree(temporary / "params", model.params)
+            if first:
+                _finish_model(temporary, model, note)
+                with files.writing(folder, "folder"):
+                    # There is no portable call that swaps two folders atomically, so the old one is set aside first.
+                    if folder.exists():
+                        folder.rename(_aside(folder))
+                    temporary.rename(folder)
+                    files.synchronise(folder.parent)
+                    _clear(folder, temporary)
+        except Exception:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _wait_for_all(f"{folder} written")
+
+
+def _token():
+    """Random characters of a name, the same in all of jax's processes."""
+    number = secrets.randbits(31)
+    if jax.process_count() > 1:
+        number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    return f"{number:08x}"
 
 
 def _aside(folder):
@@ -83,7 +139,7 @@ def _clear(folder, temporary):
 
 def _found(folder):
     """The folder to read a model from: its own, or the one set aside by a replacement that was stopped."""
-    folder = pathlib.Path(folder).resolve()
+    folder = pathlib.Path(os.path.realpath(folder))
     return _aside(folder) if not folder.exists() and _aside(folder).exists() else folder
 
 
@@ -115,13 +171,17 @@ def _finish_model(temporary, model, note):
             "model_hash": identity.config_hash(model.config),
         },
     )
+    for path in files.listed(temporary / "params"):
+        files.synchronise(path)
+    checksums.seal(temporary)
 
 
 def load_model(folder: pathlib.Path | str) -> trained.Model:
     """Reads a model.
 
     Raises:
-      InputError: a folder that is not a model, another format, or parameters that do not fit the configuration.
+      InputError: a folder that is not a model, another format, files that were damaged or changed, or parameters that do not fit
+        the configuration or are not finite.
     """
     folder = _found(folder)
     path = folder / "manifest.json"
@@ -135,14 +195,20 @@ def load_model(folder: pathlib.Path | str) -> trained.Model:
     config = _config(path, manifest["model"])
     if identity.config_hash(config) != manifest["model_hash"]:
         errors.fail(path, "model", "fields that do not match their hash", "an unchanged model configuration")
+    checksums.verify(folder, REMEDY, MEMBERS)
     shapes = files.read_npz(folder / "mean_shapes.npz", "labels", "shapes")
     like = kept_programs.kept_shapes(_fresh_params, config)
     try:
         params = ocp.load_pytree(folder / "params", jax.tree.map(abstract, like))
-    except (ValueError, OSError, KeyError) as error:
-        errors.fail(
-            folder / "params", "content", str(error).splitlines()[0][:120], "parameters of the manifest's model"
-        )
+    except Exception as error:  # the type depends on what is wrong
+        line = f"{type(error).__name__}: {error}"[:SHOWN_CHARACTERS]
+        errors.fail(folder / "params", "content", line, "parameters of the manifest's model")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not np.isfinite(np.asarray(leaf)).all():
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            errors.fail(folder / "params", name, "values that are not finite", "finite ones: train the model again")
+    if not np.isfinite(shapes["shapes"].astype(np.float32)).all():
+        errors.fail(folder / "mean_shapes.npz", "'shapes'", "values that are not finite", "finite ones")
     return trained.Model(params, config, {int(k): v for k, v in zip(shapes["labels"], shapes["shapes"])})
 
 

@@ -5,10 +5,13 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
+from absl import logging
 
 from data_pipelines.ct import extraction
 from data_pipelines.ct import scans
 from data_pipelines.ct import whole_body
+from data_pipelines.io import files
+from data_pipelines.io import locks
 from data_pipelines.pairs import build
 from data_pipelines.pairs.batches import PairSet
 from data_pipelines.pairs.identity import config_hash
@@ -18,11 +21,16 @@ from experiments.localizers import training
 from experiments.patients import models
 from experiments.patients.workdir import CALIBRATION
 from experiments.patients.workdir import claim
-from experiments.patients.workdir import Identity
+from experiments.patients.workdir import is_sealed
 from experiments.patients.workdir import localizer_path
+from experiments.patients.workdir import prepared_names
+from experiments.patients.workdir import read_rule
 from experiments.patients.workdir import REFINE_FILE
 from experiments.patients.workdir import renew
 from experiments.patients.workdir import save_vertebra
+from experiments.patients.workdir import ScanDigests
+from experiments.patients.workdir import seal
+from experiments.patients.workdir import settings_names
 from experiments.patients.workdir import Target
 from experiments.patients.workdir import WORKDIR_FORMAT
 from experiments.runtime import progress
@@ -30,6 +38,8 @@ from experiments.training import loop
 from radgs_jax import errors
 from radgs_jax import levels
 from radgs_jax.registration.confidence import AcceptanceRule
+from radgs_jax.registration.confidence import method_digest
+from radgs_jax.registration.search import SearchConfig
 from radgs_jax.training import objectives
 
 SEED_OFFSET = 7
@@ -42,7 +52,7 @@ def prepare(
     targets: Sequence[Target],
     base: pathlib.Path | str,
     minutes: float | None = None,
-    modules: Sequence[str] = objectives.MODULES,
+    phases: Sequence[str] = objectives.PHASES,
     localizer: pathlib.Path | str | None = None,
     adapting: training.LocalizerTraining = training.PATIENT,
     rule: AcceptanceRule | None = None,
@@ -50,29 +60,31 @@ def prepare(
     """Prepares every target: one network per scan for all its vertebrae, trained from the model in folder `base`.
 
     A workdir that was prepared without a localizer can be given one later. A workdir that is prepared again takes over the
-    refinement and the acceptance rule of the later call.
+    refinement and the acceptance rule of the later call, and what is damaged in it is made again.
 
     Args:
       config: its P3 stage says how the networks are trained.
       workdir: folder to write, new or prepared from the same inputs.
       targets: the vertebrae.
       base: folder of the base model.
-      minutes: training time per scan, min, instead of the config's steps.
-      modules: phases to run; the model is written after the last one, 'joint'.
+      minutes: training time per scan, min, instead of the config's steps; 0 takes the base's network as it is.
+      phases: phases to run; the model is written after the last one, 'joint'.
       localizer: file of the localizer to adapt to each scan; None for none.
       adapting: how the localizer is trained; `minutes` does not limit that.
-      rule: acceptance rule fitted for config.refine; None for poses that are not judged.
+      rule: acceptance rule fitted for config.refine; None takes the base's own, `calibration.json` in its folder. If that is
+        absent too, or fitted for another refinement, poses are not judged.
     Raises:
       InputError: unreadable input, an absent or cut vertebra, a vertebra that the localizer does not know, an unusable base or
-        localizer, or a workdir made from other inputs.
+        localizer, a workdir made from other inputs, in use by another process, or that cannot be written.
       DivergedError: as `loop.run_steps`.
     """
     workdir = pathlib.Path(workdir)
-    identity = Identity()
+    digests = ScanDigests()
     groups = {}
     for target in targets:
-        groups.setdefault(identity.scan(target), {})[target.label] = target
+        groups.setdefault(digests.of(target), {})[target.label] = target
     model = models.load_model(base)
+    rule = rule or _own_rule(base, config.refine)
     document = {
         "format": WORKDIR_FORMAT,
         "base": models.model_hash(model),
@@ -87,22 +99,53 @@ def prepare(
                 wanted = f"one from {levels.level_name(known[0])} to {levels.level_name(known[-1])}, or no localizer"
                 errors.fail(localizer, f"label {target.label}", levels.level_name(target.label), wanted)
         document["detector"] = training.patient_recipe(localizer, adapting)
-    missing = {d: group for d, group in groups.items() if not models.model_exists(workdir / d / "model")}
+    missing = _missing(workdir, groups)
     # Reads all input before the first file is written, so that unusable input leaves nothing behind.
     vertebrae = {digest: _extract(group.values(), model.config.gaussians) for digest, group in missing.items()}
-    claim(workdir, document)
-    for digest in groups:
-        # Training does not depend on these two, so an existing workdir may exchange them.
-        renew(workdir / digest / REFINE_FILE, config.refine)
-        renew(workdir / digest / CALIBRATION, rule)
-    for digest, group in missing.items():
-        _prepare_scan(config, workdir / digest, list(group.values()), vertebrae[digest], model, minutes, modules)
-    if localizer is None:
-        return
-    for digest, group in groups.items():
-        if not localizer_path(workdir, digest).exists():
-            first = next(iter(group.values()))
-            training.make_patient_localizer(workdir / digest, first.ct, first.mask, generic, adapting, first.labels)
+    files.make_folder(workdir)
+    with locks.hold(workdir / locks.LOCK, workdir):
+        claim(workdir, document)
+        for digest in groups:
+            # Training does not depend on these two, so an existing workdir may exchange them.
+            renew(workdir / digest / REFINE_FILE, config.refine)
+            renew(workdir / digest / CALIBRATION, rule)
+            seal(workdir, settings_names(digest))
+        for digest in _missing(workdir, missing):
+            group = missing[digest]
+            _prepare_scan(config, workdir / digest, list(group.values()), vertebrae[digest], model, minutes, phases)
+            seal(workdir, prepared_names(digest, group))
+        for digest, group in groups.items() if localizer is not None else ():
+            path = localizer_path(workdir, digest)
+            name = path.relative_to(workdir).as_posix()
+            if not is_sealed(workdir, [name]):
+                first = next(iter(group.values()))
+                training.make_patient_localizer(workdir / digest, first.ct, first.mask, generic, adapting, first.labels)
+                seal(workdir, [name])
+
+
+def _own_rule(base, refine):
+    """The base's acceptance rule, or None where it has none for this refinement."""
+    rule, wanted = read_rule(pathlib.Path(base) / CALIBRATION), method_digest(refine, SearchConfig())
+    if rule is not None and rule.fitted_for != wanted:
+        logging.warning("%s: its acceptance rule is for another refinement, so that poses are not judged", base)
+        return None
+    return rule
+
+
+def _missing(workdir, groups):
+    """The groups whose files are not all there as they were written. A group is {label: target} of a scan."""
+    if not (workdir / "manifest.json").exists():
+        return groups
+    return {d: g for d, g in groups.items() if not (is_sealed(workdir, prepared_names(d, g)) and _sound(workdir / d))}
+
+
+def _sound(folder):
+    """Whether the model of a scan can be loaded."""
+    try:
+        models.load_model(folder / "model")
+    except errors.InputError:
+        return False
+    return True
 
 
 def _extract(targets, gaussian_count):
@@ -139,10 +182,13 @@ def pairs_of(config: configs.Config, folder: pathlib.Path, targets: Sequence[Tar
         )
 
 
-def _prepare_scan(config, folder, targets, vertebrae, model, minutes, modules):
+def _prepare_scan(config, folder, targets, vertebrae, model, minutes, phases):
     for vertebra, parts in vertebrae:
         save_vertebra(folder / f"vertebra_{vertebra.label}.npz", vertebra, parts)
     labels = [target.label for target in targets]
+    if minutes == 0:
+        models.save_model(folder / "model", model, f"the base, for labels {labels}")
+        return
     pair_set = pairs_of(config, folder, targets, model.config.gaussians)
     stage = dataclasses.replace(config, model=model.config)
     params = loop.run_phases(
@@ -153,10 +199,10 @@ def _prepare_scan(config, folder, targets, vertebrae, model, minutes, modules):
         model.params,
         config.p3.steps,
         config.p3.learning_rate,
-        modules,
+        phases,
         None if minutes is None else 60.0 * minutes,
     )
-    if modules[-1] == "joint":
+    if phases[-1] == "joint":
         models.save_model(
             folder / "model", dataclasses.replace(model, params=jax.device_get(params)), f"P3, labels {labels}"
         )

@@ -5,11 +5,26 @@ from collections.abc import Sequence
 import numpy as np
 
 from radgs_jax import errors
+from radgs_jax.geometry import rigid_host
 from radgs_jax.geometry import triangulation
 from radgs_jax.geometry.camera import Camera
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.localization import locate
+from radgs_jax.registration import prepared as preparing
+from radgs_jax.registration import search as searching
+from radgs_jax.registration.pipeline import shows_bare_bone
+from radgs_jax.registration.prepared import Prepared
 from radgs_jax.registration.prepared import Vertebra
+from radgs_jax.registration.programs import Compile
+from radgs_jax.registration.programs import programs_of
+from radgs_jax.registration.pyramid import make_pyramid
+
+TURNS = 24
+"""Turns about a bone's axis that are tried: 15 degrees apart, which is about what a refinement recovers. Half leaves gaps, twice
+takes twice as long."""
+MIN_AXIS_MM = 5.0
+"""Shortest distance of the two points that give an axis, mm. Chosen by hand: clicks are off by a millimetre, which turns so short
+an axis by 10 degrees; half turns it by 20, twice refuses small bones."""
 
 
 def start_from_points(
@@ -24,18 +39,72 @@ def start_from_points(
     Raises:
       InputError: a single view, or rays that do not meet.
     """
+    centre, miss_mm = _meeting_point(cameras, pixels, "--points", "the vertebra's centre")
+    world_from_ct = np.eye(4)
+    world_from_ct[:3, 3] = centre - vertebra.ct_from_box[:3, 3]
+    return world_from_ct, miss_mm
+
+
+def _meeting_point(cameras, pixels, flag, wanted):
+    """The world point (3,) that a pixel in every view shows, mm, and the rms distance of the rays from it."""
     lines = [triangulation.rays(np.array([p]), v.intrinsics, v.camera_from_world) for v, p in zip(cameras, pixels)]
     sources, directions = np.stack([source for source, _ in lines]), np.concatenate([d for _, d in lines])
     try:
-        centre, _ = triangulation.triangulate(sources, directions, np.ones(len(lines)))
+        point, _ = triangulation.triangulate(sources, directions, np.ones(len(lines)))
     except ValueError:
         found = "a single view" if len(lines) == 1 else "rays that are parallel or meet in a source"
-        errors.fail("flags", "--points", found, "the vertebra's centre in views from two sides")
-    away = centre - sources
+        errors.fail("flags", flag, found, f"{wanted} in views from two sides")
+    away = point - sources
     miss = away - (away * directions).sum(1, keepdims=True) * directions
-    world_from_ct = np.eye(4)
-    world_from_ct[:3, 3] = centre - vertebra.ct_from_box[:3, 3]
-    return world_from_ct, float(np.sqrt((miss**2).sum(1).mean()))
+    return point, float(np.sqrt((miss**2).sum(1).mean()))
+
+
+def start_from_axis(
+    xrays: Sequence[XRay],
+    pixels: Sequence[Sequence[float]],
+    towards: Sequence[Sequence[float]],
+    prepared: Prepared,
+    compile: Compile,
+) -> tuple[np.ndarray, float]:
+    """A start pose from a bone's centre and a second point on its axis, clicked in every view; nothing is assumed of its turn.
+
+    TURNS poses about the axis are refined, and the one that fits best is the start.
+
+    Args:
+      pixels: one (u, v) per view, of the centre; towards: the same of a point from there along the +z axis of the bone's box,
+        which is the CT's where the bone has no neighbours.
+      compile: as in `pipeline.register`.
+    Returns:
+      world_from_ct (4, 4), mm, and the larger rms distance of the rays from their common point, mm.
+    Raises:
+      InputError: a single view, rays that do not meet, or points that are too near to each other.
+    """
+    cameras = [xray.camera for xray in xrays]
+    (centre, miss), (tip, other) = (
+        _meeting_point(cameras, pixels, "--points", "the vertebra's centre"),
+        _meeting_point(cameras, towards, "--axis", "one point of the axis"),
+    )
+    length = np.linalg.norm(tip - centre)
+    if length < MIN_AXIS_MM:
+        errors.fail(
+            "flags", "--axis", f"a point {length:.1f} mm from the centre", f"one {MIN_AXIS_MM:g} mm or more away"
+        )
+    z = (tip - centre) / length
+    x = np.cross(np.eye(3)[np.argmin(np.abs(z))], z)
+    x /= np.linalg.norm(x)
+    upright = np.stack([x, np.cross(z, x), z], 1)
+    poses = []
+    for angle in np.arange(TURNS) * 2.0 * np.pi / TURNS:
+        pose = rigid_host.matrix(np.array([0.0, 0.0, angle]), [0.0, 0.0, 0.0])
+        pose[:3, :3], pose[:3, 3] = upright @ pose[:3, :3], centre
+        poses.append(pose)
+    parts = preparing.bare_parts(prepared) if shows_bare_bone(xrays, prepared.search) else prepared.parts
+    seen = make_pyramid(xrays, [level.pixel_mm for level in prepared.refine.levels])
+    found = searching.refine_pose(
+        programs_of(compile), parts, seen, poses, prepared.refine, prepared.search, (), prepared.search.survivors
+    )
+    world_from_box = rigid_host.nearest_rigid(np.asarray(found.world_from_box, np.float64))
+    return world_from_box @ np.linalg.inv(prepared.vertebra.ct_from_box), max(miss, other)
 
 
 def start_from_localizer(

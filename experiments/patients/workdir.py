@@ -1,21 +1,27 @@
 """The folder that `prepare` writes and `register` reads. This module imports no training.
 
-A workdir holds `manifest.json`, with hashes of everything its contents were made from, and one folder per scan: the model, the
-refinement, the acceptance rule, one file per vertebra and, if there is one, the adapted localizer.
+A workdir holds `manifest.json`, with hashes of everything its contents were made from and the checksums of its files, and one
+folder per scan: the model, the refinement, the acceptance rule, one file per vertebra and, if there is one, the adapted localizer.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 from data_pipelines import cases
 from data_pipelines.ct import extraction
+from data_pipelines.ct import hounsfield
 from data_pipelines.ct import scans
 from data_pipelines.ct import whole_body
+from data_pipelines.io import checksums
 from data_pipelines.io import files
+from data_pipelines.io import locks
 from data_pipelines.pairs.identity import scan_digest
 from experiments.localizers import localizer_files
 from experiments.patients import models
@@ -34,12 +40,21 @@ from radgs_jax.registration.prepared import Prepared
 from radgs_jax.registration.prepared import Vertebra
 from radgs_jax.registration.search import SearchConfig
 
-WORKDIR_FORMAT = "radgs-workdir/2"
+WORKDIR_FORMAT = "radgs-workdir/3"
+OLDER_FORMATS = ("radgs-workdir/1", "radgs-workdir/2")
+"""Formats of older versions, whose files have no checksums."""
+REMEDY = "prepare the workdir again, by the command that made it"
+"""What helps where a file of a workdir was damaged or changed: `experiments.prepare` makes what is not as it was written."""
 CALIBRATION = "calibration.json"
 """File name of the acceptance rule in a scan's folder and in the base."""
 REFINE_FILE = "refine.json"
 UNMARKED = "0f19542c02bf41bc"
 """Digest of the refinement and search that rules without the field `fitted_for` were fitted for."""
+LEAST_CHANCE = 0.5
+"""Smallest threshold that a rule file may have: a pose that is as likely wrong as right. The shipped rule's are 0.76 to 0.99. Half
+lets a file through that accepts wrong poses; there is no twice, since a chance is 1 at most."""
+SCAN_SUFFIXES = (".nii", ".nii.gz")
+"""Endings of the names of volumes in a folder that is no DICOM series, such as one mask per structure."""
 SHOWN_CHARACTERS = 60
 """Maximum length of a faulty value in an error message, so that the message stays one line."""
 
@@ -62,30 +77,46 @@ class Target:
     labels: str | None = None
 
 
-class Identity:
+class ScanDigests:
     """Content digests of scans; each file is read once."""
 
     def __init__(self) -> None:
         self._sha256 = functools.cache(files.sha256)
 
-    def scan(self, target: Target) -> str:
+    def of(self, target: Target) -> str:
         """Digest of a target's CT, mask and numbering.
 
         Raises:
-          InputError: a missing file.
+          InputError: a missing file, or a folder without images or with too much in it.
         """
-        paths = (pathlib.Path(target.ct).resolve(), pathlib.Path(target.mask).resolve())
+        paths = tuple(pathlib.Path(os.path.realpath(path)) for path in (target.ct, target.mask))
+        for given, path in zip((target.ct, target.mask), paths):
+            _check_folder(given, path)
         return scan_digest(*paths, target.labels, self._sha256)
 
 
+@functools.cache
+def _check_folder(given, path):
+    """Before a folder is read as a whole: that there are images in it."""
+    if path.is_dir() and not any(p.name.endswith(SCAN_SUFFIXES) or files.is_dicom(p) for p in files.listed(path)):
+        errors.fail(given, "folder", "no DICOM and no NIfTI file", "a folder of one series, or one file")
+
+
 def renew(path: pathlib.Path, config: Any | None) -> None:
-    """Makes a JSON file hold a dataclass, or removes it for None; a file that is right already is not touched."""
+    """Makes a JSON file hold a dataclass, or removes it for None; a file that is right already is not touched.
+
+    Raises:
+      InputError: it cannot be written or removed.
+    """
     if config is None:
-        path.unlink(missing_ok=True)
+        with files.writing(path):
+            path.unlink(missing_ok=True)
         return
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))
-    if not path.exists() or files.read_json(path) != wanted:
-        files.write_json(path, wanted)
+    with contextlib.suppress(errors.InputError):  # missing or damaged
+        if files.read_json(path) == wanted:
+            return
+    files.write_json(path, wanted)
 
 
 def prepare_untrained(
@@ -106,8 +137,9 @@ def prepare_untrained(
       whole: the scan at `whole_body.BODY_MM`, where several vertebrae share it; None makes it.
       mask_path: the name of the mask in error messages.
     Raises:
-      InputError: an absent or cut vertebra.
+      InputError: an absent or cut vertebra, or numbers that are no HU.
     """
+    hounsfield.check("CT", scan.hu, scan.labels, scan.ct_from_index, scan.boxes)
     whole = whole_body.WholeBody(scan, whole_body.BODY_MM) if whole is None else whole
     vertebra = extraction.extract(scan, label, model.config.gaussians, mask_path)
     parts = on_device_parts(whole_body.moving_parts(whole, vertebra))
@@ -138,11 +170,11 @@ def untrained_loader(model: Model, refine: RefineConfig) -> Callable[[cases.Volu
 
 def loader(workdir: pathlib.Path | str) -> Callable[[cases.Volume], Prepared]:
     """A function from a case file's volume to its `Prepared` in `workdir`; it raises as `load`."""
-    identity = Identity()
+    digests = ScanDigests()
 
     def of_volume(volume):
         target = Target(volume.patient, volume.full_ct, volume.full_mask, volume.full_label)
-        return load(workdir, target, identity)
+        return load(workdir, target, digests)
 
     return of_volume
 
@@ -165,10 +197,12 @@ def read_rule(path: pathlib.Path) -> confidence.AcceptanceRule | None:
     """The acceptance rule in a JSON file; None if the file is missing.
 
     Raises:
-      InputError: fields that are missing or are not numbers.
+      InputError: fields that are missing or are not numbers, thresholds below LEAST_CHANCE, or, in the base and other folders with
+        checksums, a file that was changed.
     """
     if not path.exists():
         return None
+    checksums.check_file(path, "`experiments.calibrate` writes rules; copy the base again to undo an edit")
     value = files.read_json(path)
     counts = len(confidence.FEATURES) + 1, confidence.SEARCHES + 1
     wanted = {"chance": counts[0], "thresholds": counts[1], "size": 5, "radius": 0}
@@ -178,6 +212,8 @@ def read_rule(path: pathlib.Path) -> confidence.AcceptanceRule | None:
         good = isinstance(numbers, list) and all(type(v) in (int, float) for v in numbers)
         if not good or (count and len(numbers) != count):
             errors.fail(path, field, repr(found)[:SHOWN_CHARACTERS], f"{count} numbers" if count else "a number")
+    if min(value["thresholds"]) < LEAST_CHANCE:
+        errors.fail(path, "thresholds", value["thresholds"], f"chances of {LEAST_CHANCE} at least")
     if not value["radius"] > 0:
         errors.fail(path, "radius", value["radius"], "a number above 0")
     fitted_for = value.get("fitted_for", UNMARKED)
@@ -207,11 +243,43 @@ def claim(workdir: pathlib.Path, document: dict[str, Any]) -> None:
                     f"{document[field]} (a workdir is reused only for the same inputs; name another one or delete it)",
                 )
         if set(document) - set(found):
-            files.write_json(path, {**found, **document})
-    elif workdir.exists() and any(workdir.iterdir()):
+            files.write_json(path, checksums.sealed({**found, **document}))
+    elif workdir.exists() and any(p.name != locks.LOCK for p in workdir.iterdir()):
         errors.fail(workdir, "folder", "files but no manifest.json", "an empty folder or a prepared workdir")
     else:
-        files.write_json(path, document)
+        files.write_json(path, checksums.sealed({**document, "checksums": {}}))
+
+
+def seal(workdir: pathlib.Path | str, names: Iterable[str]) -> None:
+    """Writes the checksums of files that were just written, or removed, to the manifest.
+
+    Args:
+      names: paths in the workdir.
+    Raises:
+      InputError: as `read_manifest`, or the manifest cannot be written.
+    """
+    workdir, names = pathlib.Path(workdir), list(names)
+    manifest = read_manifest(workdir)
+    kept = {name: digest for name, digest in manifest["checksums"].items() if name not in names}
+    changed = {**manifest, "checksums": dict(sorted({**kept, **checksums.digests(workdir, names)}.items()))}
+    if changed != manifest:
+        files.write_json(workdir / "manifest.json", checksums.sealed(changed))
+
+
+def is_sealed(workdir: pathlib.Path | str, names: Iterable[str]) -> bool:
+    """Whether all of these files are there, as they were written."""
+    found = read_manifest(workdir)["checksums"]
+    return all(name in found and checksums.digests(workdir, [name]) == {name: found[name]} for name in names)
+
+
+def prepared_names(digest: str, labels: Iterable[int]) -> list[str]:
+    """Paths in a workdir of what is prepared of a scan: its vertebrae, and the checksums of its model."""
+    return [*(f"{digest}/vertebra_{label}.npz" for label in labels), f"{digest}/model/{checksums.NAME}"]
+
+
+def settings_names(digest: str) -> list[str]:
+    """Paths in a workdir of a scan's refinement and acceptance rule."""
+    return [f"{digest}/{REFINE_FILE}", f"{digest}/{CALIBRATION}"]
 
 
 def save_vertebra(path: pathlib.Path, vertebra: Vertebra, parts: Parts) -> None:
@@ -233,26 +301,33 @@ def read_manifest(workdir: pathlib.Path | str) -> dict[str, Any]:
     """The manifest of a prepared workdir.
 
     Raises:
-      InputError: no manifest, another format, or malformed fields.
+      InputError: no manifest, another format, malformed fields, or another content than was written.
     """
     path = pathlib.Path(workdir) / "manifest.json"
     manifest = files.read_json(path)
     found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found in OLDER_FORMATS:
+        wanted = f"{WORKDIR_FORMAT!r}: an older version made it, without checksums; prepare it again, into a new folder"
+        errors.fail(path, "format", repr(found), wanted)
     if found != WORKDIR_FORMAT:
         errors.fail(path, "format", repr(found), repr(WORKDIR_FORMAT))
     prepared = manifest.get("scans")
     if not isinstance(prepared, dict) or not all(isinstance(labels, list) for labels in prepared.values()):
         errors.fail(path, "scans", repr(prepared)[:SHOWN_CHARACTERS], "lists of labels by the scans' digests")
+    remedy = "copy the workdir again, or delete it and prepare it again"
+    checksums.check_sealed(path, manifest, remedy)
+    if not isinstance(manifest.get("checksums"), dict):
+        errors.fail(path, "checksums", repr(manifest.get("checksums"))[:SHOWN_CHARACTERS], f"digests by file: {remedy}")
     return manifest
 
 
 def localizer_path(workdir: pathlib.Path | str, digest: str) -> pathlib.Path:
-    """Path of the localizer adapted to a scan, which need not exist; digest: of `Identity.scan`."""
+    """Path of the localizer adapted to a scan, which need not exist; digest: of `ScanDigests.of`."""
     return pathlib.Path(workdir) / digest / "detector.npz"
 
 
 def load_localizer(
-    workdir: pathlib.Path | str, target: Target, identity: Identity, generic: pathlib.Path | str
+    workdir: pathlib.Path | str, target: Target, digests: ScanDigests, generic: pathlib.Path | str
 ) -> tuple[Localizer, bool]:
     """The localizer for a target's vertebra.
 
@@ -263,11 +338,14 @@ def load_localizer(
     Raises:
       InputError: no localizer, an unfinished preparation, or a damaged file.
     """
-    path, generic = localizer_path(workdir, identity.scan(target)), pathlib.Path(generic)
-    if "detector" in read_manifest(workdir):
+    path, generic = localizer_path(workdir, digests.of(target)), pathlib.Path(generic)
+    manifest = read_manifest(workdir)
+    if "detector" in manifest:
         if not path.exists():
             wanted = "a finished one: run `experiments.prepare` again to go on"
             errors.fail(workdir, "detector", "an unfinished preparation", wanted)
+        name = path.relative_to(workdir).as_posix()
+        checksums.check(workdir, manifest["checksums"], [name], REMEDY)
         return localizer_files.read_localizer(path), True
     if not generic.exists():
         wanted = "--init, --points, or a workdir with a detector: run `experiments.prepare --detector` on it"
@@ -275,7 +353,7 @@ def load_localizer(
     return localizer_files.read_localizer(generic), False
 
 
-def load(workdir: pathlib.Path | str, target: Target, identity: Identity) -> Prepared:
+def load(workdir: pathlib.Path | str, target: Target, digests: ScanDigests) -> Prepared:
     """The prepared vertebra of a target.
 
     Raises:
@@ -283,7 +361,7 @@ def load(workdir: pathlib.Path | str, target: Target, identity: Identity) -> Pre
     """
     workdir = pathlib.Path(workdir)
     manifest = read_manifest(workdir)
-    digest = identity.scan(target)
+    digest = digests.of(target)
     folder = workdir / digest
     if target.label not in manifest["scans"].get(digest, []):
         errors.fail(
@@ -296,6 +374,8 @@ def load(workdir: pathlib.Path | str, target: Target, identity: Identity) -> Pre
         errors.fail(
             workdir, "model", "an unfinished preparation", "a finished one: run `experiments.prepare` again to go on"
         )
+    written = [*prepared_names(digest, [target.label]), *settings_names(digest)]
+    checksums.check(workdir, manifest["checksums"], written, REMEDY)
     names = ("density", "mask", "ct_from_index", "ct_from_box", "points")
     cloud = ("format", "density", "mean", "scale", "quaternion")
     stored = (f"{prefix}_{k}" for prefix in ("cloud", "fine") for k in cloud)

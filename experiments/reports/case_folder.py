@@ -8,9 +8,11 @@ import numpy as np
 
 from data_pipelines.io import files
 from data_pipelines.io import nifti
+from experiments.reports import verdicts
 from radgs_jax import gaussians
 from radgs_jax.geometry import resample
 from radgs_jax.geometry.xray import XRay
+from radgs_jax.levels import level_name
 from radgs_jax.registration import reconstruct
 from radgs_jax.registration.pipeline import Outcome
 from radgs_jax.registration.prepared import Prepared
@@ -20,12 +22,16 @@ PROGRAM = "radgs_jax"
 
 
 def answer(outcome: Outcome) -> dict[str, Any]:
-    """An outcome as an entry of a result file, without the case's id and the times."""
+    """An outcome as an entry of a result file, without the case's id and the times.
+
+    A pose that is not accepted has neither a radius nor a covariance: both describe poses that are right.
+    """
     found = {"T": outcome.world_from_ct.tolist()}
     if outcome.confidence is not None:
         judged = outcome.confidence
-        found |= {"accepted": judged.accepted, "uncertainty_mm": judged.uncertainty_mm}
-        found["covariance"] = judged.covariance.tolist()
+        found |= {"accepted": judged.accepted, "uncertainty_mm": None, "covariance": None}
+        if judged.accepted:
+            found |= {"uncertainty_mm": judged.uncertainty_mm, "covariance": judged.covariance.tolist()}
     return found
 
 
@@ -53,7 +59,7 @@ def write(
     start_world_from_ct: np.ndarray,
     true_world_from_ct: np.ndarray | None = None,
 ) -> None:
-    """Writes a case's files to `folder`/`name`: pose, ITK transform, volumes, Gaussians and the picture.
+    """Writes a case's files to `folder`/`name`: pose, ITK transform, volumes, Gaussians and pictures.
 
     Args:
       outcome: result of `pipeline.register`.
@@ -64,14 +70,15 @@ def write(
     from experiments.reports import pictures
 
     folder = pathlib.Path(folder) / name
-    vertebra = prepared.vertebra
+    vertebra, said = prepared.vertebra, verdicts.verdict(outcome, prepared, xrays)
     files.write_json(
         folder / "pose.json",
         {
             "world_from_ct": outcome.world_from_ct.tolist(),
             "start_world_from_ct": np.asarray(start_world_from_ct).tolist(),
             "passes_world_from_ct": outcome.trajectory.tolist(),
-            **{k: v for k, v in answer(outcome).items() if k in ("accepted", "uncertainty_mm", "covariance")},
+            **{k: v for k, v in answer(outcome).items() if k != "T"},
+            "verdict": said.line(level_name(vertebra.label)),
             "units": "mm",
             "frames": "CT: RAS+ mm; world: the C-arm's",
         },
@@ -91,4 +98,5 @@ def write(
     poses = {"start": start_world_from_ct, "estimate": outcome.world_from_ct}
     if true_world_from_ct is not None:
         poses["truth"] = true_world_from_ct
-    pictures.registration_picture(folder / "picture.png", name, xrays, vertebra, poses, outcome, reconstruction, moved)
+    pictures.registration_picture(folder / "picture.png", name, said, prepared, xrays, poses, outcome)
+    pictures.network_picture(folder / "network.png", name, outcome, reconstruction, moved)

@@ -1,191 +1,275 @@
-"""Pictures of registrations, and plots of scores."""
+"""The picture of a registration: whether the pose may be used, and X-rays in which a wrong pose is seen at a glance."""
 
 import pathlib
+import textwrap
 from collections.abc import Mapping
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
+import scipy
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from data_pipelines.io import files
 from data_pipelines.simulation import quick
+from experiments.reports import verdicts
+from experiments.reports.plots import save
+from experiments.reports.verdicts import Verdict
+from radgs_jax import levels
 from radgs_jax import metrics
 from radgs_jax.geometry import camera
+from radgs_jax.geometry.camera import Camera
 from radgs_jax.geometry.xray import XRay
+from radgs_jax.registration import prepared as preparing
 from radgs_jax.registration.pipeline import Outcome
-from radgs_jax.registration.prepared import Vertebra
+from radgs_jax.registration.pipeline import shows_bare_bone
+from radgs_jax.registration.prepared import Prepared
 
-COLOURS = {"start": "#e8a33d", "estimate": "#35c4e8", "truth": "#7bd150"}
-PIXELS = 300
-"""Minimum side of a drawn X-ray, pixels. Chosen by hand: resolution of the picture against time to draw it."""
+STYLES = {
+    "start": {"colors": "#e8a33d", "linestyles": "--", "linewidths": 1.3},
+    "truth": {"colors": "#7bd150", "linestyles": "-", "linewidths": 3.2},
+    "estimate": {"colors": "#1fa8ff", "linestyles": "-", "linewidths": 1.3},
+}
+"""How outlines are drawn, the first one first."""
+BANNERS = {True: "#1d7a3a", False: "#b3261e", None: "#6b6b6b"}
+PIXELS = 380
+"""Fewest pixels along the shorter side of a drawn X-ray. Chosen by hand: resolution of the picture against time to draw it."""
+MARGIN_MM = 22.0
+"""What a close-up shows around the vertebra, mm at its depth. Chosen by hand: half hides the neighbours' end plates, by which a
+reader counts; twice makes the vertebra small."""
+SQUARE_MM = 9.0
+"""Side of the checkerboard's squares, mm at the vertebra's depth. Chosen by hand: about a third of a vertebra, so that its borders
+cross several squares; at half the X-ray is hard to recognise, at twice few borders are crossed."""
+LOCAL_MM = 12.0
+"""Standard deviation, mm, of the blur below which X-ray and model are compared. Chosen by hand: at half pedicles fade, at twice
+scatter and gain ramps show as squares."""
+STEP_MM = 1.5
+"""Sample distance of rendered X-rays, mm. Chosen by hand: half of it takes twice as long."""
 OUTLINE = 0.06
 """Line integral at which a vertebra's outline is drawn. Chosen by hand: lower values follow thin bone, higher ones lose it."""
-OUTLINE_STEP_MM = 1.0
-"""Step of the rays that outlines are rendered with, mm. Chosen by hand: half of it takes twice as long."""
+BAR_MM = 20.0
+"""Length of the scale bar, mm at the vertebra's depth."""
+ALONG = 0.5
+"""Shortest part of a patient axis in the image, relative to its length, that gets letters at the border."""
 BONE = 0.06
 """Attenuation that is drawn white, 1/mm: the upper end of the range that reconstructions are scored in (docs/accuracy.md)."""
-LEAST_MM = 1e-3
-"""Lower end of logarithmic error axes, mm: errors below it are drawn there."""
-
-
-def _save(figure, path):
-    with files.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=100, facecolor="white")
-
-
-def _outline(axes, silhouette, colour, style="-"):
-    if silhouette.max() > 0:
-        axes.contour(silhouette, levels=[OUTLINE], colors=[colour], linewidths=1.3, linestyles=style)
 
 
 def registration_picture(
     path: pathlib.Path | str,
-    title: str,
+    name: str,
+    verdict: Verdict,
+    prepared: Prepared,
     xrays: Sequence[XRay],
-    vertebra: Vertebra,
     poses: Mapping[str, np.ndarray],
     outcome: Outcome,
-    reconstruction: np.ndarray,
-    moved_ct: np.ndarray,
 ) -> None:
-    """A PNG of the X-rays with the vertebra's outline at each pose, the attention map, and slices of reconstruction and CT.
+    """A PNG with the verdict as a banner and a row for each X-ray: the whole, a close-up with outlines, and a checkerboard.
+
+    In the checkerboard every other square is the X-ray that the model predicts, so that borders of bone break where the pose is
+    wrong. Letters at the border are the patient's right, left, anterior, posterior, head and foot directions.
 
     Args:
-      poses: world_from_ct (4, 4) of 'start', 'estimate' and possibly 'truth'.
+      name: of the case.
+      poses: world_from_ct (4, 4) of 'start', 'estimate' and possibly 'truth', mm.
       outcome: of the registration.
+    """
+    vertebra = prepared.vertebra
+    figure = Figure(figsize=(15.5, 1.3 + 5.1 * len(xrays)), layout="constrained")
+    banner, body = figure.subfigures(2, 1, height_ratios=[1.3, 5.1 * len(xrays)])
+    _banner(banner, name, verdict, vertebra, poses, xrays)
+    rows = np.atleast_1d(body.subfigures(len(xrays), 1))
+    for row, xray in zip(rows, xrays):
+        whole, near, mixed = row.subplots(1, 3)
+        row.suptitle(verdicts.view_name(xray, poses["start"]), fontsize=13, fontweight="bold", x=0.012, ha="left")
+        small, seen, valid = _binned(xray.line_integrals, xray.valid, xray.camera)
+        close, corner = _close_up(xray, vertebra, poses["estimate"])
+        _show(whole, small, valid)
+        _show(near, close.line_integrals, close.valid)
+        _show(mixed, *_checkerboard(close, prepared, xrays, poses["estimate"], outcome))
+        for axes, view in ((whole, seen), (near, close.camera)):
+            # The estimate is drawn last and thinner, so that a truth below it still shows.
+            for pose_name in sorted(poses, key=list(STYLES).index):
+                drawn = _render(vertebra.density, vertebra.ct_from_index, poses[pose_name], view)
+                if drawn.max() > OUTLINE:
+                    axes.contour(drawn, levels=[OUTLINE], **STYLES[pose_name])
+            _letters(axes, view, poses["start"], poses["estimate"], vertebra)
+            _scale_bar(axes, view, poses["estimate"], vertebra)
+        ratio = xray.camera.height / seen.height
+        side = close.camera.width * corner[2] / ratio, close.camera.height * corner[2] / ratio
+        whole.add_patch(Rectangle((corner[0] / ratio, corner[1] / ratio), *side, fill=False, ec="white", lw=1))
+        for axes, title in ((whole, "the X-ray"), (near, "close-up"), (mixed, "X-ray and model in turn")):
+            axes.set_title(title, fontsize=10)
+            axes.set_xticks([])
+            axes.set_yticks([])
+    handles = []
+    for pose_name in poses:
+        style = {name.removesuffix("s"): value for name, value in STYLES[pose_name].items()}
+        handles.append(matplotlib.lines.Line2D([], [], label=pose_name, **style))
+    body.legend(handles=handles, loc="upper right", ncols=len(poses), fontsize=11, frameon=False)
+    save(figure, path)
+
+
+def _banner(figure, name, verdict, vertebra, poses, xrays):
+    figure.set_facecolor(BANNERS[verdict.accepted])
+    moved = metrics.mtre(vertebra.points, poses["start"], poses["estimate"])
+    headline = verdict.headline[0].upper() + verdict.headline[1:]
+    figure.text(
+        0.012,
+        0.80,
+        f"{levels.level_name(vertebra.label)}  {headline}",
+        color="white",
+        fontsize=21,
+        fontweight="bold",
+        va="center",
+    )
+    lines = [f"{'' if name == 'case' else f'case {name}; '}{moved:.1f} mm from the start pose"]
+    if "truth" in poses:
+        lines[0] += f"; {metrics.mtre(vertebra.points, poses['estimate'], poses['truth']):.2f} mm from the true pose"
+    if verdict.why or verdict.advice:
+        lines += textwrap.wrap("; ".join(part for part in (verdict.why, verdict.advice) if part), 170)
+    figure.text(0.012, 0.54, "\n".join(lines), color="white", fontsize=11, va="top", linespacing=1.35)
+
+
+def _binned(image, valid, view: Camera):
+    """An X-ray of about PIXELS pixels, its camera, and its valid pixels."""
+    factor = max(1, min(view.height, view.width) // PIXELS)
+    counts = camera.bin_image(np.asarray(valid, np.float32), factor)
+    return camera.bin_image(np.asarray(image), factor), camera.bin(view, factor), counts > 0.5
+
+
+def _show(axes: Axes, image, valid):
+    inside = image[valid] if valid.any() else image
+    low, high = np.percentile(inside, [1.0, 99.5])
+    axes.imshow(
+        np.where(valid, image, low),
+        cmap="gray",
+        vmin=low,
+        vmax=high if high > low else low + 1.0,
+        interpolation="bilinear",
+    )
+    # What is drawn on top must not move the image's frame.
+    axes.autoscale(False)
+
+
+def _centre(vertebra, world_from_ct):
+    return world_from_ct[:3, :3] @ vertebra.ct_from_box[:3, 3] + world_from_ct[:3, 3]
+
+
+def _pixels_per_mm(view, world_from_ct, vertebra):
+    return view.intrinsics[0] / (view.camera_from_world @ [*_centre(vertebra, world_from_ct), 1.0])[2]
+
+
+def _close_up(xray, vertebra, world_from_ct):
+    """The X-ray around a vertebra, binned; and its first column and row in the X-ray and the binning (3,)."""
+    view = xray.camera
+    points = vertebra.points @ world_from_ct[:3, :3].T + world_from_ct[:3, 3]
+    uv = np.asarray(camera.project(view, points), np.float64)
+    margin = MARGIN_MM * _pixels_per_mm(view, world_from_ct, vertebra)
+    low, high = uv.min(0) - margin, uv.max(0) + margin
+    # A square, and inside the image, even if the vertebra is not.
+    side = min(max(high - low), view.width, view.height)
+    first = np.clip(np.round((low + high - side) / 2), 0, np.array([view.width, view.height]) - side).astype(int)
+    count = max(8, int(side))
+    cut = np.s_[first[1] : first[1] + count, first[0] : first[0] + count]
+    image, valid = np.asarray(xray.line_integrals)[cut], np.asarray(xray.valid)[cut]
+    moved = Camera(view.intrinsics - np.array([0, 0, *first]), view.camera_from_world, *image.shape)
+    small, seen, inside = _binned(image, valid, moved)
+    return XRay(small, inside, seen), np.array([*first, moved.height // seen.height])
+
+
+def _render(volume, ct_from_index, world_from_ct, view):
+    matrices = view.intrinsics[None], view.camera_from_world[None]
+    return quick.render(
+        np.asarray(volume), np.asarray(ct_from_index), world_from_ct, *matrices, (view.height, view.width), STEP_MM
+    )[0]
+
+
+def _checkerboard(close, prepared, xrays, world_from_ct, outcome):
+    """The close-up with every other square from the model, and its valid pixels."""
+    vertebra, refined = prepared.vertebra, outcome.refined
+    parts = preparing.bare_parts(prepared) if shows_bare_bone(xrays, prepared.search) else prepared.parts
+    world_from_box = world_from_ct @ vertebra.ct_from_box
+    model = _render(parts.excess, parts.box_from_excess, world_from_box, close.camera)
+    rest = world_from_box if refined is None else np.asarray(refined.world_from_rest, np.float64)
+    model = model + _render(parts.rest, parts.box_from_rest, rest, close.camera)
+    scale = _pixels_per_mm(close.camera, world_from_ct, vertebra)
+    image, valid = close.line_integrals, close.valid
+    smooth = LOCAL_MM * scale
+    detail, fine = _detail(image, valid, smooth), _detail(model, valid, smooth)
+    gain = np.sum(detail * fine) / max(np.sum(fine * fine), 1e-12)
+    v, u = np.indices(image.shape)
+    squares = (v // max(2, round(SQUARE_MM * scale)) + u // max(2, round(SQUARE_MM * scale))) % 2
+    # A model that does not fit has no or a negative gain; it is shown as strong as the X-ray, so that it is seen not to fit.
+    strength = np.std(detail[valid]) / max(np.std(fine[valid]), 1e-12) if valid.any() else 1.0
+    return np.where(squares == 1, (image - detail) + max(gain, 0.5 * strength) * fine, image), valid
+
+
+def _detail(image, valid, sigma):
+    """An image without what is smooth over `sigma` pixels; invalid pixels are 0 and enter no average."""
+    weight = scipy.ndimage.gaussian_filter(valid.astype(np.float64), sigma)
+    smooth = scipy.ndimage.gaussian_filter(np.where(valid, image, 0.0).astype(np.float64), sigma) / np.maximum(
+        weight, 1e-6
+    )
+    return np.where(valid, image - smooth, 0.0)
+
+
+def _letters(axes, view, start, estimate, vertebra):
+    """Letters of the patient's directions at the image's border; the start's rotation is good enough for them."""
+    middle = np.array([view.width - 1.0, view.height - 1.0]) / 2
+    camera_from_ct = view.camera_from_world[:3, :3] @ start[:3, :3]
+    for axis, pair in enumerate(("RL", "AP", "HF")):
+        across = camera_from_ct[:2, axis]
+        if np.linalg.norm(across) < ALONG:
+            continue
+        for letter, sign in zip(pair, (1.0, -1.0)):
+            along = sign * across / np.linalg.norm(across)
+            reach = np.min(0.94 * middle / np.maximum(np.abs(along), 1e-9))
+            place = middle + reach * along
+            axes.text(
+                *place, letter, color="white", fontsize=12, fontweight="bold", ha="center", va="center", bbox=_BOX
+            )
+
+
+_BOX = {"facecolor": "black", "alpha": 0.45, "pad": 1.5, "lw": 0}
+
+
+def _scale_bar(axes, view, estimate, vertebra):
+    length = BAR_MM * _pixels_per_mm(view, estimate, vertebra)
+    left, low = 0.04 * view.width, 0.965 * view.height
+    axes.plot([left, left + length], [low, low], color="white", lw=3, solid_capstyle="butt")
+    axes.text(left, low - 0.012 * view.height, f"{BAR_MM:g} mm", color="white", fontsize=9, va="bottom", bbox=_BOX)
+
+
+def network_picture(
+    path: pathlib.Path | str, name: str, outcome: Outcome, reconstruction: np.ndarray, moved_ct: np.ndarray
+) -> None:
+    """A PNG of what the network saw and made: its crops with the attention on them, and slices of the reconstruction and the CT.
+
+    Args:
+      name: of the case.
       reconstruction, moved_ct: (X, Y, Z) on one grid in world axes, 1/mm.
     """
-    figure = Figure(figsize=(15, 8.6), layout="constrained")
-    figure.suptitle(title)
-    rows = figure.subfigures(2, 1, height_ratios=[1.15, 1])
-    top = rows[0].subplots(1, 2 * len(xrays))
-    for i, xray in enumerate(xrays):
-        full = xray.camera
-        factor = max(1, min(full.height, full.width) // PIXELS)
-        small = camera.bin_image(xray.line_integrals, factor)
-        k = camera.bin(full, factor).intrinsics
-        axes = top[2 * i]
-        low, high = np.percentile(small, [1, 99.5])
-        axes.imshow(small, cmap="gray", vmin=low, vmax=high)
-        for name, world_from_ct in poses.items():
-            drawn = quick.render(
-                vertebra.density,
-                vertebra.ct_from_index,
-                world_from_ct,
-                k[None],
-                full.camera_from_world[None],
-                small.shape,
-                OUTLINE_STEP_MM,
-            )[0]
-            _outline(axes, drawn, COLOURS[name], "--" if name == "start" else "-")
-        axes.set_title(f"view {i + 1}: {', '.join(poses)}", fontsize=9)
-        crop = top[2 * i + 1]
-        window = outcome.crops[i]
-        crop.imshow(window, cmap="gray")
+    figure = Figure(figsize=(15, 7.6), layout="constrained")
+    figure.suptitle(
+        f"{name}: the network's crops with its attention (CAL), and the reconstruction beside the CT at the found pose"
+    )
+    top, bottom = figure.subfigures(2, 1)
+    crops = np.atleast_1d(top.subplots(1, len(outcome.crops)))
+    for index, (axes, window, attention) in enumerate(zip(crops, outcome.crops, outcome.attention), 1):
+        axes.imshow(window, cmap="gray")
         height, width = window.shape
-        crop.imshow(
-            outcome.attention[i],
-            cmap="inferno",
-            alpha=0.55,
-            extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-            interpolation="bilinear",
-        )
-        drawn = quick.render(
-            vertebra.density,
-            vertebra.ct_from_index,
-            poses["estimate"],
-            outcome.intrinsics[i : i + 1],
-            full.camera_from_world[None],
-            window.shape,
-            OUTLINE_STEP_MM,
-        )[0]
-        _outline(crop, drawn, COLOURS["estimate"])
-        crop.set_title("network's crop, attention (CAL)", fontsize=9)
-    bottom = rows[1].subplots(1, 6)
-    names = ("sagittal", "coronal", "axial")
-    for axis, name in enumerate(names):
-        for j, (volume, label) in enumerate(((reconstruction, "reconstruction"), (moved_ct, "CT at the estimate"))):
-            axes = bottom[2 * axis + j]
-            axes.imshow(
-                np.take(volume, volume.shape[axis] // 2, axis).T, cmap="gray", origin="lower", vmin=0, vmax=BONE
-            )
-            axes.set_title(f"{name}: {label}", fontsize=9)
-    for axes in (*top, *bottom):
+        extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+        axes.imshow(attention, cmap="inferno", alpha=0.55, extent=extent, interpolation="bilinear")
+        axes.set_title(f"view {index}", fontsize=9)
+    slices = bottom.subplots(1, 6)
+    for axis, plane in enumerate(("sagittal", "coronal", "axial")):
+        for j, (volume, label) in enumerate(((reconstruction, "reconstruction"), (moved_ct, "CT"))):
+            middle = np.take(volume, volume.shape[axis] // 2, axis)
+            slices[2 * axis + j].imshow(middle.T, cmap="gray", origin="lower", vmin=0, vmax=BONE)
+            slices[2 * axis + j].set_title(f"{plane}: {label}", fontsize=9)
+    for axes in (*crops, *slices):
         axes.set_xticks([])
         axes.set_yticks([])
-    handles = [matplotlib.lines.Line2D([], [], color=COLOURS[n], label=n) for n in poses]
-    rows[0].legend(handles=handles, loc="lower center", ncols=len(poses), fontsize=9, frameon=False)
-    _save(figure, path)
-
-
-def error_plot(
-    path: pathlib.Path | str, title: str, start_mm: np.ndarray, error_mm: np.ndarray, trajectories_mm: np.ndarray
-) -> None:
-    """A PNG of error against start error, and of error along the trajectory; mTRE in mm.
-
-    Args:
-      start_mm, error_mm: (C,); trajectories_mm: (C, 1 + passes + levels).
-    """
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    figure.suptitle(title)
-    left, right = figure.subplots(1, 2)
-    left.scatter(start_mm, error_mm, s=18, color=COLOURS["estimate"])
-    left.plot([0, 25], [0, 25], color="grey", lw=0.8, ls="--", label="start pose")
-    left.axhline(metrics.SUCCESS_MM, color="#c44", lw=0.8, label=f"success: {metrics.SUCCESS_MM:g} mm")
-    left.set(
-        xlabel="start mTRE, mm",
-        ylabel="mTRE after registration, mm",
-        xlim=(0, 26),
-        ylim=(0, max(6.0, float(np.max(error_mm)) * 1.05)),
-    )
-    left.legend(frameon=False)
-    passes = np.arange(trajectories_mm.shape[1])
-    for q, style in ((25, ":"), (50, "-"), (75, ":"), (90, "--")):
-        right.plot(passes, np.percentile(trajectories_mm, q, axis=0), style, color="#333", label=f"{q}th percentile")
-    right.set(xlabel="pass", ylabel="mTRE, mm", yscale="log")
-    right.legend(frameon=False)
-    _save(figure, path)
-
-
-def study_page(
-    path: pathlib.Path | str,
-    starts: Mapping[str, Sequence[Mapping[str, Any]]],
-    groups: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
-) -> None:
-    """A PNG with a page of plots: error against start error, and one panel per sweep with a point per case; mTRE in mm.
-
-    Args:
-      starts: name -> rows of `conditions.register_condition`; groups: sweep -> point -> rows.
-    """
-    panels = 1 + len(groups)
-    columns = 3
-    rows = -(-panels // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
-    for (name, found), colour in zip(starts.items(), ("#35c4e8", "#e8a33d", "#888888")):
-        start, error = (np.array([row[key] for row in found]) for key in ("start_mm", "error_mm"))
-        axes[0].scatter(start, np.maximum(error, LEAST_MM), s=9, color=colour, label=name)
-    axes[0].set(xlabel="start mTRE, mm", ylabel="mTRE, mm", yscale="log", title="start error")
-    axes[0].legend(frameon=False, fontsize=8)
-    for panel, (group, points) in zip(axes[1:], groups.items()):
-        places = np.arange(len(points))
-        for place, found in zip(places, points.values()):
-            error = np.array([row["error_mm"] for row in found])
-            refused = np.array([row["accepted"] is False for row in found])
-            spread = place + np.linspace(-0.25, 0.25, len(error))
-            for chosen, marker in ((~refused, "o"), (refused, "x")):
-                panel.scatter(spread[chosen], np.maximum(error[chosen], LEAST_MM), s=11, marker=marker, color="#35c4e8")
-        for key, style, text in (("error_mm", "-", "median"), ("network_mm", ":", "median, network alone")):
-            medians = [np.median([row[key] for row in found]) for found in points.values()]
-            panel.plot(places, np.maximum(medians, LEAST_MM), style, color="#333333", label=text)
-        panel.set(yscale="log", ylabel="mTRE, mm", title=group)
-        panel.set_xticks(places, list(points), fontsize=8)
-        panel.legend(frameon=False, fontsize=7)
-    for panel in axes[:panels]:
-        panel.axhline(metrics.SUCCESS_MM, color="#cc4444", lw=0.8)
-    for panel in axes[panels:]:
-        panel.set_axis_off()
-    axes[0].text(0.02, 0.02, "crosses in the other panels: refused", transform=axes[0].transAxes, fontsize=7)
-    _save(figure, path)
+    save(figure, path)

@@ -2,33 +2,55 @@
 
 import atexit
 import gc
-import os
-import pathlib
+import re
 import sys
 from collections.abc import Callable
 from collections.abc import Sequence
 
 import jax
-from absl import app
 from absl import flags
 
+from experiments.runtime import endings
+from kernels.common import private_cache
 from kernels.tools import program
 from radgs_jax import errors
+from radgs_jax import levels
 
-LAST_LABEL = 28
-"""The largest VerSe number: T13."""
+
+def warnings_said() -> list[str]:
+    """The warnings that this command has printed, one line each, in order and without repetitions."""
+    return endings.warnings_said()
 
 
 def label_numbers(values: Sequence[str]) -> list[int]:
-    """VerSe numbers of a list of strings.
+    """VerSe numbers of levels that are given by name ('L1') or number ('20').
 
     Raises:
-      InputError: not a whole number from 1 to 28.
+      InputError: neither, or a level twice.
     """
+    found = []
     for value in values:
-        if not value.isdigit() or not 1 <= int(value) <= LAST_LABEL:
-            errors.fail("flags", "--label", repr(value), f"VerSe numbers, 1 to {LAST_LABEL}")
-    return [int(value) for value in values]
+        number = levels.level_number(value)
+        if number is None or number in found:
+            twice = "" if number is None else ", which is there twice"
+            errors.fail(
+                "flags", "--label", f"{value!r}{twice}", "names of levels (L1) or VerSe numbers (20), each once"
+            )
+        found.append(number)
+    return found
+
+
+def bone_labels(values: Sequence[str]) -> list[int]:
+    """Labels of bones beyond the spine that are given by their values in the mask.
+
+    Raises:
+      InputError: not a whole number within what a label can hold, or a value twice.
+    """
+    most = 255 - levels.FIRST_BONE
+    for place, value in enumerate(values):
+        if not value.isdecimal() or not 1 <= int(value) <= most or value in values[:place]:
+            errors.fail("flags", "--bone", repr(value), f"values of the mask from 1 to {most}, each once")
+    return [levels.FIRST_BONE + int(value) for value in values]
 
 
 def numbers(flag: str, values: Sequence[str], wanted: str = "numbers") -> list[float]:
@@ -58,27 +80,50 @@ def bins(flag: str, edges: Sequence[str]) -> list[tuple[float, float]]:
     return list(zip(values[:-1], values[1:]))
 
 
+class _Help(flags.BooleanFlag):
+    """--help: prints a module's docstring and flags, and ends the program with status 0."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__("help", False, "Show this help.", short_name="?")
+        self._module = module
+
+    def parse(self, argument):
+        super().parse(argument)
+        if self.value:
+            # absl knows the flags of the module that is run as a program by the program's path.
+            place = sys.argv[0] if self._module == "__main__" else self._module
+            print(f"{sys.modules[self._module].__doc__}\nflags:\n{flags.FLAGS.module_help(place)}")
+            sys.exit(0)
+
+
+def _one_line(error: flags.Error) -> str:
+    """What is wrong with the flags; absl's words for a required flag that is missing are replaced by ours."""
+    missing = re.findall(r"Flag --(\w+) must have a value other than None", str(error))
+    if missing:
+        wanted = "a value" if len(missing) == 1 else "a value for each"
+        return f"flags: {', '.join(f'--{name}' for name in missing)}: found nothing, wanted {wanted}"
+    return "flags: " + " ".join(str(error).split())
+
+
 def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
     """Defines and parses the flags and calls `main`.
 
-    Bad flags or input end the program with one line on standard error and status 2, a run that cannot continue with status 1.
+    --help ends the program with status 0. Bad flags, input that cannot be read and output that cannot be written end it with one
+    line on standard error and status 2, a run that cannot continue with status 1, and the rest as `endings` says.
     """
-    app.define_help_flags()
+    flags.DEFINE_flag(_Help(main.__module__))
     define_flags()
-    try:
-        rest = flags.FLAGS(sys.argv)[1:]
-        if rest:
-            raise flags.Error(f"found the argument {rest[0]!r}, wanted flags only")
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "radgs_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    with endings.one_line_each():
+        try:
+            rest = flags.FLAGS(sys.argv)[1:]
+            if rest:
+                raise flags.Error(f"found the argument {rest[0]!r}, wanted flags only")
+        except flags.Error as error:
+            program.stop(_one_line(error))
+        if cache := private_cache.folder("xla"):
+            jax.config.update("jax_compilation_cache_dir", str(cache))
         # A command compiles about a hundred small programs, which together take as long as a large one.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         # Otherwise the garbage collector traverses all of jax's objects once more at exit, which takes half a second.
         atexit.register(gc.freeze)
         main()
-    except flags.Error as error:
-        program.stop("flags: " + " ".join(str(error).split()))
-    except errors.InputError as error:
-        program.stop(str(error))
-    except errors.RunError as error:
-        program.stop(str(error), status=1)

@@ -3,10 +3,10 @@
 Jax's persistent cache saves a new process XLA's work, but not tracing and lowering, which take longer. The StableHLO of a
 `kept` function is therefore stored next to that cache, in a file named by everything it depends on: the sources, the versions of
 this package, jax, jaxlib and flax, the kernels' backends, the static arguments and the shapes. This is done on a CPU only, where a
-command is often started for one case; on other platforms, and without a cache, `kept` is `jax.jit`.
+command is often started for one case; on other platforms, and without a cache, `kept` is `jax.jit`. A file holds its
+SHA-256, since a damaged program could be another one; such a file is made again.
 """
 
-import contextlib
 import contextvars
 import functools
 import hashlib
@@ -28,9 +28,11 @@ from jax import export
 import radgs_jax
 from data_pipelines.io import files
 from kernels.common import dispatch
+from kernels.common import private_cache
 from kernels.drr import ffi_cpu as drr_library
 from kernels.splat import ffi_cpu as splat_library
 from kernels.voxelize import ffi_cpu as voxelize_library
+from radgs_jax import errors
 from radgs_jax import gaussians
 from radgs_jax.models import matching
 from radgs_jax.models import radgs_reg
@@ -43,6 +45,11 @@ RESULTS = (gaussians.Gaussians, matching.Matches, recm.Reconstruction, radgs_reg
 
 DIGEST_CHARACTERS = 24
 """Length of the digest in a file's name: 96 bits, so that two programs never share a name."""
+
+MARK = b"radgs-kept/1\n"
+"""First bytes of a file; the 32 bytes of the SHA-256 of its name and data follow, and the data."""
+SHOWN_CHARACTERS = 160
+"""Maximum length of an error's text in a warning, so that it stays one line."""
 
 _watch = contextvars.ContextVar("stopwatch", default=None)
 
@@ -79,15 +86,15 @@ def _clock():
 def kept(function: Callable, static_argnames: str | Sequence[str] = ()) -> Callable:
     """`jax.jit` whose traces are kept on disk, with the same signature.
 
-    The result has `lower` as well; once its result is compiled, calls with such arguments run that program. A damaged file is
-    made again. Where no file can be written, nothing is kept, and a warning is logged. A `Stopwatch` excludes the time that a
-    call spends on obtaining its program.
+    The result has `lower` as well; once its result is compiled, calls with such arguments run that program. A file that is damaged,
+    or whose program cannot be lowered, is made again. Where no file can be written, nothing is kept, and a warning is logged. A
+    `Stopwatch` excludes the time that a call spends on obtaining its program.
 
     Args:
       function: a function of arrays; static_argnames: its static arguments, keyword-only and fully described by their `repr`.
     """
     jitted = jax.jit(function, static_argnames=static_argnames)
-    programs, compiled = {}, {}
+    programs, compiled, paths = {}, {}, {}
 
     def program(args, options):
         """The key of a program, which is put into `programs`, and the program's arguments."""
@@ -97,7 +104,8 @@ def kept(function: Callable, static_argnames: str | Sequence[str] = ()) -> Calla
         if key not in programs:
             flat = jax.jit(lambda *leaves: jitted(*jax.tree.unflatten(tree, leaves), **options))
             if folder := _folder():
-                flat = jax.jit(_exported(_path(folder, function, key, "stablehlo"), flat, leaves).call)
+                paths[key] = _path(folder, function, key, "stablehlo")
+                flat = jax.jit(_exported(paths[key], flat, leaves).call)
             programs[key] = flat
         return key, leaves
 
@@ -113,7 +121,17 @@ def kept(function: Callable, static_argnames: str | Sequence[str] = ()) -> Calla
 
     def lower(*args, **options):
         key, leaves = program(args, options)
-        lowered = None if key in compiled else programs[key].lower(*leaves)
+        try:
+            lowered = None if key in compiled else programs[key].lower(*leaves)
+        except Exception as error:
+            if (path := paths.pop(key, None)) is None:
+                raise
+            _say_made_again(path, error)
+            path.unlink(missing_ok=True)
+            del programs[key]
+            key, leaves = program(args, options)
+            del paths[key]  # so that this is tried once
+            lowered = programs[key].lower(*leaves)
 
         def compile():
             if lowered is not None:
@@ -152,7 +170,9 @@ def kept_shapes(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str
 
 def _folder():
     cache = jax.config.jax_compilation_cache_dir
-    return pathlib.Path(cache).with_name("traces") if cache and jax.default_backend() == "cpu" else None
+    if not cache or jax.default_backend() != "cpu":
+        return None
+    return private_cache.private(pathlib.Path(cache).with_name("traces"))
 
 
 def _exported(path, function, leaves):
@@ -168,20 +188,38 @@ def _exported(path, function, leaves):
 
 
 def _from_file(path, read, make):
-    """read(bytes of the file); where the file is missing or `read` fails, its bytes are made by `make()` and written first."""
-    with contextlib.suppress(OSError):
-        data = path.read_bytes()
-        try:
-            return read(data)
-        except Exception as error:  # the type depends on where the file is damaged
-            logging.warning("%s: made again: %s", path, error)
+    """read(what `make` returned); where the file is missing or damaged, or `read` fails, it is made and written first."""
+    try:
+        return read(_unpacked(path.name, path.read_bytes()))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except Exception as error:  # the type depends on where the file is damaged
+        _say_made_again(path, error)
     data = make()
     try:
         with files.replacing(path) as temporary:
-            temporary.write_bytes(data)
-    except OSError as error:
-        logging.warning("%s: not kept, so the next start is as slow: %s", path, error)
+            temporary.write_bytes(_packed(path.name, data))
+    except errors.InputError as error:
+        logging.warning("%s; not kept, so the next start is as slow", error)
     return read(data)
+
+
+def _packed(name, data):
+    """The content of a file of that name: its digest covers the name, so that no file can take another's place."""
+    return MARK + hashlib.sha256(name.encode() + b"\n" + data).digest() + data
+
+
+def _unpacked(name, content):
+    """The data of a file. Raises ValueError where it is not as it was written."""
+    data = content[len(MARK) + hashlib.sha256().digest_size :]
+    if content != _packed(name, data):
+        raise ValueError("not as it was written")
+    return data
+
+
+def _say_made_again(path, error):
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    logging.warning("%s: made again: %s", path, text[:SHOWN_CHARACTERS])
 
 
 @functools.cache

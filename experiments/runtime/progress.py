@@ -18,7 +18,9 @@ def bar(total: int, text: str, start: int = 0) -> tqdm.tqdm:
       total: number of steps; text: its title; start: number of steps done already.
     """
     interval = TERMINAL_S if sys.stderr.isatty() else LOG_FILE_S
-    return tqdm.tqdm(total=total, initial=start, desc=text, mininterval=interval, maxinterval=4 * interval, ncols=110)
+    intervals = dict(mininterval=interval, maxinterval=4 * interval)
+    # As wide as the terminal; a wider bar would leave a line at every update.
+    return tqdm.tqdm(total=total, initial=start, desc=text, dynamic_ncols=True, **intervals)
 
 
 class Log:

@@ -21,9 +21,9 @@ from data_pipelines.simulation import quick
 from experiments import configs
 from experiments.patients import models
 from experiments.patients import preparing
-from experiments.patients.workdir import Identity
 from experiments.patients.workdir import load
 from experiments.patients.workdir import prepare_untrained
+from experiments.patients.workdir import ScanDigests
 from experiments.patients.workdir import Target
 from experiments.reports import case_folder
 from experiments.runtime import progress
@@ -156,7 +156,7 @@ class Patient:
 
     Attributes:
       ct, mask: paths of the scan; labels: VerSe numbers of the vertebrae.
-      workdir: where they were prepared; identity: caches the files' digests.
+      workdir: where they were prepared; digests: caches the files' digests.
       subject: (name, ct, mask), as `case_files.simulated_cases` takes it.
       prepared: label -> `Prepared`; scan: the `scans.Scan`.
     """
@@ -166,9 +166,9 @@ class Patient:
     ) -> None:
         """Reads the scan and the workdir; raises as `workdir.load`."""
         self.ct, self.mask, self.labels = pathlib.Path(ct), pathlib.Path(mask), labels
-        self.workdir, self.identity = pathlib.Path(workdir), Identity()
+        self.workdir, self.digests = pathlib.Path(workdir), ScanDigests()
         self.subject = (self.ct.name.split(".")[0], self.ct, self.mask)
-        self.prepared = {label: load(workdir, self.target(label), self.identity) for label in labels}
+        self.prepared = {label: load(workdir, self.target(label), self.digests) for label in labels}
         self.scan = scans.read_scan(self.ct, self.mask, self.subject[0])
         self._masked = {}
 

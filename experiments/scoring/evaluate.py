@@ -14,7 +14,7 @@ from data_pipelines.simulation import quick
 from experiments.patients.workdir import loader
 from experiments.patients.workdir import untrained_loader
 from experiments.reports import case_folder
-from experiments.reports import pictures
+from experiments.reports import plots
 from experiments.reports import tables
 from experiments.runtime import progress
 from experiments.runtime.kept_programs import kept
@@ -198,7 +198,7 @@ def report(
     out = pathlib.Path(out)
     scores = evaluate(case_file, variant, loader(workdir), passes, out / variant, score_volumes)
     cases.write_results(out / f"results_{variant}.json", case_folder.PROGRAM, variant, scores["results"])
-    pictures.error_plot(
+    plots.error_plot(
         out / f"errors_{variant}.png", f"variant {variant}", scores["start_mm"], scores["error_mm"], scores["passes_mm"]
     )
     text = tables.score_table(scores, variant)

@@ -50,7 +50,7 @@ def train_plain(
     """
     targets = [patient.target(label) for label in patient.labels]
     model_config = patient.prepared[patient.labels[0]].model.config
-    folder = patient.workdir / patient.identity.scan(targets[0])
+    folder = patient.workdir / patient.digests.of(targets[0])
     pair_set = preparing.pairs_of(config, folder, targets, model_config.gaussians)
     mesh, shape = sharding.make_mesh(), plain.PlainConfig()
     params = jax.jit(lambda key: plain.init(shape, model_config, key))(jax.random.key(seed))

@@ -1,31 +1,69 @@
-"""Checkpoints of training states, by Orbax."""
+"""Checkpoints of training states, by Orbax, each with checksums. The one before the latest is kept, for when that is damaged."""
 
 import pathlib
 import shutil
 from typing import Any
 
 import jax
+from absl import logging
 from orbax.checkpoint import v1 as ocp
 
+from data_pipelines.io import checksums
+from data_pipelines.io import files
 from experiments.patients import models
+from radgs_jax import errors
+
+KEPT = 2
+"""Checkpoints that are kept. With one, a damaged checkpoint loses the run; a third would only help where two are damaged."""
+REMEDY = "delete this folder, to train the stage from its start"
+"""What helps where no checkpoint is left."""
+SHOWN_CHARACTERS = 160
+"""Maximum length of another library's message in a warning, so that it stays one line."""
 
 
 def save_state(folder: pathlib.Path | str, step: int, state: Any, place: Any = None, skipped: int = 0) -> None:
-    """Saves a training state atomically as `folder`/step_N, and removes older ones. All of jax's processes must call this.
+    """Saves a training state atomically as `folder`/step_N, and removes others but the latest before it.
+
+    All of jax's processes must call this.
 
     Args:
       step: number of steps taken.
       state: a pytree of arrays.
       place: plain JSON values that `set_state` of the batches takes; None where the step determines the place.
       skipped: number of the steps that were skipped.
+    Raises:
+      InputError: it cannot be written.
     """
     folder = pathlib.Path(folder).resolve()
-    metadata = {"place": place, "skipped": skipped}
-    ocp.save_pytree(folder / f"step_{step}", state, overwrite=True, custom_metadata=metadata)
+    path, metadata = folder / f"step_{step}", {"place": place, "skipped": skipped}
+    # It gets its name when its checksums are there: a checkpoint of a killed run is complete, or none.
+    partial = folder / f".step_{step}.partial"
     if jax.process_index() == 0:
-        for old in _steps(folder):
-            if old < step:
-                shutil.rmtree(folder / f"step_{old}")
+        _clear(folder, but=partial.name)
+    try:
+        with models.writing(path, "checkpoint"):
+            ocp.save_pytree(partial, state, overwrite=True, custom_metadata=metadata)
+    except errors.InputError:
+        _clear(folder)
+        raise
+    with files.writing(path, "checkpoint"):
+        if jax.process_index() == 0:
+            for file in files.listed(partial):
+                files.synchronise(file)
+            checksums.seal(partial)
+            # Later ones were damaged, or the run would have gone on from them.
+            older = [s for s in _steps(folder) if s < step]
+            for other in set(_steps(folder)) - set(older[1 - KEPT :]):
+                shutil.rmtree(folder / f"step_{other}")
+            partial.rename(path)
+            files.synchronise(folder)
+
+
+def _clear(folder, but=None):
+    """Removes what killed runs have left, Orbax's own folders included."""
+    for path in folder.glob(".step_*.partial*"):
+        if path.name != but:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _steps(folder):
@@ -34,27 +72,35 @@ def _steps(folder):
 
 
 def latest(folder: pathlib.Path | str) -> int | None:
-    """Step of the latest state in `folder`; None without one."""
+    """Step of the latest state in `folder`, whether it can be read or not; None without one."""
     return max(_steps(folder), default=None)
 
 
 def load_state(folder: pathlib.Path | str, like: Any) -> tuple[int, Any, Any, int] | None:
-    """The latest state in `folder` as the arguments of `save_state`; None without one.
+    """The latest state in `folder` that is as it was written, as the arguments of `save_state`; None where there is no state.
+
+    A damaged state is mentioned in a warning, and the one before it is taken.
 
     Args:
       like: a pytree of arrays with the state's shapes, types and shardings.
     Returns:
       (step, state, place, skipped).
+    Raises:
+      InputError: no state is left that is as it was written.
     """
     folder = pathlib.Path(folder).resolve()
-    step = latest(folder)
-    if step is None:
-        return None
-    path = folder / f"step_{step}"
-    metadata = ocp.metadata(path).custom_metadata or {}
-    return (
-        step,
-        ocp.load_pytree(path, jax.tree.map(models.abstract, like)),
-        metadata.get("place"),
-        metadata.get("skipped", 0),
-    )
+    steps = _steps(folder)
+    for step in reversed(steps):
+        path = folder / f"step_{step}"
+        try:
+            checksums.verify(path, "an older or damaged checkpoint")
+            metadata = ocp.metadata(path).custom_metadata or {}
+            state = ocp.load_pytree(path, jax.tree.map(models.abstract, like))
+            return step, state, metadata.get("place"), metadata.get("skipped", 0)
+        except Exception as error:  # Orbax and its libraries raise many kinds
+            text = str(error) if isinstance(error, errors.InputError) else f"{path}: {type(error).__name__}: {error}"
+            logging.warning("%s; the checkpoint before it is taken", " ".join(text[:SHOWN_CHARACTERS].split()))
+    if steps:
+        found = f"none of {len(steps)} that is as it was written (step {', '.join(map(str, steps))})"
+        errors.fail(folder, "checkpoints", found, f"one that is: {REMEDY}")
+    return None

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.io import files
+from data_pipelines.io import locks
 from data_pipelines.pairs.batches import PairSet
 from experiments import configs
+from experiments.runtime import endings
 from experiments.runtime import progress
 from experiments.training import checkpoint
 from radgs_jax import errors
@@ -67,7 +69,7 @@ def run_phases(
     params: dict[str, Any],
     steps: Sequence[int],
     learning_rate: float,
-    modules: Sequence[str] = objectives.MODULES,
+    phases: Sequence[str] = objectives.PHASES,
     budget_s: float | None = None,
 ) -> dict[str, Any]:
     """Trains phases of one data stage, continuing from the last checkpoint.
@@ -79,7 +81,7 @@ def run_phases(
       params: parameters to start from.
       steps: number of steps of (rec, reg, joint).
       learning_rate: peak of each phase's schedule.
-      modules: phases to run, in order.
+      phases: phases to run, in order.
       budget_s: training time in s, of which `steps` are shares; None takes `steps` as they are. The numbers of steps are
         measured once and kept on disk, so a restart follows the same schedule.
     Returns:
@@ -89,13 +91,13 @@ def run_phases(
     """
     mesh = sharding.make_mesh()
     batch = -(-config.batch // mesh.size) * mesh.size
-    for module in modules:
-        share = steps[objectives.MODULES.index(module)]
-        params = _module(
+    for phase in phases:
+        share = steps[objectives.PHASES.index(phase)]
+        params = _train_phase(
             config,
             pathlib.Path(workdir),
             name,
-            module,
+            phase,
             mesh,
             batch,
             pair_set,
@@ -107,27 +109,27 @@ def run_phases(
     return params
 
 
-def _module(config, workdir, name, module, mesh, batch, pair_set, params, steps, learning_rate, budget_s):
-    stage = f"{name}_{module}"
+def _train_phase(config, workdir, name, phase, mesh, batch, pair_set, params, steps, learning_rate, budget_s):
+    stage = f"{name}_{phase}"
     folder = workdir / "checkpoints" / stage
     # Each phase has its own random stream, independent of what ran before it.
     seed = zlib.crc32(f"{config.seed} {stage}".encode())
-    update = make_update(mesh, module, config.model, config.losses, 1.0)
+    update = make_update(mesh, phase, config.model, config.losses, 1.0)
     # Placed before the first step, because a state that jit moves onto the mesh itself would compile the update twice.
-    state = sharding.replicate(init_state(jax.tree.map(jnp.copy, params), module), mesh)
+    state = sharding.replicate(init_state(jax.tree.map(jnp.copy, params), phase), mesh)
     state = scheduled(
         folder,
         workdir,
         mesh,
         state,
         update,
-        pair_set.batches(seed, batch, module),
+        pair_set.batches(seed, batch, phase),
         seed=seed,
         learning_rate=learning_rate,
         steps=steps,
         budget_s=budget_s,
         checkpoint_seconds=config.checkpoint_seconds,
-        finish=functools.partial(_log_pictures, config) if module != "reg" else None,
+        finish=functools.partial(_log_pictures, config) if phase != "reg" else None,
     )
     return state["params"]
 
@@ -215,22 +217,27 @@ def run_steps(
     Raises:
       DivergedError: SKIPPED_IN_A_ROW consecutive steps whose gradient is not finite. The last checkpoint is older than these, so
         the same call repeats them.
+      InputError: another process trains in `folder`, no checkpoint is as it was written, or none can be written.
+      Stopped: a signal asked for the end; the state after the step that ran then is saved. A second signal does not wait for it.
     """
-    first, state, place, skipped = checkpoint.load_state(folder, state) or (0, state, batches.get_state(), 0)
-    if first >= steps:
-        return state
-    batches.set_state(place)
-    key, skips = _key_on(mesh, key), _Skips(skipped)
-    saved = time.monotonic()
-    with contextlib.closing(progress.Log(log_folder, folder.name)) as log:
-        with progress.bar(steps, folder.name, first) as bar:
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(locks.hold(files.make_folder(folder) / locks.LOCK, folder))
+        first, state, place, skipped = checkpoint.load_state(folder, state) or (0, state, batches.get_state(), 0)
+        if first >= steps:
+            return state
+        batches.set_state(place)
+        key, skips = _key_on(mesh, key), _Skips(skipped)
+        saved = time.monotonic()
+        log = stack.enter_context(contextlib.closing(progress.Log(log_folder, folder.name)))
+        with endings.held() as asked, progress.bar(steps, folder.name, first) as bar:
             for step in range(first, steps):
                 place, batch, learning_rate = batches.get_state(), next(batches), np.float32(rate(step))
                 step_key = jax.random.fold_in(key, _whole(np.uint32(step), mesh))
                 state, metrics = update(state, step_key, _whole(learning_rate, mesh), _split(batch, mesh))
                 skips.add(step, place, metrics.pop("skipped"))
-                last, logged = step == steps - 1, step % LOG_STEPS == LOG_STEPS - 1
-                saving = last or time.monotonic() - saved > checkpoint_seconds
+                last, logged, ending = step == steps - 1, step % LOG_STEPS == LOG_STEPS - 1, bool(asked)
+                saving = last or ending or time.monotonic() - saved > checkpoint_seconds
                 if saving or logged:
                     skips.read()
                 if last or logged or skips.full:
@@ -244,6 +251,9 @@ def run_steps(
                 if last or saving and not skips.row:
                     checkpoint.save_state(folder, step + 1, state, batches.get_state(), skips.count)
                     saved = time.monotonic()
+                if ending:
+                    before = checkpoint.latest(folder)
+                    raise endings.Stopped(asked[0], f"{folder}: saved up to step {before or 0}; run again to go on")
         if finish is not None:
             finish(log, state, batch)
     return state
@@ -307,13 +317,13 @@ def _split(batch, mesh):
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(split, a), batch)
 
 
-def finished(workdir: pathlib.Path | str, name: str, module: str, steps: int) -> bool:
+def finished(workdir: pathlib.Path | str, name: str, phase: str, steps: int) -> bool:
     """Whether the last checkpoint of a phase is that of its final step.
 
     Args:
-      workdir: as in `run_phases`; name: of the data stage; module: the phase; steps: its number of steps.
+      workdir: as in `run_phases`; name: of the data stage; phase: one of `objectives.PHASES`; steps: number of its steps.
     """
-    folder = pathlib.Path(workdir) / "checkpoints" / f"{name}_{module}"
+    folder = pathlib.Path(workdir) / "checkpoints" / f"{name}_{phase}"
     return checkpoint.latest(folder) == steps
 
 

@@ -11,6 +11,7 @@ import scipy
 from jaxtyping import Float
 from jaxtyping import Real
 
+from radgs_jax import levels
 from radgs_jax.geometry import triangulation
 from radgs_jax.localization.chain import Found
 
@@ -122,10 +123,10 @@ def pose_from_centres(
     the rotation about the spine, which centres do not show, stays that of the CT.
 
     Args:
-      centres_world, centres_ct: centres in mm, by level.
+      centres_world, centres_ct: centres in mm, by VerSe number.
       level: the vertebra, which must be in both.
     """
-    near = [n for n in centres_world if n in centres_ct and abs(n - level) <= MAX_NEIGHBOUR]
+    near = [n for n in centres_world if n in centres_ct and abs(levels.steps(n, level, centres_ct)) <= MAX_NEIGHBOUR]
     world = np.stack([centres_world[n] - centres_world[level] for n in near])
     ct = np.stack([centres_ct[n] - centres_ct[level] for n in near])
     u, _, vt = np.linalg.svd(world.T @ ct + (PLACE_SD_MM / TURN_SD_RAD) ** 2 * np.eye(3))

@@ -6,7 +6,9 @@ of the error of a right pose, and the ratio of radius to that size. `experiments
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +27,13 @@ to noise-free simulated X-rays alone, whose errors are 0.01 to 0.02 mm."""
 MIN_VIEWS = 2
 """Minimum number of views for acceptance. A single view constrains depth only through magnification, so its error would go
 unnoticed."""
+MIN_VIEW_ANGLE_RAD = math.radians(20.0)
+"""Minimum angle between the views at the vertebra for acceptance, radians. Set by hand from reports: of poses from views 0 to 10
+degrees apart most were accepted and half of them wrong, by up to 15.7 mm with radii near 0.1 mm. C-arms in use are 45 to 90 degrees
+apart. Half lets such pairs through; twice would refuse oblique pairs that register well."""
+MIN_SINE = math.sin(math.radians(1.0))
+"""Smallest sine that the radius is divided by, no unit. It only keeps radii of views of one direction finite, which are refused in
+any case; half or twice changes nothing that is accepted."""
 SEARCHES = 2
 """Number of wider searches that may follow a refinement. Each has a threshold of its own, since poses that needed a search differ
 from those that did not."""
@@ -130,14 +139,43 @@ def _size_terms(refined, predicted_mm):
     )
 
 
-def judge(refined: Refined, points: Float[Array, "n 3"], rule: AcceptanceRule, searches: int = 0) -> Confidence:
+def view_angle(camera_from_world: Float[Array, "views 4 4"], point: Float[Array, "3"]) -> float | None:
+    """Angle between the views at a world point, mm: of the two rays to it that are nearest to a right angle, radians, 0 to pi / 2.
+
+    Opposite views are of one direction, so their angle is 0 as well. None for a single view.
+    """
+    rays = np.asarray(point, np.float64) + np.array([E[:3, :3].T @ E[:3, 3] for E in np.asarray(camera_from_world)])
+    rays /= np.maximum(np.linalg.norm(rays, axis=1, keepdims=True), 1e-9)
+    sines = [np.linalg.norm(np.cross(a, b)) for a, b in itertools.combinations(rays, 2)]
+    return float(np.arcsin(min(max(sines), 1.0))) if sines else None
+
+
+def judge(
+    refined: Refined,
+    points: Float[Array, "n 3"],
+    rule: AcceptanceRule,
+    searches: int = 0,
+    view_angle_rad: float | None = None,
+    camera_error_mm: float = 0.0,
+) -> Confidence:
     """Judges a refinement in numpy.
 
     A pose is accepted where its chance reaches the threshold, its radius is at most `metrics.SUCCESS_MM`, and it has at least
-    `MIN_VIEWS` views.
+    `MIN_VIEWS` views that are at least `MIN_VIEW_ANGLE_RAD` apart.
+
+    Radius and covariance grow with the sine of the angle between the views, to which the rule is blind: it was fitted to views
+    about 90 degrees apart, and its weight of the predicted error passes on two thirds of what the information says about depth.
+    A view places the vertebra across its rays, with a standard deviation s, and hardly along them. Two views whose rays are an
+    angle a apart then have the information (1 - d d^T + 1 - e e^T) / s^2, and the variances s^2 / 2 across both rays,
+    s^2 / (2 sin^2(a/2)) along their bisector and s^2 / (2 cos^2(a/2)) across it: together s^2 (1/2 + 2 / sin^2 a). The error's root
+    mean square is sqrt(0.2 + 0.8 / sin^2 a) of that at 90 degrees. 1 / sin a is never below that, and above by 12 % at most. (The
+    weakest direction alone grows faster, as 1 / (sqrt 2 sin(a/2)), but the radius is one of the whole error.)
 
     Args:
       points: of the vertebra's surface, about its centre in world axes, mm; searches: number of wider searches before this pose.
+      view_angle_rad: `view_angle` at the vertebra; None, for one view or where it is unknown, changes nothing.
+      camera_error_mm: what is known of errors of the cameras, as a distance of the vertebra: it joins the radius as one more
+        independent error.
     """
     information = np.asarray(refined.information, np.float64)
     values = features(refined)
@@ -151,14 +189,17 @@ def judge(refined: Refined, points: Float[Array, "n 3"], rule: AcceptanceRule, s
     chance = 1.0 / (1.0 + np.exp(-np.clip(odds, -50.0, 50.0)))
     predicted = spread_mm(information, points)
     size = float(np.exp(np.clip(np.dot(rule.size, _size_terms(refined, predicted)), -5.0, 5.0)))
-    camera_mm = ERROR_PER_DISAGREEMENT * float(refined.view_disagreement_mm)
+    camera_mm = math.hypot(ERROR_PER_DISAGREEMENT * float(refined.view_disagreement_mm), camera_error_mm)
     covariance = np.linalg.inv(information) * (size / predicted) ** 2
     # Errors of the cameras may shift the pose in any direction. They are added as a variance, so that the radius is always
     # `rule.radius` times the covariance's root mean square.
     covariance[3:, 3:] += np.eye(3) * (camera_mm / rule.radius) ** 2 / 3.0
-    radius = max(MIN_RADIUS_MM, float(np.hypot(rule.radius * size, camera_mm)))
+    growth = 1.0 if view_angle_rad is None else 1.0 / max(math.sin(view_angle_rad), MIN_SINE)
+    covariance *= growth**2
+    radius = max(MIN_RADIUS_MM, growth * float(np.hypot(rule.radius * size, camera_mm)))
     sure = chance >= rule.thresholds[searches] and radius <= metrics.SUCCESS_MM
-    accepted = sure and len(refined.support) >= MIN_VIEWS
+    apart = view_angle_rad is None or view_angle_rad >= MIN_VIEW_ANGLE_RAD
+    accepted = sure and apart and len(refined.support) >= MIN_VIEWS
     return Confidence(chance, bool(accepted), covariance, radius)
 
 

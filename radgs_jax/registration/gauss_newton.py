@@ -110,6 +110,29 @@ class RefineConfig:
     damping: float = 1e-3
 
 
+WINDOW_MM = {0.75: 84.0, 1.5: 96.0, 3.0: 144.0}
+"""Side of a level's window, mm at the isocentre, by its pixel, mm: that of the default levels; `Level.size` says what it does."""
+FINEST_STEP_MM = 0.4
+"""Smallest sample distance of `levels_of`, mm: about the voxels of a CT of a hand or foot. Half takes twice as long."""
+
+
+def levels_of(pixels_mm: Sequence[float]) -> tuple[Level, ...]:
+    """Levels of given resolutions, from coarse to fine, with the other values as in `RefineConfig` or carried on from there.
+
+    Args:
+      pixels_mm: pixel of each level at the isocentre, mm, each smaller than the one before.
+    """
+    levels = []
+    for index, pixel_mm in enumerate(pixels_mm):
+        window_mm = np.interp(pixel_mm, list(WINDOW_MM), list(WINDOW_MM.values()))
+        size = 16 * int(np.ceil(window_mm / pixel_mm / 16))
+        step_mm = float(np.clip(0.5 * pixel_mm, FINEST_STEP_MM, 1.5)) if pixel_mm < 0.75 or pixel_mm > 2 else 1.0
+        last = index == len(pixels_mm) - 1
+        iterations = 7 if index == 0 else 3 if last else 6
+        levels.append(Level(float(pixel_mm), size, iterations, step_mm, 2.0 if last else 3.0, 1.0 if index else 0.1))
+    return tuple(levels)
+
+
 @flax.struct.dataclass
 class LevelViews:
     """V X-rays at one resolution, which may differ in size.

@@ -16,6 +16,7 @@ from radgs_jax.geometry import rigid_host
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.registration import confidence
 from radgs_jax.registration import passes as network
+from radgs_jax.registration import plausibility
 from radgs_jax.registration import prepared as preparing
 from radgs_jax.registration import search as searching
 from radgs_jax.registration.confidence import Confidence
@@ -155,15 +156,19 @@ def refine_until_trusted(
     rule, vertebra = prepared.rule, prepared.vertebra
     parts = preparing.bare_parts(prepared) if shows_bare_bone(xrays, prepared.search) else prepared.parts
     seen = make_pyramid(xrays, [level.pixel_mm for level in prepared.refine.levels])
-    judged = None
+    judged, cameras = None, [xray.camera for xray in xrays]
     found = searching.searches(
         programs_of(compile), parts, seen, estimate, start, prepared.refine, prepared.search, vertebra.label
     )
     for count, refined in enumerate(found):
         if rule is None:
             break
-        judged = confidence.judge(refined, centred_points(refined, vertebra), rule, count)
-        if judged.accepted:
+        centre = np.asarray(refined.world_from_box[:3, 3], np.float64)
+        angle = confidence.view_angle(np.stack([view.camera_from_world for view in cameras]), centre)
+        half_pixel_mm = plausibility.half_pixel_error(cameras, centre)
+        judged = confidence.judge(refined, centred_points(refined, vertebra), rule, count, angle, half_pixel_mm)
+        # No pose from views of nearly one direction is accepted, however long it is searched for.
+        if judged.accepted or (angle is not None and angle < confidence.MIN_VIEW_ANGLE_RAD):
             break
     return refined, judged
 

@@ -103,7 +103,7 @@ def refine_pose(
 
     Args:
       seen: X-rays at the resolutions of config's levels; starts: at least 2 poses world_from_box.
-      places_mm: where its two neighbours lie along the spine, from `levels.neighbours_mm`.
+      places_mm: where its two neighbours lie along the spine, from `levels.neighbours_mm`; none of a bone without neighbours.
       survivors: number of starts that go on from the coarsest level.
     Returns:
       `Refined` in numpy. Its rival is the best other answer, neighbours included.
@@ -123,7 +123,7 @@ def refine_pose(
         return refined
 
     refined = settled(run(starts, keeping(config, survivors)))
-    for _ in range(search.max_walk):
+    for _ in range(search.max_walk if places_mm else 0):
         places = [refined.world_from_box @ _shift((0.0, 0.0, along)) for along in places_mm]
         other = run(places, glance(config, search))
         away_mm = np.linalg.norm(other.world_from_box[:3, 3] - refined.world_from_box[:3, 3])
@@ -154,7 +154,9 @@ def searches(
     search: SearchConfig,
     label: int,
 ) -> Iterator[Refined]:
-    """The refined pose, then the best pose after each of the `confidence.SEARCHES` wider searches.
+    """The refined pose, then the best pose after each of the `confidence.SEARCHES` wider searches, which bones do not have.
+
+    The wider searches look along the spine. A shaft fits half as well in many places, and nothing there says which is right.
 
     Args:
       seen: as in `refine_pose`; estimate, start: world_from_box, the network's and the one that it started from; label: VerSe
@@ -163,6 +165,8 @@ def searches(
     places_mm = neighbours_mm(label)
     refined = refine_pose(programs, parts, seen, [estimate, start], config, search, places_mm)
     yield refined
+    if not places_mm:
+        return
     angles = (-search.turn_rad, search.turn_rad)
     turns = [rigid_host.matrix(angle * axis, [0.0, 0.0, 0.0]) for axis in np.eye(3) for angle in angles]
     wide = [(0.0, 0.0, along) for along in search.wide_along_mm]

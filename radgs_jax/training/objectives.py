@@ -29,7 +29,7 @@ from radgs_jax.training.batches import CtBatch
 from radgs_jax.training.batches import Example
 from radgs_jax.training.batches import PairBatch
 
-MODULES = ("rec", "reg", "joint")
+PHASES = ("rec", "reg", "joint")
 """The phases, in the order in which they run."""
 SILHOUETTE = 0.02
 """Line integral above which a pixel shows the vertebra, no unit: about that of a millimetre of soft bone. Chosen by hand; half adds
@@ -172,7 +172,7 @@ def loss(
     params: dict[str, Any],
     key: jax.Array,
     batch: PairBatch | CtBatch,
-    module: str,
+    phase: str,
     config: ModelConfig,
     weights: LossConfig,
     strength: float,
@@ -180,10 +180,10 @@ def loss(
     """Loss of one phase, and its terms by name.
 
     Args:
-      batch: a `CtBatch` for 'reg', else a `PairBatch`; module: one of MODULES; strength: as in `examples.make_example`.
+      batch: a `CtBatch` for 'reg', else a `PairBatch`; phase: one of PHASES; strength: as in `examples.make_example`.
     """
     key_example, key_draws = jax.random.split(key)
-    if module == "reg":
+    if phase == "reg":
         assert isinstance(batch, CtBatch)
         imperfect = augment.imperfect(key_draws, gaussians.move(batch.cloud, batch.motion))
         matches = regm.matches_of(imperfect, batch.cloud, config) if config.head == "anchored" else None
@@ -193,7 +193,7 @@ def loss(
     example = examples.make_example(key_example, batch, config, strength)
     reconstruction = reconstruct(params["recm"], config, example, key_draws)
     value, parts = reconstruction_loss(reconstruction, example, config, weights)
-    if module == "joint":
+    if phase == "joint":
         seen = reconstruction.effect, reconstruction.matches
         estimate, _ = regm.estimate(params["regm"], config, *seen, example.cloud)
         registration, more = registration_loss(

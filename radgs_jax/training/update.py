@@ -56,9 +56,9 @@ def state_of(params: Params, trained: Sequence[str]) -> State:
     return {"params": params, "opt_state": optimizer().init({name: params[name] for name in trained})}
 
 
-def init_state(params: Params, module: str) -> State:
+def init_state(params: Params, phase: str) -> State:
     """`state_of` one phase."""
-    return state_of(params, TRAINED[module])
+    return state_of(params, TRAINED[phase])
 
 
 def update_of(mesh: Mesh, objective: Callable, trained: Sequence[str]) -> Callable:
@@ -106,8 +106,8 @@ def update_of(mesh: Mesh, objective: Callable, trained: Sequence[str]) -> Callab
 
 @functools.cache
 def make_update(
-    mesh: Mesh, module: str, config: ModelConfig, weights: objectives.LossConfig, strength: float
+    mesh: Mesh, phase: str, config: ModelConfig, weights: objectives.LossConfig, strength: float
 ) -> Callable:
     """`update_of` one phase's `objectives.loss`."""
-    objective = functools.partial(objectives.loss, module=module, config=config, weights=weights, strength=strength)
-    return update_of(mesh, objective, TRAINED[module])
+    objective = functools.partial(objectives.loss, phase=phase, config=config, weights=weights, strength=strength)
+    return update_of(mesh, objective, TRAINED[phase])

@@ -32,9 +32,9 @@ def test_case_file_round_trip(case_path, stored):
 def test_projection_alone_decomposes_into_the_same_camera(case_path):
     document = files.read_json(case_path)
     view = document["scenes"][0]["views"][0]
-    with_both = camera_files.read_view("f", "v", view)
+    with_both = camera_files.read_camera("f", "v", view)
     for scale in (1.0, -3.0):
-        alone = camera_files.read_view(
+        alone = camera_files.read_camera(
             "f", "v", {"P": (scale * np.array(view["P"])).tolist(), "height": 244, "width": 244}
         )
         np.testing.assert_allclose(alone.intrinsics, with_both.intrinsics, rtol=1e-9)

@@ -1,9 +1,8 @@
 """Commands as modules: importable together, without flags until they run, and usable as functions without any."""
 
 import pathlib
-import subprocess
-import sys
 
+import fresh_python
 import pytest
 
 from experiments import ablation
@@ -14,6 +13,7 @@ from experiments import simulate
 from experiments import study
 from experiments import train
 from experiments.patients import preparing
+from experiments.patients import registering
 from radgs_jax import errors
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -35,8 +35,7 @@ def test_all_commands_are_imported_together_and_define_no_flag_until_they_run():
         "    for name in defined:\n"
         "        delattr(flags.FLAGS, name)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    fresh_python.run(code)
 
 
 def test_reading_a_workdir_and_registering_import_no_training():
@@ -46,8 +45,26 @@ def test_reading_a_workdir_and_registering_import_no_training():
         " ('experiments', 'data_pipelines', 'radgs_jax')]\n"
         "assert not found, found"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    fresh_python.run(code)
+
+
+def test_a_missing_flag_is_one_line(run_command):
+    for command, line in (
+        ("prepare", "flags: --workdir: found nothing, wanted a value"),
+        ("register", "flags: --workdir, --out: found nothing, wanted a value for each"),
+    ):
+        done = run_command(command)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {line}\n")
+
+
+def test_help_is_no_failure(run_command):
+    done = run_command("register", "--help")
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.startswith(register.__doc__) and "--passes" in done.stdout and "--cameras" in done.stdout
+    # The console script, whose program is another file than the command's module.
+    code = "import sys; sys.argv = ['radgs-register', '--help']; from experiments import register; register.command()"
+    script = fresh_python.run(code)
+    assert script.replace("experiments.register:", str(REPOSITORY / "experiments" / "register.py:")) == done.stdout
 
 
 def test_every_command_is_in_the_list():
@@ -67,7 +84,7 @@ def test_what_commands_do_are_functions_that_need_no_flags(tmp_path):
         ("missing:", lambda: detect.score_localizer_file(missing, tmp_path)),
         ("file: found nothing", lambda: calibrate.fit_acceptance_rule([missing], tmp_path / "rule.json")),
         ("manifest.json", lambda: study.run_study(missing, missing, [20], missing, tmp_path / "s")),
-        ("a new folder", lambda: register.register_rows([], lambda target: None, there)),
+        ("a new folder", lambda: registering.register_rows([], lambda target: None, there)),
         ("not finished", lambda: train.train(train.configs.DEMO, tmp_path / "t", "p1_reg")),
     ]
     for text, call in calls:

@@ -12,13 +12,15 @@ import jax
 import numpy as np
 
 from data_pipelines import cases
+from data_pipelines.io import checksums
 from data_pipelines.io import files
 from data_pipelines.io import nifti
-from experiments import register
 from experiments.localizers import localizer_files
 from experiments.localizers import training
-from experiments.patients.workdir import Identity
+from experiments.patients import registering
 from experiments.patients.workdir import load
+from experiments.patients.workdir import ScanDigests
+from experiments.patients.workdir import seal
 from experiments.runtime import kept_programs
 from experiments.runtime.kept_programs import kept
 from radgs_jax import gaussians
@@ -75,7 +77,7 @@ def test_every_case_gets_the_same_answer_alone_shuffled_and_with_malformed_entri
 def test_a_case_after_warming_up_compiles_nothing(trained, compilations, first_case):
     _, case, scene, target = first_case
     xrays = cases.read_xrays(scene, "artic")
-    ready = load(trained[0] / "p3", target, Identity())
+    ready = load(trained[0] / "p3", target, ScanDigests())
     # As by default: a refinement that continues another is then the same program.
     levels = tuple(dataclasses.replace(level, keep=1) for level in ready.refine.levels)
     ready = dataclasses.replace(ready, refine=dataclasses.replace(ready.refine, levels=levels))
@@ -90,7 +92,7 @@ def test_a_case_after_warming_up_compiles_nothing(trained, compilations, first_c
 def test_a_refused_case_does_not_pay_for_the_programs_of_its_wider_searches(trained, first_case, tmp_path, monkeypatch):
     """Each compilation is made half a second longer; a case that no rule would accept needs one after warming up."""
     _, case, scene, target = first_case
-    ready = load(trained[0] / "p3", target, Identity())
+    ready = load(trained[0] / "p3", target, ScanDigests())
     fitted_for = confidence.method_digest(ready.refine, ready.search)
     refusing = confidence.AcceptanceRule((0.0,) * 8, (2.0,) * 3, (0.0,) * 5, 2.0, fitted_for)
     ready = dataclasses.replace(ready, rule=refusing)
@@ -110,9 +112,9 @@ def test_a_refused_case_does_not_pay_for_the_programs_of_its_wider_searches(trai
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", slow)
     monkeypatch.setattr(pipeline, "register", timed)
-    row = register.Row(case.name, target, cases.read_xrays(scene, "artic"), case.world_from_ct)
+    row = registering.Row(case.name, target, cases.read_xrays(scene, "artic"), case.world_from_ct)
     options = pipeline.RegisterOptions(2)
-    results = register.register_rows([row], lambda target: ready, tmp_path / "out", options, pictures=False)
+    results = registering.register_rows([row], lambda target: ready, tmp_path / "out", options, pictures=False).results
     assert results[0]["accepted"] is False and compiled
     assert 0.0 < results[0]["runtime_s"] <= spent[0] - longer * len(compiled)
     assert files.read_json(tmp_path / "out" / "results.json")["results"][0]["runtime_s"] == results[0]["runtime_s"]
@@ -144,7 +146,7 @@ def test_one_pair_of_xrays_by_flags_raw_xrays_and_points(trained, tmp_path, firs
     )
     assert by_lines.returncode == 0, by_lines.stderr
     truth = cases.truth(case_file, scene)
-    prepared = load(trained[0] / "p3", target, Identity())
+    prepared = load(trained[0] / "p3", target, ScanDigests())
     centre = truth @ prepared.vertebra.ct_from_box[:, 3]
     clicks = []
     for view in scene.cameras:
@@ -220,12 +222,13 @@ def test_a_vertebra_is_found_and_registered_without_a_start_pose(trained, tmp_pa
     """By the patient's localizer, from the X-rays, cameras and the CT alone; its report is written."""
     case_file, _, scene, target = first_case
     shutil.copytree(trained[0] / "p3", tmp_path / "w")
-    manifest = files.read_json(tmp_path / "w" / "manifest.json")
-    files.write_json(tmp_path / "w" / "manifest.json", {**manifest, "detector": "a test's"})
-    path = tmp_path / "w" / Identity().scan(target) / "detector.npz"
+    claimed = {**files.read_json(tmp_path / "w" / "manifest.json"), "detector": "a test's"}
+    files.write_json(tmp_path / "w" / "manifest.json", checksums.sealed(claimed))
+    path = tmp_path / "w" / ScanDigests().of(target) / "detector.npz"
     localizer_files.write_localizer(path, _spot_localizer(tmp_path / "state", target.label), "spots")
+    seal(tmp_path / "w", [path.relative_to(tmp_path / "w").as_posix()])
     truth = cases.truth(case_file, scene)
-    centre = truth @ load(tmp_path / "w", target, Identity()).vertebra.ct_from_box[:, 3]
+    centre = truth @ load(tmp_path / "w", target, ScanDigests()).vertebra.ct_from_box[:, 3]
     rng = np.random.default_rng(1)
     for i, view in enumerate(scene.cameras):
         p = view.camera_from_world @ centre
@@ -246,11 +249,11 @@ def test_a_vertebra_is_found_and_registered_without_a_start_pose(trained, tmp_pa
         "--nopictures",
     )
     assert done.returncode == 0, done.stderr
-    assert "start from the X-rays: L2 with probability" in done.stdout and "warning" not in done.stdout
+    assert "start from the X-rays: L2 with probability" in done.stdout and "warning" not in done.stderr
     report = files.read_json(tmp_path / "out" / "detection.json")
     assert np.linalg.norm(report["centre_mm"] - centre[:3]) < 3.0
     start = np.array(report["start_world_from_ct"])
-    box = load(tmp_path / "w", target, Identity()).vertebra.ct_from_box
+    box = load(tmp_path / "w", target, ScanDigests()).vertebra.ct_from_box
     np.testing.assert_allclose((start @ box[:, 3])[:3], report["centre_mm"], atol=1e-6)
     assert report["adapted"] and len(report["views"]) == 2
     assert files.read_json(tmp_path / "out" / "results.json")["results"][0]["id"] == "case"

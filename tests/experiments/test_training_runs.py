@@ -69,6 +69,7 @@ def test_full_run_leaves_what_it_promises(trained):
         "gaussians.npz",
         "reconstruction_in_world.nii.gz",
         "picture.png",
+        "network.png",
     }
     assert files.read_json(workdir / "eval" / "results_real.json")["format"] == cases.RESULTS_FORMAT
 
@@ -90,7 +91,7 @@ KILL_WHEN = (
 
 
 def test_a_run_killed_in_every_stage_goes_on_and_ends_with_the_same_table(trained, script, tmp_path):
-    """SIGKILL in the data of P1, in three module stages of three data stages, and in the evaluation; then to the end."""
+    """SIGKILL in the data of P1, in three phases of three data stages, and in the evaluation; then to the end."""
     workdir = tmp_path / "run"
     command = [sys.executable, str(script), str(workdir)]
     for when in KILL_WHEN:
@@ -107,7 +108,7 @@ def test_a_run_killed_in_every_stage_goes_on_and_ends_with_the_same_table(traine
     assert (workdir / "eval" / "table.txt").read_text() == trained[1] + "\n"
 
 
-def test_a_module_stage_alone_starts_from_the_one_before(tmp_path):
+def test_a_phase_alone_starts_from_the_one_before(tmp_path):
     with pytest.raises(errors.InputError, match="stage p1_rec: found not finished"):
         train.train(tiny.config(), tmp_path, "p1_reg")
     with pytest.raises(errors.InputError, match="manifest.json: file: found nothing"):
@@ -166,7 +167,7 @@ model = trained.Model(jax.device_get(params), config.model, made.mean_shapes())
 for note in ("first", "in its place"):
     models.save_model(folder + "/model", model, note)
 digests = [models.model_hash(m) for m in (model, models.load_model(folder + "/model"))]
-print(json.dumps([made.source.identity(), hashlib.sha256(b"".join(leaves)).hexdigest(), mine, digests]))
+print(json.dumps([made.source.digest(), hashlib.sha256(b"".join(leaves)).hexdigest(), mine, digests]))
 """
 
 
@@ -186,7 +187,7 @@ def test_two_jax_processes_share_pairs_batches_and_a_training_stage(tmp_path):
         *(json.loads(host.communicate(timeout=300)[0].splitlines()[-1]) for host in hosts)
     )
     alone = build.simulated_pairs(tmp_path / "alone", [(*scan, 21), (*scan, 22)], 3, 1, tiny.config().pairs, 64)
-    assert set(stores) == {alone.source.identity()} and params[0] == params[1]
+    assert set(stores) == {alone.source.digest()} and params[0] == params[1]
     with contextlib.closing(alone.batches(0, 4)) as batches:
         whole = next(batches).world_from_box[:, 0, 3].tolist()
     assert [rows[0], rows[1]] == [whole[0::2], whole[1::2]]

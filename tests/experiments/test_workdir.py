@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import tiny
 
+from data_pipelines.io import checksums
 from data_pipelines.io import files
+from data_pipelines.io import locks
 from data_pipelines.io import nifti
 from data_pipelines.pairs.identity import scan_digest
 from experiments import configs
@@ -20,9 +22,11 @@ from experiments.patients import models
 from experiments.patients import preparing
 from experiments.patients.models import load_model
 from experiments.patients.models import save_model
-from experiments.patients.workdir import Identity
 from experiments.patients.workdir import load
 from experiments.patients.workdir import load_localizer
+from experiments.patients.workdir import ScanDigests
+from experiments.patients.workdir import seal
+from experiments.patients.workdir import Target
 from radgs_jax import errors
 from radgs_jax.localization import locate
 from radgs_jax.localization import network
@@ -47,22 +51,22 @@ def test_a_localizer_and_other_label_numbers_are_part_of_a_workdir(trained, tmp_
     counted_up[values == 26] = 25
     nifti.write_nifti(tmp_path / "labels.nii.gz", counted_up, affine)
     other = dataclasses.replace(target, mask=tmp_path / "labels.nii.gz", labels="totalsegmentator")
-    identity, workdir, base = Identity(), tmp_path / "w", trained[0] / "p2" / "model"
-    assert identity.scan(target) == scan_digest(target.ct, target.mask)
-    digests = [identity.scan(dataclasses.replace(other, labels=name)) for name in (None, "verse", "totalsegmentator")]
-    assert len({*digests, identity.scan(target)}) == 4
+    digests, workdir, base = ScanDigests(), tmp_path / "w", trained[0] / "p2" / "model"
+    assert digests.of(target) == scan_digest(target.ct, target.mask)
+    others = [digests.of(dataclasses.replace(other, labels=name)) for name in (None, "verse", "totalsegmentator")]
+    assert len({*others, digests.of(target)}) == 4
     preparing.prepare(tiny.config(), workdir, [other], base)
-    found = load(workdir, other, identity).vertebra
-    np.testing.assert_array_equal(found.density, load(trained[0] / "p3", target, identity).vertebra.density)
+    found = load(workdir, other, digests).vertebra
+    np.testing.assert_array_equal(found.density, load(trained[0] / "p3", target, digests).vertebra.density)
 
     generic = tmp_path / "generic.npz"
     with pytest.raises(errors.InputError, match="wanted --init, --points, or a workdir with a detector"):
-        load_localizer(workdir, other, identity, generic)
+        load_localizer(workdir, other, digests, generic)
     config = network.DetectorConfig((20, 21, 22), 3.0, (4, 4, 6, 6), (0, 0, 0, 0), 4)
     params = network.init(config, jax.random.key(0))
     chain = Chain(np.full(2, 30.0), np.full(2, 8.0), 1.0, 0.0, np.ones(3, bool))
     localizer_files.write_localizer(generic, locate.Localizer(params, config, chain), "generic")
-    assert load_localizer(workdir, other, identity, generic)[1] is False
+    assert load_localizer(workdir, other, digests, generic)[1] is False
 
     schedule = training.LocalizerTraining(bodies=2, held_out=1, count=1, steps=2, batch=2, crop_px=64)
 
@@ -72,8 +76,8 @@ def test_a_localizer_and_other_label_numbers_are_part_of_a_workdir(trained, tmp_
 
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file() and p.name != "manifest.json"}
     adapt()
-    made = workdir / digests[2] / "detector.npz"
-    model, adapted = load_localizer(workdir, other, identity, generic)
+    made = workdir / others[2] / "detector.npz"
+    model, adapted = load_localizer(workdir, other, digests, generic)
     assert adapted and model.levels == (20, 21, 22) and set(model.centres_ct) == {20, 21, 22, 23, 24}
     before[made] = made.stat().st_mtime_ns
     adapt()
@@ -85,7 +89,7 @@ def test_a_localizer_and_other_label_numbers_are_part_of_a_workdir(trained, tmp_
         preparing.prepare(tiny.config(), workdir, [dataclasses.replace(other, label=24)], base, localizer=generic)
     made.unlink()
     with pytest.raises(errors.InputError, match="detector: found an unfinished preparation"):
-        load_localizer(workdir, other, identity, generic)
+        load_localizer(workdir, other, digests, generic)
 
 
 def test_the_shipped_base_fits_the_default_configuration():
@@ -134,20 +138,26 @@ def test_a_prepared_workdir_is_reused_only_for_the_same_inputs(trained, first_ca
     fitted_for = confidence.method_digest(tiny.config().refine, SearchConfig())
     rule = confidence.AcceptanceRule((0.0,) * 8, (0.5,) * 3, (0.0,) * 5, 2.0, fitted_for)
     preparing.prepare(tiny.config(), workdir, targets, base, rule=rule)
-    assert load(workdir, target, Identity()).rule == rule
+    assert load(workdir, target, ScanDigests()).rule == rule
     # But a rule that was fitted for other refinements is refused.
     others = dataclasses.replace(rule, fitted_for=confidence.method_digest(RefineConfig(), SearchConfig()))
     preparing.prepare(tiny.config(), workdir, targets, base, rule=others)
     with pytest.raises(errors.InputError, match="calibration.json: fitted_for: found"):
-        load(workdir, target, Identity())
+        load(workdir, target, ScanDigests())
+    # Where the base has a rule, that is the default.
+    judging = shutil.copytree(base, tmp_path / "judging")
+    files.write_json(judging / "calibration.json", dataclasses.asdict(rule))
+    checksums.renew(judging / "calibration.json")
+    preparing.prepare(tiny.config(), workdir, targets, judging)
+    assert load(workdir, target, ScanDigests()).rule == rule
     preparing.prepare(tiny.config(), workdir, targets, base)
-    assert load(workdir, target, Identity()).rule is None
+    assert load(workdir, target, ScanDigests()).rule is None
     assert (workdir / "manifest.json").read_text() == before
 
 
 def test_a_damaged_workdir_is_one_clear_line(trained, tmp_path, first_case):
-    target, identity = first_case[3], Identity()
-    digest = identity.scan(target)
+    target, digests = first_case[3], ScanDigests()
+    digest = digests.of(target)
     shutil.copytree(
         trained[0] / "p3" / digest, tmp_path / digest, ignore=shutil.ignore_patterns("pairs", "checkpoints")
     )
@@ -160,19 +170,22 @@ def test_a_damaged_workdir_is_one_clear_line(trained, tmp_path, first_case):
     ):
         files.write_json(tmp_path / "manifest.json", manifest)
         for use in (
-            lambda: load(tmp_path, target, identity),
+            lambda: load(tmp_path, target, digests),
             lambda: preparing.prepare(tiny.config(), tmp_path, [target], trained[0] / "p2" / "model"),
         ):
             with pytest.raises(errors.InputError, match=f"manifest.json: {line}"):
                 use()
     files.write_json(tmp_path / "manifest.json", good)
-    load(tmp_path, target, identity)
+    load(tmp_path, target, digests)
     path = tmp_path / digest / f"vertebra_{target.label}.npz"
     files.write_npz(path, **{**np.load(path), "fine_format": np.asarray("radgs-gaussians/0")})
+    with pytest.raises(errors.InputError, match="npz: sha256: found .* prepare the workdir again"):
+        load(tmp_path, target, digests)
+    seal(tmp_path, [path.relative_to(tmp_path).as_posix()])
     with pytest.raises(
         errors.InputError, match="npz: fine_format: found 'radgs-gaussians/0', wanted 'radgs-gaussians/1'"
     ):
-        load(tmp_path, target, identity)
+        load(tmp_path, target, digests)
 
 
 def test_a_minutes_budget_fixes_its_schedule_once(trained, tmp_path, first_case):
@@ -222,3 +235,22 @@ def test_volumes_with_nan_are_refused_before_anything_is_written(trained, tmp_pa
     )
     assert done.returncode == 2 and "1 not finite" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_without_images_is_refused_before_it_is_read(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "x.txt").write_text("x" * 200)
+    target = Target("p", tmp_path / "notes", tmp_path / "notes", 21)
+    with pytest.raises(errors.InputError, match="notes: folder: found no DICOM and no NIfTI file"):
+        ScanDigests().of(target)
+
+
+def test_a_second_process_in_a_workdir_is_told_so(trained, tmp_path, first_case):
+    workdir, base = tmp_path / "w", trained[0] / "p2" / "model"
+    shutil.copytree(trained[0] / "p3", workdir, ignore=shutil.ignore_patterns("pairs", "checkpoints", "tensorboard"))
+    targets = [dataclasses.replace(first_case[3], label=label) for label in (21, 22)]
+    with locks.hold(workdir / locks.LOCK, workdir):
+        with pytest.raises(errors.InputError, match="w: folder: found one in use by process"):
+            preparing.prepare(tiny.config(), workdir, targets, base)
+    preparing.prepare(tiny.config(), workdir, targets, base)
+    assert not list(workdir.glob(".*"))

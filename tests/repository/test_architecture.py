@@ -4,6 +4,8 @@ import pathlib
 import subprocess
 import sys
 
+import fresh_python
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -21,8 +23,7 @@ def test_importing_neither_parses_flags_nor_starts_a_device():
         "import data_pipelines.pairs.build, experiments.training.loop\n"
         "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    fresh_python.run(code)
 
 
 def test_registering_starts_without_what_other_input_and_output_need():
@@ -33,5 +34,4 @@ def test_registering_starts_without_what_other_input_and_output_need():
         "heavy |= {'scipy.ndimage', 'scipy.spatial', 'scipy.interpolate'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    fresh_python.run(code)

@@ -6,19 +6,12 @@ import subprocess
 import sys
 import tomllib
 
+import fresh_python
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 LAYERS = ("kernels", "radgs_jax", "data_pipelines", "experiments")
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-
-
-def _run(code, **options):
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, **{"cwd": REPOSITORY, **options}
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_the_wheel_holds_every_package_and_the_shipped_model():
@@ -34,7 +27,7 @@ def test_an_installed_package_finds_the_shipped_model(tmp_path):
     subprocess.run([*command, str(REPOSITORY)], check=True, cwd=tmp_path)
     code = "from experiments.patients import models; print(models.model_hash(models.load_model(models.base_folder())))"
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    assert _run(code, cwd=tmp_path, env=environment) == _run(code)
+    assert fresh_python.run(code, cwd=tmp_path, env=environment) == fresh_python.run(code)
 
 
 def test_importing_the_package_costs_nothing():
@@ -44,7 +37,7 @@ def test_importing_the_package_costs_nothing():
         "assert radgs_jax.__version__ and set(radgs_jax.__all__) <= set(dir(radgs_jax))\n"
         "assert spent < 0.2, spent"
     )
-    _run(code)
+    fresh_python.run(code)
 
 
 def test_the_face_brings_no_training():
@@ -57,12 +50,12 @@ def test_the_face_brings_no_training():
         "try: radgs_jax.nothing\n"
         "except AttributeError as error: print(error)"
     )
-    assert "has no attribute 'nothing'" in _run(code)
+    assert "has no attribute 'nothing'" in fresh_python.run(code)
 
 
 def test_versions_agree():
     version = PROJECT["project"]["version"]
-    assert _run("import radgs_jax; print(radgs_jax.__version__)").strip() == version
+    assert fresh_python.run("import radgs_jax; print(radgs_jax.__version__)").strip() == version
     assert f"## [{version}]" in (REPOSITORY / "CHANGELOG.md").read_text()
     assert f"version: {version}" in (REPOSITORY / "CITATION.cff").read_text()
 

@@ -110,7 +110,7 @@ def npzs():
 def case_document():
     E = np.eye(4)
     E[2, 3] = 700.0
-    view = camera_files.view_json(camera.Camera(np.array([2000.0, 2000, 31.5, 31.5]), E, 64, 64), "ap")
+    view = camera_files.camera_json(camera.Camera(np.array([2000.0, 2000, 31.5, 31.5]), E, 64, 64), "ap")
     volume = {"patient": "p", "full_ct": "good_ct.nii.gz", "full_mask": "good_mask.nii.gz", "full_label": 20}
     scene = {"id": "s", "volume": "v", "T_gt": np.eye(4).tolist(), "views": [view], "xrays": "x.npz"}
     return {

@@ -1,4 +1,4 @@
-"""The smallest configuration that still runs every stage: a coarse phantom, a small network, two steps a module stage."""
+"""The smallest configuration that still runs every stage: a coarse phantom, a small network, two steps a phase."""
 
 import dataclasses
 

@@ -11,6 +11,8 @@ import sys
 import numpy as np
 import pytest
 
+from data_pipelines.io import checksums
+from data_pipelines.io import locks
 from data_pipelines.pairs import codec
 from data_pipelines.pairs import identity
 from data_pipelines.pairs import loader as loaders
@@ -127,7 +129,7 @@ def test_two_processes_make_what_one_makes(source, tmp_path):
     done = []
     two = pair_store.write(tmp_path / "two", example, 23, Config(), 5, processes=2, shard_size=4, on_done=done.append)
     assert shard_digests(two) == shard_digests(source) and done == [4, 4, 4, 4, 4, 3]
-    assert two.identity() == source.identity()
+    assert two.digest() == source.digest()
 
 
 def test_where_files_lie_is_no_part_of_a_store(tmp_path):
@@ -139,7 +141,7 @@ def test_where_files_lie_is_no_part_of_a_store(tmp_path):
     made = write(processes=2, context=paths[0])
     assert [int(made[i]["value"][0]) for i in range(8)] == list(range(0, 16, 2))
     assert str(tmp_path) not in (made.folder / "manifest.json").read_text()
-    assert write(processes=1, context=paths[1]).identity() == made.identity()
+    assert write(processes=1, context=paths[1]).digest() == made.digest()
 
 
 def test_two_hosts_make_what_one_makes(source, tmp_path):
@@ -199,7 +201,7 @@ def test_a_failing_example_leaves_whole_shards_only(tmp_path):
 def test_another_store_is_refused_not_overwritten(source):
     again = functools.partial(pair_store.write, source.folder, processes=1)
     same = again(example, 23, Config(), 5, shard_size=4)
-    assert same.identity() == source.identity()
+    assert same.digest() == source.digest()
     for call, part in (
         (lambda: again(example, 23, Config(scale=2.0), 5, shard_size=4), "config.scale: found 1.5, wanted 2.0"),
         (lambda: again(example, 23, Config(), 6, shard_size=4), "seed: found 5, wanted 6"),
@@ -224,10 +226,11 @@ def test_an_unfinished_store_goes_on_with_the_same_libraries_only(tmp_path, monk
     assert_is_example(begin()[5], 5)  # a finished store may have been written with other versions
 
 
-def edited(folder, change):
+def edited(folder, change, sealed=checksums.sealed):
+    """Changes a manifest and, by default, its checksum too, so that the checks behind that are met."""
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
 
 
 SHARD = "examples-00001-of-00006.array_record"
@@ -246,6 +249,7 @@ DAMAGE = {
     "bad type": (lambda f: edited(f, lambda m: m["arrays"]["pose"].update(dtype="<f77")), "arrays.pose"),
     "bad shape": (lambda f: edited(f, lambda m: m["arrays"]["pose"].update(shape=[4, -4])), "arrays.pose"),
     "huge shape": (lambda f: edited(f, lambda m: m["arrays"]["pose"].update(shape=[10**9] * 3)), "an intact record"),
+    "edited": (lambda f: edited(f, lambda m: m["arrays"]["xrays"].update(dtype="<i2"), dict), "manifest.json: sha256"),
     "missing shard": (lambda f: (f / SHARD).unlink(), f"{SHARD}: size: found no file"),
     "cut shard": (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-70000]), f"{SHARD}: size"),
     "flipped bits": (lambda f: flip(f / SHARD), f"{SHARD}: example"),
@@ -399,9 +403,34 @@ def test_a_store_that_names_its_maker_by_an_alias_goes_on(tmp_path):
     begin = functools.partial(pair_store.write, tmp_path, example, 8, Config(), 5, processes=1, shard_size=4)
     for finished in (False, True):
         begin(process_count=1 if finished else 2)
-        path = tmp_path / "manifest.json"
-        path.write_text(path.read_text().replace("test.example/1", "old.place.example"))
+        # Such manifests are older than their checksums.
+        edited(tmp_path, lambda m: (m.update(example="old.place.example"), m.pop("sha256")), dict)
         assert begin() is not None
-    path.write_text(path.read_text().replace("old.place.example", "another.maker"))
+    edited(tmp_path, lambda m: m.update(example="another.maker"))
     with pytest.raises(errors.InputError, match="example"):
         begin()
+
+
+def test_an_older_store_without_a_checksum_is_checked_whole(source, tmp_path, caplog):
+    for path in source.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    edited(tmp_path, lambda m: m.pop("sha256"), dict)
+    assert_is_example(pair_store.open(tmp_path)[9], 9)
+    assert "no checksum of the manifest" in caplog.text
+    content = bytearray((tmp_path / SHARD).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / SHARD).write_bytes(content)
+    with pytest.raises(errors.InputError, match=f"{SHARD}: sha256: found"):
+        pair_store.open(tmp_path)
+
+
+def test_a_second_process_in_a_store_is_told_so(tmp_path):
+    folder = tmp_path / "store"
+    folder.mkdir()
+    with locks.hold(folder / ".lock-0-of-1", folder):
+        with pytest.raises(errors.InputError, match="found one in use by process .* wanted one that no other run"):
+            pair_store.write(folder, example, 8, Config(), 5, processes=1, shard_size=4)
+    assert len(pair_store.write(folder, example, 8, Config(), 5, processes=1, shard_size=4)) == 8
+    assert not list(folder.glob(".*"))
+    with locks.hold(folder / ".lock-0-of-1", folder):  # a finished store is only read
+        assert len(pair_store.write(folder, example, 8, Config(), 5, processes=1, shard_size=4)) == 8

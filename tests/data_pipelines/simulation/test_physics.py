@@ -110,7 +110,7 @@ def test_every_effect_vanishes_with_its_strength_and_repeats_by_seed(signal):
         "offset": lambda s, rng: panel.offset(signal, s, rng),
         "air_value": lambda s, rng: panel.air_value(signal, s, rng),
         "blur": lambda s, rng: panel.blur(signal, s, 2.4),
-        "collimator": lambda s, rng: signal * panel.collimator(signal.shape, s, rng, 2.4),
+        "collimator": lambda s, rng: signal * panel.random_collimator(signal.shape, s, rng, 2.4),
     }
     for name, effect in effects.items():
         np.testing.assert_allclose(effect(0.0, np.random.default_rng(1)), signal, rtol=1e-6, err_msg=name)
@@ -168,7 +168,7 @@ def test_noise_is_that_of_counted_quanta_of_many_energies():
 
 
 def test_collimators_are_dark_outside_and_open_inside():
-    shares = [panel.collimator((60, 48), 1.0, np.random.default_rng(seed), 2.4) for seed in range(40)]
+    shares = [panel.random_collimator((60, 48), 1.0, np.random.default_rng(seed), 2.4) for seed in range(40)]
     opened = [(s > 0.5).mean() for s in shares]
     assert min(opened) > 0.1 and max(opened) < 1 and np.std(opened) > 0.05
     assert all(s.min() >= 0.00099 and s.max() <= 1.0 for s in shares)

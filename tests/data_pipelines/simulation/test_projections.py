@@ -48,7 +48,7 @@ def test_a_camera_looks_at_the_isocentre():
     behind = E.copy()
     behind[2, 3] = -690.0
     with pytest.raises(errors.InputError, match=r"view.E: found the isocentre at depth -690"):
-        camera_files.read_view("file", "view", {"K": K.tolist(), "E": behind.tolist(), "height": 8, "width": 9})
+        camera_files.read_camera("file", "view", {"K": K.tolist(), "E": behind.tolist(), "height": 8, "width": 9})
 
 
 @pytest.mark.parametrize(
@@ -62,4 +62,4 @@ def test_a_matrix_is_made_of_finite_numbers(value):
 @pytest.mark.parametrize("height", [True, 10**12, 0, 8.0, "8"])
 def test_an_image_has_a_size(height):
     with pytest.raises(errors.InputError, match="view.height, width: found"):
-        camera_files.read_view("file", "view", {"P": P.tolist(), "height": height, "width": 9})
+        camera_files.read_camera("file", "view", {"P": P.tolist(), "height": height, "width": 9})

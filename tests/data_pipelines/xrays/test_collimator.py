@@ -83,4 +83,4 @@ def test_one_leaf_alone_and_the_penumbra(anatomy, tmp_path):
     got = radiograph.read(tmp_path / "xray.npy", None, radiograph.ReadOptions(values="intensity"))
     assert got.origin["collimator"] == "rectangle found"
     edge = np.argmax(got.valid, 1)
-    assert (np.abs(edge - 41 - radiograph.PENUMBRA_PX) <= 2).mean() > 0.99 and not got.valid[:, :38].any()
+    assert (np.abs(edge - 41 - collimator.PENUMBRA_PX) <= 2).mean() > 0.99 and not got.valid[:, :38].any()

@@ -1,8 +1,10 @@
 """X-rays from files: what their numbers mean, and which pixels are valid."""
 
+import dataclasses
 import struct
 
 import ct_files
+import dicom_forms
 import nibabel
 import numpy as np
 import pydicom
@@ -56,7 +58,7 @@ def test_a_nifti_picture_needs_no_affine_and_is_scaled_as_it_says(tmp_path):
 def test_what_the_numbers_mean_is_never_guessed(tmp_path):
     path = tmp_path / "xray.npy"
     np.save(path, xray_files.pixels())
-    with pytest.raises(errors.InputError, match=r"xray.npy: values: found nothing .* wanted option values="):
+    with pytest.raises(errors.InputError, match=r"xray.npy: values: found nothing .* wanted --values="):
         radiograph.read(path)
     with pytest.raises(errors.InputError, match="log_scale"):
         radiograph.read(path, None, radiograph.ReadOptions(values="log"))
@@ -174,12 +176,13 @@ def test_the_depth_of_an_inverted_picture_is_never_guessed(kind, tmp_path):
     path = tmp_path / ("xray.nii.gz" if kind == "nifti" else "xray")
     stored_as(kind, path, exposure(12, -1)[2])
     with pytest.raises(
-        errors.InputError, match=r"xray\S*: bits: found nothing, with inverted .* wanted option bits="
+        errors.InputError, match=r"xray\S*: bits: found nothing, with inverted .* wanted --bits=N"
     ) as caught:
         radiograph.read(path, None, said(None, sign=-1))
     assert "\n" not in str(caught.value)
     with pytest.raises(
-        errors.InputError, match=r"option bits: found 10 with pixels from .* to 1\d\d\d.*, wanted 0 to 1023"
+        errors.InputError,
+        match=r"--bits \(ReadOptions.bits\): found 10 with pixels from .* to 1\d\d\d.*, wanted 0 to 1023",
     ):
         radiograph.read(path, None, said(10, sign=-1))
 
@@ -188,12 +191,14 @@ def test_bits_must_be_what_the_numbers_can_have(tmp_path):
     path = tmp_path / "xray.npy"
     np.save(path, exposure(12, -1)[2])
     for bits in (0, 5, 33, 12.0, "12", True):
-        with pytest.raises(errors.InputError, match="option bits: found .* wanted a whole number from 6 to 32"):
+        with pytest.raises(
+            errors.InputError, match=r"--bits \(ReadOptions.bits\): found .* wanted a whole number from 6 to 32"
+        ):
             radiograph.read(path, None, said(bits))
-    with pytest.raises(errors.InputError, match="option bits: found 12 with values='line_integrals'"):
+    with pytest.raises(errors.InputError, match=r"--bits \(ReadOptions.bits\): found 12 with --values=line_integrals"):
         radiograph.read(path, None, radiograph.ReadOptions(values="line_integrals", bits=12))
     np.save(path, exposure(12, -1)[2].astype(np.int16) - 300)
-    with pytest.raises(errors.InputError, match="option bits: found 12 with pixels from -"):
+    with pytest.raises(errors.InputError, match=r"--bits \(ReadOptions.bits\): found 12 with pixels from -"):
         radiograph.read(path, None, said(12, sign=-1))
 
 
@@ -367,7 +372,10 @@ def test_dicom_signs_logs_and_tables(tmp_path):
 def test_frames_are_chosen_not_guessed(tmp_path):
     second = xray_files.pixels() + 40
     movie = {"NumberOfFrames": 2, "PixelData": xray_files.pixels().tobytes() + second.tobytes()}
-    with pytest.raises(errors.InputError, match="wanted a frame from 0 to 1: there are 2"):
+    with pytest.raises(
+        errors.InputError,
+        match=r"--frame \(ReadOptions.frame\): found nothing, wanted --frame=0 to --frame=1 .*: there are 2",
+    ):
         xray_files.read_dicom(tmp_path, **movie)
     got = xray_files.read_dicom(
         tmp_path, radiograph.ReadOptions(air=xray_files.AIR, collimator=False, frame=1), **movie
@@ -423,17 +431,55 @@ def test_compressed_frames(tmp_path, syntax, coded):
 
 def test_the_views_of_an_acquisition(tmp_path):
     """NPY files hold line integrals and need a calibration. DICOM files need neither."""
-    plain = tmp_path / "xray.npy"
+    plain, other = tmp_path / "xray.npy", tmp_path / "other.npy"
     np.save(plain, xray_files.expected().astype(np.float32))
+    np.save(other, xray_files.expected()[::-1].astype(np.float32) ** 2)
     dicom = xray_files.written(tmp_path, "xray.dcm", xray_files.dicom())
-    _, _, P = xray_files.projection()
-    calibration = xray_files.written(tmp_path, "views.json", [{"P": P.tolist()}, {"P": P.tolist()}])
-    first, second = radiograph.read_views([plain, plain], calibration)
+    K, E, P = xray_files.projection()
+    E[2, 3] += 50.0
+    calibration = xray_files.written(tmp_path, "views.json", [{"P": P.tolist()}, {"P": (K @ E[:3]).tolist()}])
+    first, second = radiograph.read_views([plain, other], calibration)
     np.testing.assert_allclose(first.line_integrals, xray_files.expected(), atol=1e-5)
-    np.testing.assert_allclose(first.camera.camera_from_world, second.camera.camera_from_world)
+    np.testing.assert_allclose(second.camera.camera_from_world, E, atol=1e-8)
     (nominal,) = radiograph.read_views([dicom], None, xray_files.XA)
     assert nominal.origin["camera"] == "DICOM tags, nominal"
     with pytest.raises(errors.InputError, match="views: found 2, wanted a list of 1"):
         radiograph.read_views([plain], calibration)
     with pytest.raises(errors.InputError, match="xray.npy: camera: found none"):
         radiograph.read_views([plain])
+
+
+def test_views_have_frames_and_references_of_their_own(tmp_path):
+    """One for each view, or one for all."""
+    _, E, P = xray_files.projection()
+    turned = E.copy()
+    turned[2, 3] += 50.0
+    calibration = xray_files.written(
+        tmp_path, "views.json", [{"P": P.tolist()}, {"P": (P @ np.linalg.inv(E) @ turned).tolist()}]
+    )
+    shape = (96, 100)
+    runs = [[dicom_forms.body(shape, seed=seed + 10 * view) for seed in range(3)] for view in range(2)]
+    paths = []
+    for view, frames in enumerate(runs):
+        paths.append(
+            dicom_forms.saved(tmp_path / f"run{view}.dcm", dicom_forms.header(frames, ImagerPixelSpacing=None))
+        )
+        np.save(tmp_path / f"flat{view}.npy", np.full(shape, 4000.0 + 50 * view) + np.eye(*shape))
+        np.save(tmp_path / f"dark{view}.npy", np.full(shape, 10.0 + view) + np.eye(*shape))
+    flats, darks = ([tmp_path / f"{name}{view}.npy" for view in range(2)] for name in ("flat", "dark"))
+    options = radiograph.ReadOptions(collimator=False)
+    got = radiograph.read_views(paths, calibration, options, flats, darks, [2, 0])
+    for view, (xray, frame) in enumerate(zip(got, (2, 0))):
+        dark, flat = (10.0 + view) + np.eye(*shape), 4000.0 + 50 * view + np.eye(*shape)
+        np.testing.assert_allclose(xray.line_integrals, -np.log((runs[view][frame] - dark) / (flat - dark)), atol=1e-4)
+    assert [xray.origin["frame"] for xray in got] == [2, 0]
+    same = radiograph.read_views(paths, calibration, dataclasses.replace(options, frame=1), flats[:1], darks[:1])
+    assert [xray.origin["frame"] for xray in same] == [1, 1]
+    with pytest.raises(
+        errors.InputError, match=r"run0.dcm: --frame .*: found 3 values, wanted one for each of 2 X-rays"
+    ):
+        radiograph.read_views(paths, calibration, options, frames=[0, 1, 2])
+    with pytest.raises(
+        errors.InputError, match=r"run1.dcm: --frame .*: found --frame=7, wanted --frame=0 to --frame=2"
+    ):
+        radiograph.read_views(paths, calibration, options, frames=[0, 7])

@@ -90,7 +90,7 @@ def test_a_calibration_replaces_the_tags_and_may_have_any_form(tmp_path):
         np.testing.assert_allclose(got.camera.camera_from_world, E, atol=1e-8, err_msg=name)
         np.testing.assert_array_equal(got.file_from_image, np.eye(3))
     with pytest.raises(
-        errors.InputError, match="views.json: option view: found None, wanted a whole number from 0 to 1"
+        errors.InputError, match="views.json: ReadOptions.view: found None, wanted a whole number from 0 to 1"
     ):
         xray_files.read_dicom(tmp_path, xray_files.XA, tmp_path / "views.json")
 
@@ -124,5 +124,5 @@ def test_a_calibration_of_swapped_axes_disagrees_with_the_pixel_aspect(tmp_path)
 
 def test_the_view_is_one_that_a_case_file_takes(tmp_path):
     view = xray_files.read_dicom(tmp_path).camera
-    again = camera_files.read_view("case", "views[0]", camera_files.view_json(view, "AP"), SHAPE)
+    again = camera_files.read_camera("case", "views[0]", camera_files.camera_json(view, "AP"), SHAPE)
     np.testing.assert_allclose(again.camera_from_world, view.camera_from_world)

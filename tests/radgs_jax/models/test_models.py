@@ -268,12 +268,12 @@ def test_crop_keeps_the_camera_exact():
     assert 0 < beyond < 4
 
 
-@pytest.mark.parametrize("module", objectives.MODULES)
-def test_every_module_stage_lowers_its_loss_on_one_batch(params, batch, ct_batch, module):
-    batch = ct_batch if module == "reg" else batch
-    update = make_update(sharding.make_mesh(jax.devices()[:1]), module, CONFIG, objectives.LossConfig(), 0.0)
+@pytest.mark.parametrize("phase", objectives.PHASES)
+def test_every_phase_lowers_its_loss_on_one_batch(params, batch, ct_batch, phase):
+    batch = ct_batch if phase == "reg" else batch
+    update = make_update(sharding.make_mesh(jax.devices()[:1]), phase, CONFIG, objectives.LossConfig(), 0.0)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    state = sharding.replicate(init_state(jax.tree.map(jnp.copy, params), module), mesh)
+    state = sharding.replicate(init_state(jax.tree.map(jnp.copy, params), phase), mesh)
     values = []
     for _ in range(12):
         state, metrics = update(state, jax.random.key(0), np.float32(2e-3), batch)
@@ -284,7 +284,7 @@ def test_every_module_stage_lowers_its_loss_on_one_batch(params, batch, ct_batch
             np.abs(np.asarray(a) - np.asarray(b)).max() > 0
             for a, b in zip(jax.tree.leaves(state["params"][name]), jax.tree.leaves(params[name]))
         )
-        assert moved == (name in TRAINED[module])
+        assert moved == (name in TRAINED[phase])
 
 
 def test_joint_gradient_reaches_recm_through_the_voxeliser(params, batch):

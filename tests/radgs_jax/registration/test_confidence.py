@@ -85,3 +85,53 @@ def test_a_rule_fitted_where_disagreement_covers_every_error_can_judge():
     rule = confidence.fit_rule(found, [points] * 9, errors, "a method")
     judged = confidence.judge(found[1], points, rule)
     assert rule.radius >= 1.0 and judged.uncertainty_mm >= 2.0 and np.isfinite(judged.covariance).all()
+
+
+def _judged(refined, **known):
+    rule = confidence.AcceptanceRule((0.0,) * 8, (0.4, 0.4, 0.4), (0.0, 1.0, 0.0, 0.0, 0.0), 2.0, "")
+    points = np.random.default_rng(0).normal(size=(50, 3)) * [10, 8, 12]
+    return confidence.judge(refined, points, rule, **known)
+
+
+def test_views_less_than_20_degrees_apart_are_never_accepted():
+    good = refined_like(0.9, 0.01, 0.02, 0)
+    for degrees, accepted in ((0.0, False), (5.0, False), (19.9, False), (20.1, True), (60.0, True), (90.0, True)):
+        judged = _judged(good, view_angle_rad=np.radians(degrees))
+        assert (
+            judged.accepted == accepted and np.isfinite(judged.covariance).all() and np.isfinite(judged.uncertainty_mm)
+        )
+
+
+@pytest.mark.parametrize("degrees", [1.0, 15.0, 30.0, 45.0, 70.0, 90.0])
+def test_radius_and_covariance_grow_as_the_angle_between_views_shrinks(degrees):
+    """By 1 / sin, however much the views disagree; unchanged at a right angle and where the angle is unknown."""
+    for disagreement_mm in (0.0, 0.1):
+        refined = refined_like(0.9, 0.01, 0.1, 0)
+        refined = dataclasses.replace(refined, view_disagreement_mm=np.float32(disagreement_mm))
+        plain, judged = _judged(refined), _judged(refined, view_angle_rad=np.radians(degrees))
+        growth = 1.0 / np.sin(np.radians(degrees))
+        assert judged.uncertainty_mm == pytest.approx(growth * plain.uncertainty_mm, rel=1e-9)
+        np.testing.assert_allclose(judged.covariance, growth**2 * plain.covariance, rtol=1e-9)
+        assert judged.chance == plain.chance
+
+
+@pytest.mark.parametrize("degrees", [2.0, 10.0, 25.0, 45.0, 80.0])
+def test_the_growth_holds_the_error_of_two_views(degrees):
+    """Of points that two views place, each across its rays: 1 / sin is the growth of their error or more, by 12 % at most."""
+
+    def error(angle):
+        rays = [np.array([np.cos(a), np.sin(a), 0.0]) for a in (0.0, angle)]
+        return np.sqrt(np.trace(np.linalg.inv(sum(np.eye(3) - np.outer(d, d) for d in rays))))
+
+    growth = error(np.radians(degrees)) / error(np.pi / 2)
+    assert growth <= 1 / np.sin(np.radians(degrees)) <= 1.12 * growth
+
+
+def test_known_camera_errors_join_the_radius():
+    """As one more independent error: the radius is never below it, and stays the same multiple of the covariance."""
+    refined = refined_like(0.9, 0.01, 0.1, 0)
+    plain, judged = _judged(refined), _judged(refined, camera_error_mm=0.32)
+    assert judged.uncertainty_mm == pytest.approx(np.hypot(plain.uncertainty_mm, 0.32))
+    points = np.random.default_rng(0).normal(size=(50, 3)) * [10, 8, 12]
+    rms = confidence.spread_mm(np.linalg.inv(judged.covariance), points)
+    assert judged.uncertainty_mm == pytest.approx(2.0 * rms, rel=1e-6)

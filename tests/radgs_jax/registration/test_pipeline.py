@@ -84,8 +84,8 @@ def test_searches_widen_until_an_answer_is_trusted(prepared, monkeypatch):
         refined = tiny_cases.refined_like(0.5, 0.1, 1.0, number)
         return dataclasses.replace(refined, fit=np.array([fits[number - 1]]), world_from_box=pose_of(number - 1))
 
-    def judge(refined, points, rule, searches):
-        assert rule is judged_by
+    def judge(refined, points, rule, searches, view_angle_rad, camera_error_mm):
+        assert rule is judged_by and 1.5 < view_angle_rad <= np.pi / 2 and camera_error_mm == 0.0
         return confidence.Confidence(0.5, bool(refined.fit[0] > (0.9, 0.8, 0.7)[searches]), np.eye(6), 1.0)
 
     monkeypatch.setattr(search, "refine_pose", refine_pose)

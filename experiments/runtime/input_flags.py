@@ -1,0 +1,60 @@
+"""Flags that several commands share: a scan with its label map, and X-rays with their cameras."""
+
+import pathlib
+
+from absl import flags
+
+from data_pipelines.ct import numbering
+from experiments.patients.workdir import Target
+from experiments.runtime import cli
+from radgs_jax import errors
+
+# `--help` of a command lists these flags as its own.
+flags.disclaim_key_flags()
+
+
+def define_numbering() -> None:
+    """Defines --labels, which says what the numbers of a label map mean."""
+    flags.DEFINE_string(
+        "labels", None, f"Numbering of the label map --mask: {numbering.GRAMMAR}; default: recognised, or refused."
+    )
+    flags.register_validator("labels", lambda text: text is None or bool(numbering.parse_labels(text)))
+
+
+def define_scan() -> None:
+    """Defines --ct, --mask, --labels, --label and --bone: a scan and its bones, for commands that take --cases instead."""
+    flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder), instead of --cases.")
+    flags.DEFINE_string("mask", None, "Label map on the CT's grid, or TotalSegmentator's folder of masks, with --ct.")
+    define_numbering()
+    flags.DEFINE_list("label", None, "Name (L1) or VerSe number (20) of the vertebra, or several, with --ct.")
+    flags.DEFINE_list("bone", None, "Instead of --label, a bone beyond the spine: its value in the mask, or several.")
+
+
+def targets() -> list[Target]:
+    """The vertebrae or bones that --ct, --mask and the other flags of `define_scan` name.
+
+    Raises:
+      InputError: a flag is missing, or they do not go together.
+    """
+    given = flags.FLAGS
+    for name in ("ct", "mask"):
+        if not getattr(given, name):
+            errors.fail("flags", f"--{name}", "nothing", "a file")
+    if bool(given.label) == bool(given.bone):
+        errors.fail("flags", "--label, --bone", "both" if given.bone else "neither", "one of the two")
+    if given.bone and given.labels:
+        errors.fail("flags", "--labels", f"{given.labels!r} with --bone", "no numbering: --bone is a value of the mask")
+    labels = cli.bone_labels(given.bone) if given.bone else cli.label_numbers(given.label)
+    ct, mask = pathlib.Path(given.ct), pathlib.Path(given.mask)
+    label_map = numbering.BONES if given.bone else given.labels
+    return [Target(ct.name, ct, mask, label, label_map) for label in labels]
+
+
+def define_xrays(used_with: str) -> None:
+    """Defines --xrays and --cameras; used_with: the flag that they go with, for --help."""
+    flags.DEFINE_list("xrays", None, f"One DICOM, PNG, TIFF, NPY or NIfTI image per view, with {used_with}.")
+    flags.DEFINE_string(
+        "cameras",
+        None,
+        'JSON list with {"P": 3x4} or {"K": 3x3, "E": 4x4} per view; default: DICOM\'s nominal geometry.',
+    )
