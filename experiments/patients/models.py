@@ -224,7 +224,10 @@ def _config(path, value):
     def frozen(item):
         return tuple(frozen(i) for i in item) if isinstance(item, list) else item
 
-    return ModelConfig(**{k: frozen(v) for k, v in value.items()})
+    try:
+        return ModelConfig(**{k: frozen(v) for k, v in value.items()})
+    except TypeError as error:
+        return errors.fail(path, "model", str(error).splitlines()[0][:120], "fields of the types that were written")
 
 
 def model_hash(model: trained.Model) -> str:

@@ -182,8 +182,10 @@ def _register_all(rows, load, options, pictures, partial, journal, say):
                     case_folder.write(partial, row.name, outcome, prepared, xrays, row.start, row.truth)
                 journal.add("results", {"id": row.name, **case_folder.answer(outcome), **times})
                 line = verdicts.verdict(outcome, prepared, xrays).line(_shown(row))
-            with bar.external_write_mode():
-                say(line)
+            # The only case's reason is what the command ends with.
+            if len(rows) > 1 or journal.parts()[0]:
+                with bar.external_write_mode():
+                    say(line)
             bar.update()
     if first_error is not None and not journal.parts()[0]:
         raise first_error

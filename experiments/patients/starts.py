@@ -1,7 +1,9 @@
 """Start poses from clicked points and from a localizer."""
 
+import dataclasses
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from radgs_jax import errors
@@ -100,9 +102,14 @@ def start_from_axis(
         poses.append(pose)
     parts = preparing.bare_parts(prepared) if shows_bare_bone(xrays, prepared.search) else prepared.parts
     seen = make_pyramid(xrays, [level.pixel_mm for level in prepared.refine.levels])
-    found = searching.refine_pose(
-        programs_of(compile), parts, seen, poses, prepared.refine, prepared.search, (), prepared.search.survivors
-    )
+    # Turns of a shaft differ in detail only, so that the coarse levels may not choose between them.
+    last = len(prepared.refine.levels) - 1
+    levels = [
+        dataclasses.replace(level, keep=1 if index == last else max(2, TURNS // 2 ** (index + 1)))
+        for index, level in enumerate(prepared.refine.levels)
+    ]
+    arguments, options = searching.refine_arguments(parts, seen, poses, prepared.refine, levels)
+    found = jax.device_get(programs_of(compile).refine(*arguments, **options))
     world_from_box = rigid_host.nearest_rigid(np.asarray(found.world_from_box, np.float64))
     return world_from_box @ np.linalg.inv(prepared.vertebra.ct_from_box), max(miss, other)
 

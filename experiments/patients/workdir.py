@@ -219,8 +219,8 @@ def read_rule(path: pathlib.Path) -> confidence.AcceptanceRule | None:
     fitted_for = value.get("fitted_for", UNMARKED)
     if not isinstance(fitted_for, str):
         errors.fail(path, "fitted_for", repr(fitted_for)[:SHOWN_CHARACTERS], "a digest of refinement and search")
-    numbers = (tuple(value[field]) for field in ("chance", "thresholds", "size"))
-    return confidence.AcceptanceRule(*numbers, value["radius"], fitted_for)
+    numbers = (tuple(map(float, value[field])) for field in ("chance", "thresholds", "size"))
+    return confidence.AcceptanceRule(*numbers, float(value["radius"]), fitted_for)
 
 
 def claim(workdir: pathlib.Path, document: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from radgs_jax import metrics
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.registration import confidence
 from radgs_jax.registration import plausibility
@@ -97,8 +96,6 @@ def verdict(outcome: Outcome, prepared: Prepared, xrays: Sequence[XRay]) -> Verd
     if apart > APART_MM:
         reasons.append(f"the views place it {rounded_up(apart)} mm apart")
         advice = "check that the cameras belong to these X-rays and that the patient did not move between them"
-    elif judged.uncertainty_mm > metrics.SUCCESS_MM:
-        reasons.append(f"it may be {rounded_up(judged.uncertainty_mm)} mm off")
     names = [view_name(xray, outcome.trajectory[0]) for xray in xrays]
     support = ", ".join(f"{name} {value:.2f}" for name, value in zip(names, np.asarray(refined.support)))
     reasons.append(f"the vertebra explains too little of the X-rays (correlation {support}; 1 is all)")

@@ -138,6 +138,10 @@ def _warnings_as_lines():
     root, absl = logging.getLogger(), logging.getLogger("absl")
     own = absl.handlers[:], absl.propagate
     absl.handlers, absl.propagate = [], True
+    # Importing orbax gives the root logger a handler of its own, which would print every line a second time.
+    others = [other for other in root.handlers if type(other) is logging.StreamHandler]
+    for other in others:
+        root.removeHandler(other)
     root.addHandler(handler)
     threading.excepthook = lambda found: _thread_failed(found, before)
     try:
@@ -146,6 +150,8 @@ def _warnings_as_lines():
             yield
     finally:
         root.removeHandler(handler)
+        for other in others:
+            root.addHandler(other)
         absl.handlers, absl.propagate = own
         threading.excepthook = before
 
