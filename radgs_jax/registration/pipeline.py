@@ -14,6 +14,7 @@ from radgs_jax import gaussians
 from radgs_jax.gaussians import Gaussians
 from radgs_jax.geometry import rigid_host
 from radgs_jax.geometry.xray import XRay
+from radgs_jax.levels import FIRST_BONE
 from radgs_jax.registration import confidence
 from radgs_jax.registration import passes as network
 from radgs_jax.registration import plausibility
@@ -85,7 +86,9 @@ def register(
     result = network.run_network(programs, model, seen, start_box, vertebra.cloud, options.passes)
     boxes, refined, judged = list(result.trajectory[1:]), None, None
     if options.refine:
-        refined, judged = refine_until_trusted(prepared, xrays, result.world_from_box, start_box, compile)
+        # The network knows vertebrae; of another bone its pose says nothing.
+        estimate = result.world_from_box if vertebra.label <= FIRST_BONE else start_box
+        refined, judged = refine_until_trusted(prepared, xrays, estimate, start_box, compile)
         boxes += list(refined.trajectory)
     box_from_ct = np.linalg.inv(vertebra.ct_from_box)
     poses = [start, *(rigid_host.nearest_rigid(T) @ box_from_ct for T in np.asarray(boxes, np.float64))]

@@ -156,19 +156,22 @@ def searches(
 ) -> Iterator[Refined]:
     """The refined pose, then the best pose after each of the `confidence.SEARCHES` wider searches, which bones do not have.
 
-    The wider searches look along the spine. A shaft fits half as well in many places, and nothing there says which is right.
+    The wider searches look along the spine. A shaft fits half as well in many places, and nothing there says which is right; its
+    turn about itself is what a start often has wrong, so that turned starts are tried at once.
 
     Args:
       seen: as in `refine_pose`; estimate, start: world_from_box, the network's and the one that it started from; label: VerSe
         number.
     """
     places_mm = neighbours_mm(label)
-    refined = refine_pose(programs, parts, seen, [estimate, start], config, search, places_mm)
-    yield refined
-    if not places_mm:
-        return
     angles = (-search.turn_rad, search.turn_rad)
     turns = [rigid_host.matrix(angle * axis, [0.0, 0.0, 0.0]) for axis in np.eye(3) for angle in angles]
+    if not places_mm:
+        starts = [estimate, start, *(start @ turn for turn in turns)]
+        yield refine_pose(programs, parts, seen, starts, config, search, places_mm, search.survivors)
+        return
+    refined = refine_pose(programs, parts, seen, [estimate, start], config, search, places_mm)
+    yield refined
     wide = [(0.0, 0.0, along) for along in search.wide_along_mm]
     far = list(itertools.product(search.far_across_mm, search.far_across_mm, search.far_along_mm))
     for poses, shifts_mm in (((estimate, start), wide), ((start,), far)):
