@@ -12,6 +12,7 @@ import scipy
 from PIL import Image
 
 from data_pipelines.io import files
+from radgs_jax.geometry import resample
 from radgs_jax.geometry import triangulation
 
 FRAMES = ("0099", "0158")
@@ -32,8 +33,8 @@ MOVED_PX = 22
 """How far a bead may have moved between the frames."""
 SIGMA_PX = 2.5
 """Standard deviation of the blob that beads are found with; they are 6 pixels wide."""
-MISS_MM = 0.12
-"""How far the rays of one bead may pass each other: half a pixel is 0.08 mm."""
+APART_MM = 0.24
+"""How far the rays of one bead may pass each other, mm: one and a half pixels."""
 
 
 def blobs(path: pathlib.Path) -> np.ndarray:
@@ -59,38 +60,37 @@ def peaks(strength: np.ndarray, near: tuple[float, float], reach: int, count: in
 
 
 def points_of(cameras: list[dict], first: list, second: list) -> list[tuple[np.ndarray, float, int, int]]:
-    """Points (3,), mm, where rays of two cameras meet within MISS_MM: (point, miss, index, index)."""
-    found = []
-    for (i, a), (j, b) in itertools.product(enumerate(first), enumerate(second)):
-        rays = []
-        for camera, pixel in zip(cameras, (a, b)):
-            K = np.array(camera["K"])
-            rays.append(triangulation.rays(np.array([pixel]), K[[0, 1, 0, 1], [0, 1, 2, 2]], np.array(camera["E"])))
-        sources, directions = np.stack([s for s, _ in rays]), np.concatenate([d for _, d in rays])
-        point, _ = triangulation.triangulate(sources, directions, np.ones(2))
-        away = point - sources
-        miss = np.linalg.norm(away - (away * directions).sum(1, keepdims=True) * directions, axis=1).max()
-        if miss < MISS_MM:
-            found.append((point, miss, i, j))
+    """Points (3,), mm, where rays of two cameras pass each other within APART_MM: (point, distance, index, index)."""
+    (source_a, d_a), (source_b, d_b) = (
+        triangulation.rays(np.array(uv), np.array(camera["K"])[[0, 1, 0, 1], [0, 1, 2, 2]], np.array(camera["E"]))
+        for camera, uv in zip(cameras, (first, second))
+    )
+    apart, found = triangulation.ray_distance(source_a, d_a, source_b, d_b), []
+    for i, j in np.argwhere(apart < APART_MM).tolist():
+        point, _ = triangulation.triangulate(np.stack([source_a, source_b]), np.stack([d_a[i], d_b[j]]), np.ones(2))
+        found.append((point, apart[i, j], i, j))
     return found
 
 
 def rigid_fit(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, float]:
     """The motion (4, 4) that carries points a (N, 3) to b, and the root mean square of what is left, mm."""
-    A, B = a - a.mean(0), b - b.mean(0)
-    U, _, Vt = np.linalg.svd(B.T @ A)
-    R = U @ np.diag([1, 1, np.linalg.det(U @ Vt)]) @ Vt
+    U, _, Vt = np.linalg.svd((b - b.mean(0)).T @ (a - a.mean(0)))
     T = np.eye(4)
-    T[:3, :3], T[:3, 3] = R, b.mean(0) - R @ a.mean(0)
-    left = b - a @ R.T - T[:3, 3]
+    # Of three points a reflection fits as well, so that the sign has to be set.
+    T[:3, :3] = U @ np.diag([1, 1, np.linalg.det(U @ Vt)]) @ Vt
+    T[:3, 3] = b.mean(0) - T[:3, :3] @ a.mean(0)
+    left = b - resample.apply_affine(T, a)
     return T, float(np.sqrt((left**2).sum(1).mean()))
 
 
 def cluster_motion(
-    data: pathlib.Path, cameras: list[dict], places: tuple[list, list]
+    strength: dict[str, list[np.ndarray]], cameras: list[dict], places: tuple[list, list]
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Beads (N, 3) of one cluster in both frames, mm, and how rigid it is: the pairing that fits a rigid motion best."""
-    strength = {f: [blobs(data / f"xr_rad_uln_cam0{c}_UND.{f}.tif") for c in (1, 2)] for f in FRAMES}
+    """Beads (N, 3) of one cluster in both frames, mm, and how rigid it is: the pairing that fits a rigid motion best.
+
+    Args:
+      strength: `blobs` of both cameras by frame; places: pixels near the beads in FRAMES[0] of both cameras.
+    """
     seen = [[peaks(strength[FRAMES[0]][c], p, REACH_PX, 1)[0] for p in places[c]] for c in (0, 1)]
     # One bead has one pixel in each camera: the pairing with the smallest sum of misses.
     cost = np.full((len(seen[0]), len(seen[1])), 10.0)
@@ -110,7 +110,7 @@ def cluster_motion(
             T, left = rigid_fit(before[list(chosen)], np.array(trial))
             if left > 0.15:
                 continue
-            moved = before @ T[:3, :3].T + T[:3, 3]
+            moved = resample.apply_affine(T, before)
             nearest = [
                 min(c, key=lambda p: np.linalg.norm(p - m), default=np.full(3, np.inf))
                 for c, m in zip(candidates, moved)
@@ -132,18 +132,18 @@ def main(data: pathlib.Path, out: pathlib.Path) -> None:
         motions[bone] = poses[1] @ np.linalg.inv(poses[0])
     print("| cluster | beads | rigid within | moved | left by the radius' motion | by the ulna's |")
     print("|---|---|---|---|---|---|")
+    strength = {f: [blobs(data / f"xr_rad_uln_cam0{c}_UND.{f}.tif") for c in (1, 2)] for f in FRAMES}
+    beads = []
     for name, places in BEADS.items():
-        before, after, rigid = cluster_motion(data, cameras, places)
+        before, after, rigid = cluster_motion(strength, cameras, places)
+        beads.append(before)
         moved = np.linalg.norm(after - before, axis=1).mean()
-        left = [
-            np.linalg.norm(before @ T[:3, :3].T + T[:3, 3] - after, axis=1).mean()
-            for T in (motions["radius"], motions["ulna"])
-        ]
+        left = [np.linalg.norm(resample.apply_affine(T, before) - after, axis=1).mean() for T in motions.values()]
         print(f"| {name} | {len(before)} | {rigid:.2f} mm | {moved:.2f} mm | {left[0]:.2f} mm | {left[1]:.2f} mm |")
+    centre = np.concatenate(beads).mean(0)
     for bone, T in motions.items():
         angle = np.degrees(np.arccos(np.clip((np.trace(T[:3, :3]) - 1) / 2, -1, 1)))
-        centre = np.concatenate([cluster_motion(data, cameras, places)[0] for places in BEADS.values()]).mean(0)
-        shift = np.linalg.norm((T @ [*centre, 1])[:3] - centre)
+        shift = np.linalg.norm(resample.apply_affine(T, centre) - centre)
         print(f"{bone}: {shift:.2f} mm at the beads, {angle:.2f} degrees")
 
 

@@ -41,7 +41,7 @@ def main(data: pathlib.Path, out: pathlib.Path, bone: str, frame: str) -> None:
     paths = [data / f"xr_rad_uln_cam0{number}_UND.{frame}.tif" for number in (1, 2)]
     xrays = radiograph.read_views(paths, out / "cameras.json", radiograph.ReadOptions(values="intensity", bits=8))
     pose = np.array(files.read_json(out / f"{bone}_{frame}" / "results.json")["results"][0]["T"])
-    centre = pose[:3, :3] @ prepared.vertebra.ct_from_box[:3, 3] + pose[:3, 3]
+    centre = (pose @ prepared.vertebra.ct_from_box)[:3, 3]
     ends, begins = [], starts_around(pose, centre)
     with progress.bar(STARTS, f"{bone} {frame}") as bar:
         for start in begins:

@@ -115,9 +115,7 @@ def _given(digests, load):
         collimator=given.collimator,
         mirrored=given.mirrored,
     )
-    xrays = radiograph.read_views(
-        given.xrays, given.cameras, options, given.flat, given.dark, _frames(len(given.xrays))
-    )
+    xrays = radiograph.read_views(given.xrays, given.cameras, options, given.flat, given.dark, _frames())
     rows, reports = [], {}
     for target in targets:
         name = "case" if len(targets) == 1 else level_name(target.label)
@@ -153,14 +151,12 @@ def _found(digests, target, xrays, vertebra):
     return start, {**report, "adapted": adapted, "start_world_from_ct": start.tolist()}
 
 
-def _frames(count):
-    """The frame of each view, or None."""
+def _frames():
+    """The numbers in --frame, or None."""
     given = flags.FLAGS.frame
-    if given is None:
-        return None
-    if len(given) not in (1, count) or not all(text.isdecimal() for text in given):
-        errors.fail("flags", "--frame", ",".join(given), f"a frame's number from 0, or {count} of them, one per view")
-    return [int(text) for text in given] * (count if len(given) == 1 else 1)
+    if given is not None and not all(text.isdecimal() for text in given):
+        errors.fail("flags", "--frame", ",".join(given), "a frame's number from 0, or one per view")
+    return given and [int(text) for text in given]
 
 
 def _pixels(flag, count):

@@ -75,7 +75,7 @@ def _text(header, keyword):
     """A text in the form that two files are compared in: without case, padding and empty parts of a name."""
     try:
         text = str(header.get(keyword) or "")
-    except Exception:
+    except Exception:  # as above
         return ""
     return " ".join(text.replace("^", " ").replace("=", " ").split()).casefold()
 

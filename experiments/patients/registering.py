@@ -143,8 +143,8 @@ def register_rows(
                 files.write_json(partial / name, value() if callable(value) else value)
             journal.path.unlink()
         except BaseException:
-            if any(journal.parts()[0]):
-                done = f"{len(journal.finished)} of {len(rows)} cases are kept in {partial}"
+            if done := len(journal.parts()[0]):
+                done = f"{done} of {len(rows)} cases are kept in {partial}"
                 logging.warning("%s: stopped: %s; the same command with --resume goes on", out, done)
             else:
                 shutil.rmtree(partial, ignore_errors=True)

@@ -12,9 +12,8 @@ from radgs_jax.geometry import triangulation
 from radgs_jax.geometry.camera import Camera
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.localization import locate
-from radgs_jax.registration import prepared as preparing
 from radgs_jax.registration import search as searching
-from radgs_jax.registration.pipeline import shows_bare_bone
+from radgs_jax.registration.pipeline import parts_in
 from radgs_jax.registration.prepared import Prepared
 from radgs_jax.registration.prepared import Vertebra
 from radgs_jax.registration.programs import Compile
@@ -100,7 +99,6 @@ def start_from_axis(
         pose = rigid_host.matrix(np.array([0.0, 0.0, angle]), [0.0, 0.0, 0.0])
         pose[:3, :3], pose[:3, 3] = upright @ pose[:3, :3], centre
         poses.append(pose)
-    parts = preparing.bare_parts(prepared) if shows_bare_bone(xrays, prepared.search) else prepared.parts
     seen = make_pyramid(xrays, [level.pixel_mm for level in prepared.refine.levels])
     # Turns of a shaft differ in detail only, so that the coarse levels may not choose between them.
     last = len(prepared.refine.levels) - 1
@@ -108,7 +106,7 @@ def start_from_axis(
         dataclasses.replace(level, keep=1 if index == last else max(2, TURNS // 2 ** (index + 1)))
         for index, level in enumerate(prepared.refine.levels)
     ]
-    arguments, options = searching.refine_arguments(parts, seen, poses, prepared.refine, levels)
+    arguments, options = searching.refine_arguments(parts_in(prepared, xrays), seen, poses, prepared.refine, levels)
     found = jax.device_get(programs_of(compile).refine(*arguments, **options))
     world_from_box = rigid_host.nearest_rigid(np.asarray(found.world_from_box, np.float64))
     return world_from_box @ np.linalg.inv(prepared.vertebra.ct_from_box), max(miss, other)

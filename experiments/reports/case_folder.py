@@ -85,7 +85,7 @@ def write(
     )
     with files.replacing(folder / "pose.tfm") as temporary:
         temporary.write_text(itk_transform(outcome.world_from_ct))
-    centre = outcome.world_from_ct[:3, :3] @ vertebra.ct_from_box[:3, 3] + outcome.world_from_ct[:3, 3]
+    centre = (outcome.world_from_ct @ vertebra.ct_from_box)[:3, 3]
     world_from_index = np.eye(4)
     world_from_index[:3, 3] = np.round(centre) - 0.5 * (np.array(resample.GRID_SHAPE) - 1)
     moved = resample.resample(

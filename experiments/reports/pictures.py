@@ -21,9 +21,8 @@ from radgs_jax import metrics
 from radgs_jax.geometry import camera
 from radgs_jax.geometry.camera import Camera
 from radgs_jax.geometry.xray import XRay
-from radgs_jax.registration import prepared as preparing
 from radgs_jax.registration.pipeline import Outcome
-from radgs_jax.registration.pipeline import shows_bare_bone
+from radgs_jax.registration.pipeline import parts_in
 from radgs_jax.registration.prepared import Prepared
 
 STYLES = {
@@ -154,7 +153,7 @@ def _show(axes: Axes, image, valid):
 
 
 def _centre(vertebra, world_from_ct):
-    return world_from_ct[:3, :3] @ vertebra.ct_from_box[:3, 3] + world_from_ct[:3, 3]
+    return (world_from_ct @ vertebra.ct_from_box)[:3, 3]
 
 
 def _pixels_per_mm(view, world_from_ct, vertebra):
@@ -189,7 +188,7 @@ def _render(volume, ct_from_index, world_from_ct, view):
 def _checkerboard(close, prepared, xrays, world_from_ct, outcome):
     """The close-up with every other square from the model, and its valid pixels."""
     vertebra, refined = prepared.vertebra, outcome.refined
-    parts = preparing.bare_parts(prepared) if shows_bare_bone(xrays, prepared.search) else prepared.parts
+    parts = parts_in(prepared, xrays)
     world_from_box = world_from_ct @ vertebra.ct_from_box
     model = _render(parts.excess, parts.box_from_excess, world_from_box, close.camera)
     rest = world_from_box if refined is None else np.asarray(refined.world_from_rest, np.float64)

@@ -86,7 +86,7 @@ def verdict(outcome: Outcome, prepared: Prepared, xrays: Sequence[XRay]) -> Verd
     refused, advice, reasons = "REFUSED, do not use this pose", TRY, []
     if len(xrays) < confidence.MIN_VIEWS:
         return Verdict(False, refused, "a single view does not show depth", "add a view from another side")
-    centre = outcome.world_from_ct[:3, :3] @ prepared.vertebra.ct_from_box[:3, 3] + outcome.world_from_ct[:3, 3]
+    centre = (outcome.world_from_ct @ prepared.vertebra.ct_from_box)[:3, 3]
     angle = confidence.view_angle(outcome.camera_from_world, centre) or 0.0
     if angle < confidence.MIN_VIEW_ANGLE_RAD:
         least = f"{math.degrees(confidence.MIN_VIEW_ANGLE_RAD):.0f} or more"

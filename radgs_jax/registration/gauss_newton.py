@@ -110,8 +110,6 @@ class RefineConfig:
     damping: float = 1e-3
 
 
-WINDOW_MM = {0.75: 84.0, 1.5: 96.0, 3.0: 144.0}
-"""Side of a level's window, mm at the isocentre, by its pixel, mm: that of the default levels; `Level.size` says what it does."""
 FINEST_STEP_MM = 0.4
 """Smallest sample distance of `levels_of`, mm: about the voxels of a CT of a hand or foot. Half takes twice as long."""
 
@@ -122,9 +120,9 @@ def levels_of(pixels_mm: Sequence[float]) -> tuple[Level, ...]:
     Args:
       pixels_mm: pixel of each level at the isocentre, mm, each smaller than the one before.
     """
-    levels = []
+    known, levels = RefineConfig().levels[::-1], []
     for index, pixel_mm in enumerate(pixels_mm):
-        window_mm = np.interp(pixel_mm, list(WINDOW_MM), list(WINDOW_MM.values()))
+        window_mm = np.interp(pixel_mm, [k.pixel_mm for k in known], [k.pixel_mm * k.size for k in known])
         size = 16 * int(np.ceil(window_mm / pixel_mm / 16))
         step_mm = float(np.clip(0.5 * pixel_mm, FINEST_STEP_MM, 1.5)) if pixel_mm < 0.75 or pixel_mm > 2 else 1.0
         last = index == len(pixels_mm) - 1

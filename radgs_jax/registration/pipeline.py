@@ -22,6 +22,7 @@ from radgs_jax.registration import prepared as preparing
 from radgs_jax.registration import search as searching
 from radgs_jax.registration.confidence import Confidence
 from radgs_jax.registration.gauss_newton import Refined
+from radgs_jax.registration.parts import Parts
 from radgs_jax.registration.prepared import Prepared
 from radgs_jax.registration.prepared import Vertebra
 from radgs_jax.registration.programs import Compile
@@ -157,7 +158,7 @@ def refine_until_trusted(
       estimate, start: world_from_box, the network's and the one that it started from.
     """
     rule, vertebra = prepared.rule, prepared.vertebra
-    parts = preparing.bare_parts(prepared) if shows_bare_bone(xrays, prepared.search) else prepared.parts
+    parts = parts_in(prepared, xrays)
     seen = make_pyramid(xrays, [level.pixel_mm for level in prepared.refine.levels])
     judged, cameras = None, [xray.camera for xray in xrays]
     found = searching.searches(
@@ -181,6 +182,11 @@ def shows_bare_bone(xrays: Sequence[XRay], search: searching.SearchConfig) -> bo
     counted = [np.asarray(x.line_integrals)[np.asarray(x.valid)] for x in xrays]
     medians = [np.median(values) if values.size else np.inf for values in counted]
     return bool(max(medians) < search.bare_line_integral)
+
+
+def parts_in(prepared: Prepared, xrays: Sequence[XRay]) -> Parts:
+    """The two parts that X-rays are modelled with: the bone in its body, or alone where the X-rays show it in air."""
+    return preparing.bare_parts(prepared) if shows_bare_bone(xrays, prepared.search) else prepared.parts
 
 
 def centred_points(refined: Refined, vertebra: Vertebra) -> Float[Array, "p 3"]:
