@@ -257,6 +257,22 @@ def _copies(views, xrays, points, cameras_from):
                 errors.fail(source, f"views {a} and {b}", found, wanted, errors.BadGeometry)
 
 
+def _contrast(number, xray):
+    """Refuses line integrals that no body has; returns notes about unusual ones."""
+    image, valid = np.asarray(xray.line_integrals), np.asarray(xray.valid)
+    step = math.ceil(math.sqrt(image.size / IMAGE_SAMPLES))
+    image, valid = image[::step, ::step], valid[::step, ::step]
+    if not valid.any():
+        return []
+    low, high = np.quantile(image[valid], [0.001, 0.999])
+    bounds, found = view_checks.CHECKS["contrast"], f"line integrals from {low:.4g} to {high:.4g}"
+    if view_checks.outside("contrast", float(high - low), "possible"):
+        errors.fail("X-rays", f"view {number}", found, bounds.wanted, errors.BadGeometry)
+    if view_checks.outside("contrast", float(high - low), "usual"):
+        return [f"X-rays: view {number}: {found}, usually they differ by {bounds.usual[0]:g} to {bounds.usual[1]:g}"]
+    return []
+
+
 def _unlike(first, second):
     """1 minus the correlation of two X-rays of one size; None where they cannot be compared."""
     if first.line_integrals.shape != second.line_integrals.shape:
@@ -357,6 +373,8 @@ def check(
                 f"{cameras_from}: view {number}: the principal point is half the image's size; if its middle is meant, that is "
                 f"(W - 1) / 2, (H - 1) / 2, and poses are up to {off_mm:.2f} mm off; the radius covers that"
             )
+    for number, xray in enumerate(xrays):
+        notes += _contrast(number, xray)
     _copies(views, xrays, world, cameras_from)
     angle = confidence.view_angle(np.stack([view.E for view in views]), middle)
     if angle is None:

@@ -123,6 +123,15 @@ CHECKS = {
         "1 minus the correlation of two images. A copy has 0, one stored again in 8 bits up to 8e-5; simulated views have 7e-5 to "
         "3e-4 half a degree apart, 3e-3 and more at 5 degrees, and 0.2 at 45. Half misses coarse copies, twice changes little.",
     ),
+    "contrast": Bounds(
+        "",
+        (0.02, 40.0),
+        (0.2, 20.0),
+        "line integrals, ln(air / intensity), of a body: they differ by 0.2 to 20 within an image",
+        "Range of an image's line integrals, but for one pixel in a thousand at either end. Hands have 1, trunks 3 to 10; a "
+        "16-bit detector tells 11 apart, and simulated X-rays without noise reach 20. Noise alone has below 0.02. Half or twice "
+        "still refuses empty images, intensities of 8 bits or more, and numbers that are off by 1000.",
+    ),
     "angle between the views": Bounds(
         "degrees",
         ANY,

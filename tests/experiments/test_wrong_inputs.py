@@ -1,7 +1,11 @@
 """A hundred wrong inputs on the bench: none may come out accepted, and most must be told at once. Slow; needs the bench."""
 
 import dataclasses
+import os
 import pathlib
+import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -14,12 +18,14 @@ from experiments.patients import preparing
 from experiments.patients import workdir
 from experiments.runtime.kept_programs import kept
 from radgs_jax import errors
+from radgs_jax import metrics
 from radgs_jax.geometry import rigid_host
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.registration import pipeline
 from radgs_jax.registration import plausibility
 
-BENCH = pathlib.Path(__file__).resolve().parents[3] / "shared" / "bench" / "cases" / "cases.json"
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+BENCH = REPOSITORY.parent / "shared" / "bench" / "cases" / "cases.json"
 MEDIAN_S = 5.0
 
 
@@ -52,31 +58,29 @@ WRONG = {
 }
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory):
+def _prepare(folder):
     """The bench's case file and a function that loads its vertebrae, prepared without training."""
-    if not BENCH.exists():
-        pytest.skip("the bench is not there")
-    case_file, folder = cases.read(BENCH), tmp_path_factory.mktemp("wrong") / "workdir"
+    case_file = cases.read(BENCH)
     targets = [workdir.Target(v.patient, v.full_ct, v.full_mask, v.full_label) for v in case_file.volumes.values()]
-    preparing.prepare(configs.DEMO, folder, targets, models.base_folder(), minutes=0.0)
+    if not folder.exists():
+        preparing.prepare(configs.DEMO, folder, targets, models.base_folder(), minutes=0.0)
     return case_file, workdir.loader(folder)
 
 
 def _register(prepared, xrays, start):
-    """Whether a pose is accepted, as the command decides it; and the seconds that it took."""
+    """The pose that is accepted, as the command decides it, or None; and the seconds that it took."""
     began = time.perf_counter()
     try:
         plausibility.check(prepared.vertebra, xrays, start)
         outcome = pipeline.register(prepared, xrays, start, compile=kept)
     except errors.InputError:
-        return False, time.perf_counter() - began
-    return outcome.confidence.accepted, time.perf_counter() - began
+        return None, time.perf_counter() - began
+    return outcome.world_from_ct if outcome.confidence.accepted else None, time.perf_counter() - began
 
 
-@pytest.mark.slow
-def test_none_of_a_hundred_wrong_inputs_is_accepted(bench):
-    case_file, load = bench
+def main(folder):
+    """Registers the wrong inputs, prints a line for each, and a summary."""
+    case_file, load = _prepare(pathlib.Path(folder))
     rng, taken, accepted = np.random.default_rng(0), [], []
     volumes = list(case_file.volumes)
     for case in case_file.cases[::4][:10]:
@@ -84,14 +88,42 @@ def test_none_of_a_hundred_wrong_inputs_is_accepted(bench):
         prepared = load(case_file.volumes[scene.volume])
         ap, lateral = cases.read_xrays(scene, "real")
         inputs = {name: (prepared, change(ap, lateral, rng), case.world_from_ct) for name, change in WRONG.items()}
-        # Another level's vertebra, started where this one is.
+        # Another level's vertebra, started where this one is. The X-rays show it too: if it is found there, that is right.
         other = load(case_file.volumes[volumes[(volumes.index(scene.volume) + 2) % len(volumes)]])
         start = case.world_from_ct @ prepared.vertebra.ct_from_box @ np.linalg.inv(other.vertebra.ct_from_box)
         inputs["other level"] = other, [ap, lateral], start
+        rest = next(np.array(s["T_rest"]) for s in case_file.raw["scenes"] if s["id"] == scene.name)
         for name, given in inputs.items():
-            wrong, seconds = _register(*given)
+            pose, seconds = _register(*given)
             taken.append(seconds)
-            accepted += [(name, case.name)] * bool(wrong)
-    assert len(taken) == 100
-    print(f"median {np.median(taken):.2f} s, largest {max(taken):.1f} s; accepted {accepted}")
-    assert not accepted and np.median(taken) < MEDIAN_S
+            wrong = pose is not None and not (
+                name == "other level" and metrics.mtre(other.vertebra.points, pose, rest) < metrics.SUCCESS_MM
+            )
+            accepted += [f"{case.name} {name}"] * wrong
+            print(f"{case.name} {name}: {'accepted' if wrong else 'none'} {seconds:.2f} s", flush=True)
+    print(f"{len(taken)} inputs, median {np.median(taken):.2f} s, largest {max(taken):.1f} s; accepted {accepted}")
+
+
+@pytest.mark.slow
+def test_none_of_a_hundred_wrong_inputs_is_accepted(tmp_path):
+    """In a process of its own, with the compiler's ordinary settings: the tests' quick compilation makes slow programs."""
+    if not BENCH.exists():
+        pytest.skip("the bench is not there")
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, __file__, str(tmp_path / "workdir")]
+    printed = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=environment | {"PYTHONPATH": str(REPOSITORY)},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    count, median_s, accepted = re.fullmatch(
+        r"(\d+) inputs, median ([\d.]+) s, .*accepted (.*)", printed.splitlines()[-1]
+    ).groups()
+    assert (count, accepted) == ("100", "[]") and float(median_s) < MEDIAN_S, printed
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
