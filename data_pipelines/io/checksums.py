@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from data_pipelines.io import files
 from radgs_jax import errors
 
@@ -150,3 +152,12 @@ def check_file(path: pathlib.Path | str, remedy: str) -> None:
     path = pathlib.Path(path)
     if (path.parent / NAME).exists():
         check(path.parent, read(path.parent, remedy), [path.name], remedy)
+
+
+def of_arrays(arrays: Mapping[str, np.ndarray]) -> str:
+    """A digest of the names, shapes, types and values of arrays."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
+    return digest.hexdigest()

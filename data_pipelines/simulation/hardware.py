@@ -1,6 +1,7 @@
-"""Implants (screws, rods and wires) as chains of capsules, rendered by the exact chord lengths of rays.
+"""Implants and instruments as chains of capsules, rendered by the exact chord lengths of rays.
 
-Sizes and positions were chosen by hand: screws are 4.4 to 6.8 mm thick, rods 4.8 to 6.4 mm, wires 1 to 2.4 mm.
+Sizes and positions were chosen by hand: screws are 4.4 to 6.8 mm thick, rods 4.8 to 6.4 mm, wires 0.8 to 2.4 mm, bars of cages 2 to
+4 mm, blades of retractors 1.6 to 3 mm.
 """
 
 import dataclasses
@@ -26,41 +27,6 @@ class Implant:
     radius_mm: float
 
 
-def draw_implants(
-    rng: np.random.Generator, world_from_box: np.ndarray, extents: np.ndarray, target: int
-) -> list[Implant]:
-    """Draws implants near a vertebra: pedicle screws with rods, wires, or both.
-
-    Args:
-      world_from_box: (K, 4, 4) poses of the vertebrae from head to feet.
-      extents: (K, 2, 3) lowest and highest coordinates of each vertebra in its own frame, mm.
-      target: index of the vertebra.
-    """
-    implants = []
-    kind = rng.integers(3)
-    if kind != 1:
-        levels = int(rng.integers(1, 5))
-        first = int(np.clip(target - rng.integers(0, levels + 1), 0, len(extents) - 1))
-        chosen = range(first, min(first + levels, len(extents)))
-        for side in (-1.0, 1.0) if rng.uniform() < 0.8 else (rng.choice([-1.0, 1.0]),):
-            heads = []
-            for level in chosen:
-                screw, head = _screw(rng, world_from_box[level], extents[level], side)
-                implants += [screw, head]
-                heads.append(head.points[1])
-            if len(heads) > 1 and rng.uniform() < 0.8:
-                heads = np.array(heads)
-                over = [heads[0] + _unit(heads[0] - heads[1]) * 10.0, heads[-1] + _unit(heads[-1] - heads[-2]) * 10.0]
-                implants.append(Implant(np.concatenate([over[:1], heads, over[1:]]), rng.uniform(2.4, 3.2)))
-    if kind != 0:
-        centre = world_from_box[target, :3, 3]
-        for _ in range(rng.integers(1, 4)):
-            middle, along = centre + rng.uniform(-50.0, 50.0, 3), _unit(rng.normal(size=3))
-            half = 0.5 * rng.uniform(60.0, 180.0)
-            implants.append(Implant(np.stack([middle - half * along, middle + half * along]), rng.uniform(0.5, 1.2)))
-    return implants
-
-
 def _screw(rng, world_from_box, extents, side):
     """A pedicle screw and its head: from an entry lateral to the lamina towards the midline in the front half of the body."""
     low, high = extents
@@ -75,6 +41,118 @@ def _screw(rng, world_from_box, extents, side):
 
 def _unit(vector):
     return vector / np.linalg.norm(vector)
+
+
+def draw_implants(
+    rng: np.random.Generator, world_from_box: np.ndarray, extents: np.ndarray, target: int
+) -> list[Implant]:
+    """Draws what an operating room adds to a picture of a vertebra: one or two of KINDS.
+
+    Args:
+      world_from_box: (K, 4, 4) poses of the vertebrae from head to feet.
+      extents: (K, 2, 3) lowest and highest coordinates of each vertebra in its own frame, mm.
+      target: index of the vertebra.
+    """
+    chances = np.array(list(KINDS.values()))
+    count = 1 + int(rng.uniform() < CHANCE_SECOND_KIND)
+    chosen = rng.choice(len(KINDS), count, replace=False, p=chances / chances.sum())
+    return [implant for kind in sorted(chosen) for implant in list(KINDS)[kind](rng, world_from_box, extents, target)]
+
+
+def _fixation(rng, world_from_box, extents, target):
+    """Pedicle screws in one to six vertebrae at or near the target, most with rods."""
+    implants, count = [], int(rng.integers(1, 7))
+    first = int(np.clip(target - rng.integers(-1, count + 1), 0, len(extents) - 1))
+    chosen = range(first, min(first + count, len(extents)))
+    for side in (-1.0, 1.0) if rng.uniform() < 0.8 else (rng.choice([-1.0, 1.0]),):
+        heads = []
+        for level in chosen:
+            screw, head = _screw(rng, world_from_box[level], extents[level], side)
+            implants += [screw, head]
+            heads.append(head.points[1])
+        if rng.uniform() < 0.8:
+            heads = np.array(heads)
+            # A rod of a single screw lies along the spine; others run from head to head. Both stick out.
+            ends = (
+                heads[[0, -1]]
+                if len(heads) > 1
+                else heads + 20.0 * np.array([[1.0], [-1.0]]) * world_from_box[first, :3, 2]
+            )
+            over = _unit(ends[0] - ends[1]) * rng.uniform(5.0, 20.0)
+            inner = heads if len(heads) > 1 else ends
+            implants.append(Implant(np.concatenate([[ends[0] + over], inner, [ends[1] - over]]), rng.uniform(2.4, 3.2)))
+    return implants
+
+
+def _guide_wires(rng, world_from_box, extents, target):
+    """Kirschner wires through pedicles of the target or a neighbour, which stick out of the back."""
+    wires = []
+    for _ in range(rng.integers(1, 4)):
+        level = int(np.clip(target + rng.integers(-1, 2), 0, len(extents) - 1))
+        screw, head = _screw(rng, world_from_box[level], extents[level], rng.choice([-1.0, 1.0]))
+        entry, tip = screw.points
+        out = entry + _unit(entry - tip) * rng.uniform(50.0, 150.0)
+        wires.append(Implant(np.stack([out, tip]), rng.uniform(0.5, 1.2)))
+    return wires
+
+
+def _loose_wires(rng, world_from_box, extents, target):
+    """Wires and leads that lie anywhere near, straight or bent, some with an electrode at one end."""
+    centre, found = world_from_box[target, :3, 3], []
+    for _ in range(rng.integers(1, 5)):
+        point, along = centre + rng.uniform(-60.0, 60.0, 3), _unit(rng.normal(size=3))
+        points, length = [point], rng.uniform(60.0, 200.0)
+        for _ in range(rng.integers(1, 5)):
+            points.append(points[-1] + 0.3 * length * along)
+            along = _unit(along + 0.5 * rng.normal(size=3))
+        found.append(Implant(np.array(points), rng.uniform(0.4, 1.2)))
+        if rng.uniform() < 0.3:
+            found.append(Implant(np.stack([point, point + 2.0]), rng.uniform(3.0, 6.0)))
+    return found
+
+
+def _cage(rng, world_from_box, extents, target):
+    """A frame in a disc space next to the target, as cages between two vertebrae are."""
+    below = bool(rng.integers(2))
+    low, high = extents[target]
+    z = (low[2] - rng.uniform(2, 6)) if below else (high[2] + rng.uniform(-2, 2))
+    half = np.array([rng.uniform(8, 14), rng.uniform(4, 7)])
+    middle = np.array([rng.uniform(-6, 6), high[1] - 0.3 * (high[1] - low[1])])
+    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1], [-1, -1]]) * half + middle
+    ring = np.column_stack([corners, np.full(5, z)])
+    T = world_from_box[target]
+    return [Implant((ring + [0, 0, up]) @ T[:3, :3].T + T[:3, 3], rng.uniform(1.0, 2.0)) for up in (-3.0, 3.0)]
+
+
+def _retractor(rng, world_from_box, extents, target):
+    """Two blades behind the spine on its sides, each a row of parallel bars."""
+    low, high = extents[target]
+    T, blades, radius = world_from_box[target], [], rng.uniform(0.8, 1.5)
+    length, width = rng.uniform(50.0, 100.0), rng.uniform(15.0, 30.0)
+    for side in (-1.0, 1.0):
+        x, z = side * rng.uniform(15.0, 35.0), rng.uniform(-15.0, 15.0)
+        front = low[1] + rng.uniform(-5.0, 15.0)
+        for along in np.arange(-0.5 * width, 0.5 * width, 2.0 * radius):
+            ends = np.array([[x, front, z + along], [x + side * 10.0, front - length, z + along]])
+            blades.append(Implant(ends @ T[:3, :3].T + T[:3, 3], radius))
+    return blades
+
+
+def _clips(rng, world_from_box, extents, target):
+    """Clips and staples: short thin pieces within some centimetres."""
+    centre = world_from_box[target, :3, 3]
+    starts = centre + rng.uniform(-50.0, 50.0, (rng.integers(3, 15), 3))
+    return [
+        Implant(np.stack([p, p + rng.uniform(4.0, 12.0) * _unit(rng.normal(size=3))]), rng.uniform(0.4, 1.0))
+        for p in starts
+    ]
+
+
+KINDS = {_fixation: 4.0, _guide_wires: 1.0, _loose_wires: 1.5, _cage: 1.0, _retractor: 1.0, _clips: 1.0}
+"""What may be in a picture, and how often relative to each other. Chosen by hand: screws and rods are the commonest, and twice or
+half of a weight matters little since each kind has hundreds of training pairs."""
+CHANCE_SECOND_KIND = 0.4
+"""Probability that a picture has a second kind. Chosen by hand."""
 
 
 def chords(

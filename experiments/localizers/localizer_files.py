@@ -1,10 +1,8 @@
 """A localizer as one npz file."""
 
 import dataclasses
-import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
 
 import flax.traverse_util
 import jax
@@ -38,17 +36,9 @@ def write_localizer(path: pathlib.Path | str, model: locate.Localizer, note: str
     centres = {str(label): np.asarray(centre).tolist() for label, centre in model.centres_ct.items()}
     config = dataclasses.asdict(model.config)
     header = {"format": LOCALIZER_FORMAT, "note": note, "config": config, "centres_ct": centres}
-    header = checksums.sealed({**header, "arrays": _digest({**params, **chain})})
+    header = checksums.sealed({**header, "arrays": checksums.of_arrays({**params, **chain})})
     files.write_npz(path, header=np.array(json.dumps(header)), **chain, **params)
     checksums.renew(path)
-
-
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
-    return digest.hexdigest()
 
 
 def _check_config(path, config):
@@ -99,7 +89,7 @@ def read_localizer(path: pathlib.Path | str) -> locate.Localizer:
     names = [field.name for field in dataclasses.fields(Chain)]
     chain = files.read_npz(path, *(f"chain.{name}" for name in names))
     if checksums.FIELD in header:  # localizers of older versions have none, and rely on the CRCs of npz
-        if header.get("arrays") != _digest({**arrays, **chain}):
+        if header.get("arrays") != checksums.of_arrays({**arrays, **chain}):
             errors.fail(path, checksums.FIELD, "other arrays", f"those that were written: {REMEDY}")
     values = {name: chain[f"chain.{name}"] for name in names}
     values |= {name: float(values[name]) for name in ("weight", "link")}

@@ -24,6 +24,7 @@ from data_pipelines.io import files
 from data_pipelines.io import locks
 from data_pipelines.pairs.identity import scan_digest
 from experiments.localizers import localizer_files
+from experiments.patients import metal_files
 from experiments.patients import models
 from radgs_jax import errors
 from radgs_jax import gaussians
@@ -143,7 +144,7 @@ def prepare_untrained(
     whole = whole_body.WholeBody(scan, whole_body.BODY_MM) if whole is None else whole
     vertebra = extraction.extract(scan, label, model.config.gaussians, mask_path)
     parts = on_device_parts(whole_body.moving_parts(whole, vertebra))
-    return Prepared(model, vertebra, fine_cloud(vertebra), parts, refine, search, rule)
+    return Prepared(model, vertebra, fine_cloud(vertebra), parts, refine, search, metal_files.read_base(), rule)
 
 
 def body_reader() -> Callable[[cases.Volume], tuple[scans.Scan, whole_body.WholeBody]]:
@@ -400,4 +401,4 @@ def load(workdir: pathlib.Path | str, target: Target, digests: ScanDigests) -> P
     if rule is not None and rule.fitted_for != (wanted := confidence.method_digest(refine, search)):
         wanted = f"{wanted}, the refinement and search in use: prepare the workdir again"
         errors.fail(folder / CALIBRATION, "fitted_for", rule.fitted_for, wanted)
-    return Prepared(model, vertebra, fine, parts, refine, search, rule)
+    return Prepared(model, vertebra, fine, parts, refine, search, metal_files.read_base(), rule)

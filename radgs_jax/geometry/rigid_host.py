@@ -36,3 +36,11 @@ def motion_about(
     T = matrix(twist[:3], 0.0)
     T[:3, 3] = np.asarray(centre) + twist[3:] - T[:3, :3] @ centre
     return T
+
+
+def twist_about(
+    centre: Real[Array, "3"] | Sequence[float | int], motion: Real[np.ndarray, "4 4"]
+) -> Float[np.ndarray, "6"]:
+    """Inverse of `motion_about`: the twist, radians and mm, of a motion about `centre`, mm."""
+    turn = scipy.spatial.transform.Rotation.from_matrix(motion[:3, :3]).as_rotvec()
+    return np.concatenate([turn, motion[:3, 3] - np.asarray(centre) + motion[:3, :3] @ centre])

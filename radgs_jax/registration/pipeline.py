@@ -7,10 +7,12 @@ from concurrent import futures
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 from jaxtyping import Float
 
 from kernels.common.types import Array
 from radgs_jax import gaussians
+from radgs_jax import metal
 from radgs_jax.gaussians import Gaussians
 from radgs_jax.geometry import rigid_host
 from radgs_jax.geometry.xray import XRay
@@ -29,6 +31,10 @@ from radgs_jax.registration.programs import Compile
 from radgs_jax.registration.programs import Programs
 from radgs_jax.registration.programs import programs_of
 from radgs_jax.registration.pyramid import make_pyramid
+
+NETWORK_REACH_MM = 40.0
+"""A network's pose farther than this from the start pose is not followed, mm. Starts are some centimetres off at most, and a
+network that is thrown off ends 70 to 110 mm away. Half would not follow it from distant starts; twice follows some of those."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Outcome:
       attention: (V, h', w') mean attention of that pass.
       refined: the refinement in numpy; None without one.
       confidence: the verdict; None without a refinement or without an acceptance rule.
+      counted: of each view, (H, W) bool, the pixels that were used: valid, and without metal.
     """
 
     world_from_ct: Float[Array, "4 4"]
@@ -62,6 +69,7 @@ class Outcome:
     attention: Float[Array, "views cells_v cells_u"]
     refined: Refined | None
     confidence: Confidence | None
+    counted: tuple[Bool[Array, "_ _"], ...]
 
 
 def register(
@@ -82,6 +90,7 @@ def register(
     """
     programs = programs_of(compile)
     vertebra, model = prepared.vertebra, prepared.model
+    xrays = metal.leave_out(prepared.metal, xrays, compile)
     seen = make_pyramid(xrays, [model.config.pixel_mm])
     start_box = start @ vertebra.ct_from_box
     result = network.run_network(programs, model, seen, start_box, vertebra.cloud, options.passes)
@@ -89,6 +98,8 @@ def register(
     if options.refine:
         # The network knows vertebrae; of another bone its pose says nothing.
         estimate = result.world_from_box if vertebra.label <= FIRST_BONE else start_box
+        if np.linalg.norm(estimate[:3, 3] - start_box[:3, 3]) > NETWORK_REACH_MM:
+            estimate = start_box
         refined, judged = refine_until_trusted(prepared, xrays, estimate, start_box, compile)
         boxes += list(refined.trajectory)
     box_from_ct = np.linalg.inv(vertebra.ct_from_box)
@@ -105,6 +116,7 @@ def register(
         result.reconstruction.attention[0].mean(-1),
         refined,
         judged,
+        tuple(np.asarray(xray.valid) for xray in xrays),
     )
 
 
@@ -127,6 +139,7 @@ def warm_up(
     """Compiles or loads the programs that `register` needs for a case, unless it needs a wider search; registers nothing."""
     programs = programs_of(compile)
     vertebra, config = prepared.vertebra, prepared.refine
+    xrays = metal.leave_out(prepared.metal, xrays, compile)
     with futures.ThreadPoolExecutor() as pool:
         compiling = []
         if options.refine:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from radgs_jax import gaussians
 from radgs_jax.geometry import resample
+from radgs_jax.metal import MetalFinder
 from radgs_jax.models.trained import Model
 from radgs_jax.registration.confidence import AcceptanceRule
 from radgs_jax.registration.confidence import method_digest
@@ -55,6 +56,7 @@ class Prepared:
       fine_cloud: the vertebra in FINE_GAUSSIANS Gaussians, box frame: the detail of reported reconstructions.
       parts: on the device.
       refine, search: how poses are refined and searched for.
+      metal: what finds metal in X-rays; None uses all valid pixels.
       rule: what says whether a pose is accepted; None judges nothing. It belongs to the `refine` and `search` that it was
         fitted with.
 
@@ -68,6 +70,7 @@ class Prepared:
     parts: Parts
     refine: RefineConfig = RefineConfig()
     search: SearchConfig = SearchConfig()
+    metal: MetalFinder | None = None
     rule: AcceptanceRule | None = None
 
     def __post_init__(self):

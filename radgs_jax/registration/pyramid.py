@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from kernels.common.types import Array
+from radgs_jax.geometry.fill import fill
 from radgs_jax.geometry.xray import bin_xray
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.registration.gauss_newton import LevelViews
@@ -28,10 +29,10 @@ class Pyramid:
 
 
 def at_resolution(xrays: Sequence[XRay], pixel_mm: float) -> LevelViews:
-    """X-rays binned to about `pixel_mm` at the isocentre."""
+    """X-rays binned to about `pixel_mm` at the isocentre, with what is invalid filled so that it makes no edges."""
     binned = [bin_xray(xray, pixel_mm) for xray in xrays]
     return LevelViews(
-        [on_device(xray.line_integrals) for xray in binned],
+        [on_device(fill(xray.line_integrals, xray.valid)) for xray in binned],
         [jax.device_put(xray.valid) for xray in binned],
         on_device(np.stack([xray.camera.intrinsics for xray in binned])),
     )

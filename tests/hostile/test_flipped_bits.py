@@ -41,7 +41,7 @@ UNREAD = {"pairs", "checkpoints", "tensorboard"}
 
 
 def damage(path, rng):
-    """Flips a bit of a file, cuts it, or overwrites a block by zeros; says what and where."""
+    """Flips a bit of a file, cuts it, or overwrites a block by zeros, or by ones where it is zero; says what and where."""
     content = bytearray(path.read_bytes())
     if not content:
         path.write_bytes(b"\0")
@@ -52,7 +52,8 @@ def damage(path, rng):
     elif kind == "cut":
         del content[place:]
     else:
-        content[place : place + 512] = bytes(len(content[place : place + 512]))
+        block = content[place : place + 512]
+        content[place : place + 512] = bytes(len(block)) if any(block) else b"\xff" * len(block)
     path.write_bytes(content)
     return f"{path.name}: {kind} at {place}"
 

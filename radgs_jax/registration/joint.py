@@ -1,0 +1,316 @@
+"""Several vertebrae, the rest of the body and the errors of the cameras, refined together.
+
+Each vertebra moves by itself, and so does the rest of the body. Around each vertebra a window of every X-ray is modelled as the
+vertebra, its two neighbours and the rest. One Gauss-Newton step moves all bodies and all cameras, whose errors have a known size:
+what a camera sees depends on the bodies' poses relative to it, so that two views of one body show how the cameras are off
+relative to each other, and nothing shows how they are off together. That part stays in the covariance.
+
+The terms are those of `gauss_newton`, window by window: derivatives of images, gains, and t-distributed residuals.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from kernels.common.types import Array
+from kernels.common.types import Leaf
+from radgs_jax.geometry import camera
+from radgs_jax.geometry import resample
+from radgs_jax.geometry import rigid
+from radgs_jax.geometry import rigid_host
+from radgs_jax.registration import gauss_newton
+from radgs_jax.registration.edges import derivatives
+from radgs_jax.registration.gains import eliminate_gains
+from radgs_jax.registration.gains import fit_gains
+from radgs_jax.registration.gauss_newton import Level
+from radgs_jax.registration.gauss_newton import LevelViews
+from radgs_jax.registration.gauss_newton import RefineConfig
+from radgs_jax.registration.parts import on_device
+from radgs_jax.registration.prepared import Prepared
+from radgs_jax.registration.pyramid import Pyramid
+
+BEND = (math.radians(4.0), 2.0)
+"""Standard deviation, rad and mm, of the motion of neighbouring vertebrae relative to each other since the CT. From supine to prone
+or standing a lumbar segment turns by 2 to 6 degrees, of at most 8 to 20 about one axis (White and Panjabi, "Clinical Biomechanics
+of the Spine", 1990, table 2-5). Half ties spines that bend; twice leaves vertebrae to themselves that are hard to see."""
+NO_ERROR_MM = 1e-3
+"""Standard deviation of an error that is stated to be 0, mm, of turns by their lever: small, and large enough to be divided by."""
+LEVELS = ((128, 12), (112, 6))
+"""Pixels along the windows, and most steps, of the last two levels. Chosen by hand: the first window shows 190 mm of the body,
+since a camera's depth shows only in how the picture grows from its middle to its border; half of it leaves more of that error."""
+SETTLED_MM = 2e-3
+"""Step of the vertebra that moves most at which a level ends, mm. Chosen by hand, a tenth of the best accuracy."""
+LEAST_CURVATURE = 1e-6
+"""Added to the diagonal of the normal matrix, 1/mm^2 in the parameters' common scale, far below any prior: it keeps it solvable."""
+PARTS_SEEN = 4
+"""Bodies in a window: the vertebra, the one above, the one below, the rest."""
+
+
+@flax.struct.dataclass
+class Bodies:
+    """K vertebrae and the rest of their body, as volumes of attenuation in 1/mm, padded to common shapes.
+
+    Attributes:
+      excess: (K, X, Y, Z) each vertebra above the muscle that fills its hole; ct_from_excess: (K, 4, 4) from its voxel index.
+      rest: (K, X', Y', Z') around each vertebra, everything but it and its two neighbours; ct_from_rest: (K, 4, 4).
+      centres: (K, 3) of the vertebrae, CT mm.
+      neighbours: (K, 2) places in this list of the vertebrae above and below; -1 where it is not in the list.
+      steps_apart: (K, 2) number of levels between the two, where there is one.
+    """
+
+    excess: Leaf
+    ct_from_excess: Leaf
+    rest: Leaf
+    ct_from_rest: Leaf
+    centres: Leaf
+    neighbours: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
+    steps_apart: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """Poses and cameras that were refined together, float64; N = 6 K + 6 + 6 V parameters.
+
+    Attributes:
+      world_from_ct: (K + 1, 4, 4) of each vertebra and, last, of the rest, mm.
+      motions: (V, 4, 4) of the world before each camera: a corrected camera_from_world is the given one times its motion.
+      information: (K, N, N) of each window's pixels, as if they were independent; prior: (N, N). Parameters are twists in world
+        axes, rad and mm, of the vertebrae about their centres, and of the rest and the cameras about the vertebrae's mean.
+      step_mm: length of the last step of the vertebra that moved most, rotations by their lever.
+    """
+
+    world_from_ct: Float[np.ndarray, "bodies 4 4"]
+    motions: Float[np.ndarray, "views 4 4"]
+    information: Float[np.ndarray, "windows parameters parameters"]
+    prior: Float[np.ndarray, "parameters parameters"]
+    step_mm: float
+
+
+def bodies_of(prepared: Sequence[Prepared], levels_between: Sequence[int]) -> Bodies:
+    """`Bodies` of vertebrae of one scan, from head to feet.
+
+    Args:
+      prepared: K of them; levels_between: K - 1 numbers of levels from each to the next, 1 for neighbours.
+    """
+    boxes = [p.vertebra.ct_from_box.astype(np.float64) for p in prepared]
+    excess = [np.asarray(p.parts.excess, np.float32) for p in prepared]
+    ct_from_excess = [box @ np.asarray(p.parts.box_from_excess, np.float64) for box, p in zip(boxes, prepared)]
+    ct_from_rest = [box @ np.asarray(p.parts.box_from_rest, np.float64) for box, p in zip(boxes, prepared)]
+    rest, neighbours, apart = [], [], []
+    for k, p in enumerate(prepared):
+        near = [j if 0 <= j < len(prepared) else -1 for j in (k - 1, k + 1)]
+        neighbours.append(tuple(near))
+        apart.append(tuple(levels_between[min(j, k)] if j >= 0 else 1 for j in near))
+        volume = np.asarray(p.parts.rest, np.float32).copy()
+        for j in near:
+            if j >= 0:
+                volume -= resample.resample(excess[j], ct_from_excess[j], ct_from_rest[k], volume.shape)
+        rest.append(volume)
+    return Bodies(
+        on_device(_stacked(excess)),
+        on_device(ct_from_excess),
+        on_device(_stacked(rest)),
+        on_device(ct_from_rest),
+        on_device([box[:3, 3] for box in boxes]),
+        tuple(neighbours),
+        tuple(apart),
+    )
+
+
+def _stacked(volumes):
+    shape = np.max([v.shape for v in volumes], axis=0)
+    return np.stack([np.pad(v, [(0, n - m) for n, m in zip(shape, v.shape)]) for v in volumes])
+
+
+def fine_levels(config: RefineConfig) -> tuple[Level, ...]:
+    """The levels of a joint refinement: the last two of a single one's, with the windows and steps of `LEVELS`."""
+    last = config.levels[-len(LEVELS) :]
+    chosen = LEVELS[-len(last) :]
+    return tuple(dataclasses.replace(level, size=size, iterations=n) for level, (size, n) in zip(last, chosen))
+
+
+def _carried(centre, about):
+    """The matrix (6, 6) that turns a twist about `centre` into that of the same motion about `about`."""
+    x, y, z = centre - about
+    found = np.eye(6)
+    found[3:, :3] = [[0, -z, y], [z, 0, -x], [-y, x, 0]]
+    return found
+
+
+def linearised(
+    bodies: Bodies,
+    views: LevelViews,
+    camera_from_world: Float[Array, "views 4 4"],
+    at: Float[Array, "windows 4 4"],
+    world_from_ct: Float[Array, "bodies 4 4"],
+    config: RefineConfig,
+) -> tuple[Float[jax.Array, "windows views 24 24"], Float[jax.Array, "windows views 24"]]:
+    """Normal equations of each window in each view, over the twists of the bodies in it about their own centres.
+
+    Args:
+      camera_from_world: (V, 4, 4) corrected; at: (K, 4, 4) poses world_from_ct that windows are cut at, which stay the same from
+        step to step; world_from_ct: (K + 1, 4, 4) current poses; config: of one level, that of `views`.
+    Returns:
+      normal matrices (K, V, 24, 24) and right sides (K, V, 24), rad and mm; bodies are the vertebra, the one above, the one below
+      and the rest, and 0 where there is none.
+    """
+    (level,) = config.levels
+    count = len(bodies.neighbours)
+    seen = jnp.asarray([[k, max(a, 0), max(b, 0), count] for k, (a, b) in enumerate(bodies.neighbours)])
+    present = jnp.asarray(np.array(bodies.neighbours) >= 0, jnp.float32)
+    centres = rigid.apply(world_from_ct[:-1], bodies.centres[:, None])[:, 0]
+    centres = jnp.concatenate([centres, jnp.mean(centres, 0, keepdims=True)])
+
+    def of_window(k):
+        parts = seen[k]
+        box = jnp.eye(4).at[:3, 3].set(bodies.centres[k])
+        camera_from_box = rigid.matmul(camera_from_world, rigid.matmul(at[k], box))
+        crops = camera.windows(views.images, views.valid, views.intrinsics, camera_from_box, level.size)
+        window = gauss_newton.make_window(*crops, camera_from_world, config)
+        images, motions = [], []
+        for part in range(PARTS_SEEN):
+            rest = part == PARTS_SEEN - 1
+            there = present[k, part - 1] if part in (1, 2) else 1.0
+            image, motion = gauss_newton.project_part(
+                bodies.rest[k] if rest else bodies.excess[parts[part]],
+                bodies.ct_from_rest[k] if rest else bodies.ct_from_excess[parts[part]],
+                world_from_ct[parts[part]],
+                centres[parts[part]],
+                window.intrinsics,
+                camera_from_world,
+                level.size,
+                level.rest_step_mm if rest else level.vertebra_step_mm,
+            )
+            images.append(image * there)
+            motions.append(motion * there)
+        filtered = derivatives(jnp.concatenate([jnp.stack(images, -1), *motions], -1), config.blur_px)
+        of_excess, of_rest = filtered[..., 0, :], jnp.sum(filtered[..., 1:PARTS_SEEN, :], -2)
+        gain_rest, gain_excess, columns, gains, weights = fit_gains(
+            window.target,
+            window.inside,
+            window.weights,
+            window.edge_count,
+            of_rest,
+            of_excess,
+            sum(images),
+            config.gain_ridge,
+        )
+        own, others = filtered[..., PARTS_SEEN : PARTS_SEEN + 6, :], filtered[..., PARTS_SEEN + 6 :, :]
+        jacobian = [own * gain_excess[..., None, None], others * gain_rest[..., None, None]]
+        residual = window.target - gain_rest[..., None] * of_rest - gain_excess[..., None] * of_excess
+        return eliminate_gains(columns, gains, jnp.concatenate(jacobian, -2), residual, weights, config.gain_ridge)
+
+    return jax.lax.map(of_window, jnp.arange(count))
+
+
+def _prior(bodies, poses, centres, motions, camera_sd):
+    """Normal matrix (N, N) and right side (N,) of what is known beforehand, at the current poses."""
+    count, middle = len(bodies.neighbours), centres[-1]
+    size = 6 * count + 6 + 6 * len(motions)
+    normal, right = np.zeros((size, size)), np.zeros(size)
+
+    def tie(i, j, sd, factor=1.0):
+        """Bodies i and j move as one, but for a twist of standard deviation sd (rad, mm) about the centre of i."""
+        relative = rigid_host.twist_about(centres[i], poses[j] @ np.linalg.inv(poses[i]))
+        columns = np.zeros((6, size))
+        columns[:, 6 * i : 6 * i + 6] = -np.eye(6)
+        columns[:, 6 * j : 6 * j + 6] = _carried(centres[j], centres[i])
+        weighted = columns / np.repeat(np.square(sd) * factor, 3)[:, None]
+        normal[:] += weighted.T @ columns
+        right[:] -= weighted.T @ relative
+
+    for k, (_, below) in enumerate(bodies.neighbours):
+        tie(k, count, gauss_newton.COUPLING)
+        if below >= 0:
+            tie(k, below, BEND, bodies.steps_apart[k][1])
+    # The stated sizes are lengths; each of three axes has a third of the variance.
+    variance = np.maximum(np.repeat(np.square(camera_sd) / 3.0, 3), np.square(NO_ERROR_MM * rigid.TWIST_SCALE))
+    for v, motion in enumerate(motions):
+        place = slice(6 * (count + 1 + v), 6 * (count + 2 + v))
+        normal[place, place] += np.diag(1.0 / variance)
+        right[place] -= rigid_host.twist_about(middle, motion) / variance
+    return normal, right
+
+
+def _assembled(bodies, normals, rights, centres):
+    """The windows' normal equations over all parameters, (K, N, N) and (N,): a camera's motion moves all that it sees."""
+    count, views = normals.shape[:2]
+    size = 6 * (count + 1 + views)
+    by_window, right = np.zeros((count, size, size)), np.zeros(size)
+    for k, (above, below) in enumerate(bodies.neighbours):
+        for v in range(views):
+            matrix = np.zeros((6 * PARTS_SEEN, size))
+            for part, body in enumerate((k, above, below, count)):
+                if body >= 0:
+                    rows = slice(6 * part, 6 * part + 6)
+                    matrix[rows, 6 * body : 6 * body + 6] = np.eye(6)
+                    matrix[rows, 6 * (count + 1 + v) : 6 * (count + 2 + v)] = _carried(centres[-1], centres[body])
+            by_window[k] += matrix.T @ normals[k, v] @ matrix
+            right += matrix.T @ rights[k, v]
+    return by_window, right
+
+
+def refine_together(
+    program: Callable,
+    bodies: Bodies,
+    seen: Pyramid,
+    world_from_ct: Float[Array, "bodies 4 4"],
+    camera_sd: Sequence[float],
+    config: RefineConfig,
+) -> Together:
+    """Refines the poses of all bodies and the cameras together.
+
+    What the cameras have in common with all bodies is seen by nothing but the prior, which is a million times weaker than
+    pixels: the equations are solved in float64, on the host.
+
+    Args:
+      program: `linearised`, compiled; seen: X-rays at the resolution of each of config.levels.
+      world_from_ct: start poses of the K vertebrae and of the rest.
+      camera_sd: sizes of the cameras' errors: root mean square angle of turn, rad, and length of shift, mm; 0 for none.
+    """
+    count, poses = len(bodies.neighbours), np.asarray(world_from_ct, np.float64)
+    given = np.asarray(seen.camera_from_world, np.float64)
+    motions = np.tile(np.eye(4), (len(given), 1, 1))
+    scale = np.tile(rigid.TWIST_SCALE, count + 1 + len(given))
+    by_window = prior = np.zeros(0)
+    moved_mm = 0.0
+    for level, views in zip(config.levels, seen.levels):
+        one, at = dataclasses.replace(config, levels=(level,)), on_device(poses[:-1])
+        for _ in range(level.iterations):
+            arguments = bodies, views, on_device(given @ motions), at, on_device(poses)
+            normals, rights = (np.asarray(a, np.float64) for a in jax.device_get(program(*arguments, config=one)))
+            places = np.einsum("kij,kj->ki", poses[:-1, :3, :3], bodies.centres) + poses[:-1, :3, 3]
+            centres = np.concatenate([places, places.mean(0, keepdims=True)])
+            by_window, right = _assembled(bodies, normals, rights, centres)
+            prior, prior_right = _prior(bodies, poses, centres, motions, camera_sd)
+            normal = (by_window.sum(0) + prior) * scale[:, None] * scale
+            step = np.linalg.solve(normal + LEAST_CURVATURE * np.eye(len(normal)), (right + prior_right) * scale)
+            step /= max(1.0, np.abs(step).max() / gauss_newton.STEP_MM)
+            twists = (step * scale).reshape(-1, 6)
+            for i, (centre, twist) in enumerate(zip(centres, twists)):
+                poses[i] = rigid_host.motion_about(centre, twist) @ poses[i]
+            for v, twist in enumerate(twists[count + 1 :]):
+                motions[v] = motions[v] @ rigid_host.motion_about(centres[-1], twist)
+            moved_mm = float(np.linalg.norm(step[: 6 * count].reshape(-1, 6), axis=1).max())
+            if moved_mm < SETTLED_MM:
+                break
+    return Together(poses, motions, by_window, prior, moved_mm)
+
+
+def covariance(together: Together, inflation: Sequence[float]) -> Float[np.ndarray, "parameters parameters"]:
+    """Covariance of all parameters, rad and mm.
+
+    Args:
+      inflation: (K,) of each window, the ratio of an error's variance to what independent pixels would leave of it.
+    """
+    pixels = sum(n / factor for n, factor in zip(together.information, inflation))
+    scale = np.tile(rigid.TWIST_SCALE, len(together.prior) // 6)
+    total = (pixels + together.prior) * scale[:, None] * scale
+    return np.linalg.inv(total + LEAST_CURVATURE * np.eye(len(total))) * scale[:, None] * scale
