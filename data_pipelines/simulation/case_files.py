@@ -164,7 +164,9 @@ def _bent_scene(body, vertebra, variants, rng):
     """As `_rigid_scene`, of a `simulation.ArticulatedBody` whose vertebrae each move by themselves."""
     geometry = simulation.Geometry(window=BENT_WINDOW, binning=BINNING, vertebra_step_mm=0.75, rest_step_mm=1.5)
     # Case files have no mask of valid pixels, so there is no collimator.
-    sample = simulation.simulate(body, vertebra.label, rng, simulation.Preset(chance_collimator=0.0), geometry)
+    sample = simulation.simulate(
+        body, vertebra.label, rng, simulation.Preset(chance_collimator=0.3, chance_hardware=0.5), geometry
+    )
     images = {"artic": sample.rest + sample.excess, "real": sample.measured}
     world_from_ct = rigid_host.nearest_rigid(
         sample.world_from_box.astype(np.float64) @ np.linalg.inv(vertebra.ct_from_box)

@@ -145,7 +145,7 @@ def warm_up(
         if options.refine:
             seen = make_pyramid(xrays, [level.pixel_mm for level in config.levels])
             starts = [vertebra.ct_from_box] * 2
-            for levels in (searching.keeping(config, 1), searching.glance(config, prepared.search)):
+            for levels in (searching.twice(config), config.levels, searching.glance(config, prepared.search)):
                 arguments, static = searching.refine_arguments(prepared.parts, seen, starts, config, levels)
                 compiling.append(pool.submit(programs.refine.lower(*arguments, **static).compile))
         # XLA compiles or loads these while the network runs.

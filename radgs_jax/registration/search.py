@@ -41,24 +41,31 @@ class SearchConfig:
       turn_rad: by how much starts are turned against a refused answer about each of its axes. Most answers that are wrong by
         less than 5 mm sit in a wrong orientation; at half the turn they stay there, at twice they find a neighbour.
       wide_along_mm: shifts along the spine tried first, from where it started: up to the neighbours' places and between.
+      depth_mm: shifts along the rays of each view tried with them: where one view fits, it fits in other depths as well.
       far_across_mm, far_along_mm: shifts across and along the spine tried last, in all combinations. Their spacing is about
         the capture range of the coarsest level; at half it the search takes eight times as long, at twice it has gaps.
       glance_iterations: steps of the coarsest level taken in a neighbour's place before it is compared.
       max_walk: how often, at most, the answer moves to a neighbouring level.
       settled_mm: a refinement whose last step was longer goes on from where it is.
       max_settlings: how often, at most, it goes on.
-      survivors: how many of a wider search's starts go on from the coarsest level.
+      contenders: how many of a wider search's starts go on after `glance_iterations`, in windows that are cut anew. Starts 15 mm
+        off and more need it: at half, right ones are lost to wrong ones that settle sooner; at twice, it takes half as long again.
+      contender_iterations: steps of the coarsest level that they take.
+      survivors: how many of them go on from the coarsest level.
       bare_line_integral: median line integral below which an X-ray shows a bone in air; behind a body it is above 1.
     """
 
     turn_rad: float = math.radians(15.0)
     wide_along_mm: tuple[float, ...] = (-24.0, -12.0, 12.0, 24.0)
+    depth_mm: tuple[float, ...] = (-24.0, -12.0, 12.0, 24.0)
     far_across_mm: tuple[float, ...] = (-24.0, 0.0, 24.0)
     far_along_mm: tuple[float, ...] = (-48.0, -24.0, 0.0, 24.0, 48.0)
     glance_iterations: int = 5
     max_walk: int = 4
     settled_mm: float = 0.2
     max_settlings: int = 3
+    contenders: int = 24
+    contender_iterations: int = 10
     survivors: int = 3
     bare_line_integral: float = 0.3
 
@@ -66,10 +73,12 @@ class SearchConfig:
 def refine_arguments(
     parts: Parts, seen: Pyramid, starts: Sequence[_Pose], config: RefineConfig, levels: Sequence[Level]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments and keywords of `gauss_newton.refine` for the first levels of a pyramid, with `levels` in place of config's."""
+    """Arguments and keywords of `gauss_newton.refine` with `levels` in place of config's, at whose resolutions `seen` is."""
     poses = on_device(starts)
     chosen = dataclasses.replace(config, levels=tuple(levels))
-    return (parts, seen.levels[: len(levels)], seen.camera_from_world, poses), {"config": chosen}
+    sizes = [level.pixel_mm for level in config.levels]
+    views = [seen.levels[sizes.index(level.pixel_mm)] for level in levels]
+    return (parts, views, seen.camera_from_world, poses), {"config": chosen}
 
 
 def glance(config: RefineConfig, search: SearchConfig) -> tuple[Level, ...]:
@@ -77,16 +86,39 @@ def glance(config: RefineConfig, search: SearchConfig) -> tuple[Level, ...]:
     return (dataclasses.replace(config.levels[0], iterations=search.glance_iterations),)
 
 
-def keeping(config: RefineConfig, survivors: int) -> tuple[Level, ...]:
-    """The levels of a refinement in which that many starts go on from the coarsest one."""
+def twice(config: RefineConfig, survivors: int = 1) -> tuple[Level, ...]:
+    """The levels of a first refinement: the coarsest one twice, since starts that are turned by 20 degrees need new windows.
+
+    Args:
+      survivors: how many starts go on from the coarsest level.
+    """
     first, *others = config.levels
-    return (dataclasses.replace(first, keep=survivors), *others)
+    return (dataclasses.replace(first, keep=survivors), dataclasses.replace(first, keep=survivors), *others)
+
+
+def halving(config: RefineConfig, search: SearchConfig) -> tuple[Level, ...]:
+    """The levels of a wider search: the coarsest one twice, with fewer starts and windows cut anew the second time."""
+    first, *others = config.levels
+    short = dataclasses.replace(first, iterations=search.glance_iterations, keep=search.contenders)
+    return (short, dataclasses.replace(first, iterations=search.contender_iterations, keep=search.survivors), *others)
 
 
 def _shift(shift_mm):
     motion = np.eye(4)
     motion[:3, 3] = shift_mm
     return motion
+
+
+def _along_rays(world_from_box, camera_from_world, shifts_mm):
+    """The pose shifted along each view's ray through its origin."""
+    found = []
+    for E in np.asarray(camera_from_world, np.float64):
+        ray = world_from_box[:3, 3] + E[:3, :3].T @ E[:3, 3]
+        for shift in shifts_mm:
+            moved = np.array(world_from_box)
+            moved[:3, 3] += shift * ray / np.linalg.norm(ray)
+            found.append(moved)
+    return found
 
 
 def refine_pose(
@@ -97,14 +129,14 @@ def refine_pose(
     config: RefineConfig,
     search: SearchConfig,
     places_mm: Sequence[float],
-    survivors: int = 1,
+    levels: Sequence[Level],
 ) -> Refined:
     """Refines several starts, goes on until the best has settled, and compares it with the places of neighbouring levels.
 
     Args:
       seen: X-rays at the resolutions of config's levels; starts: at least 2 poses world_from_box.
       places_mm: where its two neighbours lie along the spine, from `levels.neighbours_mm`; none of a bone without neighbours.
-      survivors: number of starts that go on from the coarsest level.
+      levels: of the first refinement, from these starts: config's, or those of `halving`.
     Returns:
       `Refined` in numpy. Its rival is the best other answer, neighbours included.
     """
@@ -122,7 +154,7 @@ def refine_pose(
             refined = dataclasses.replace(run([refined.world_from_box] * 2, config.levels), **rival)
         return refined
 
-    refined = settled(run(starts, keeping(config, survivors)))
+    refined = settled(run(starts, levels))
     for _ in range(search.max_walk if places_mm else 0):
         places = [refined.world_from_box @ _shift((0.0, 0.0, along)) for along in places_mm]
         other = run(places, glance(config, search))
@@ -130,8 +162,8 @@ def refine_pose(
         if away_mm < gauss_newton.DISTINCT_MM:
             break
         margin = refined.fit[0] - other.fit[0]
-        # A place that fits better at a glance than the answer does in detail is refined, too.
-        if other.fit[0] < refined.fit[-1]:
+        # A place that fits better at a glance than the answer did, or does in detail, is refined, too.
+        if other.fit[0] < min(refined.fit[0], refined.fit[-1]):
             if margin < refined.margin:
                 refined = dataclasses.replace(refined, rival_mm=away_mm, margin=margin)
             break
@@ -168,16 +200,18 @@ def searches(
     turns = [rigid_host.matrix(angle * axis, [0.0, 0.0, 0.0]) for axis in np.eye(3) for angle in angles]
     if not places_mm:
         starts = [estimate, start, *(start @ turn for turn in turns)]
-        yield refine_pose(programs, parts, seen, starts, config, search, places_mm, search.survivors)
+        levels = twice(config, search.survivors)
+        yield refine_pose(programs, parts, seen, starts, config, search, places_mm, levels)
         return
-    refined = refine_pose(programs, parts, seen, [estimate, start], config, search, places_mm)
+    refined = refine_pose(programs, parts, seen, [estimate, start], config, search, places_mm, twice(config))
     yield refined
     wide = [(0.0, 0.0, along) for along in search.wide_along_mm]
+    depth = _along_rays(refined.world_from_box, seen.camera_from_world, search.depth_mm)
     far = list(itertools.product(search.far_across_mm, search.far_across_mm, search.far_along_mm))
-    for poses, shifts_mm in (((estimate, start), wide), ((start,), far)):
-        starts = [refined.world_from_box @ turn for turn in turns]
+    for poses, shifts_mm, deeper in (((estimate, start), wide, depth), ((start,), far, [])):
+        starts = [*(refined.world_from_box @ turn for turn in turns), *deeper]
         starts += [pose @ _shift(shift) for pose in poses for shift in shifts_mm]
-        again = refine_pose(programs, parts, seen, starts, config, search, places_mm, search.survivors)
+        again = refine_pose(programs, parts, seen, starts, config, search, places_mm, halving(config, search))
         if again.fit[-1] > refined.fit[-1]:
             refined = again
         yield refined
