@@ -20,10 +20,12 @@ from data_pipelines.ct import whole_body
 from data_pipelines.io import checksums
 from data_pipelines.io import files
 from data_pipelines.simulation import carm
+from experiments.patients import metal_files
 from experiments.patients import workdir
 from experiments.runtime import cli
 from experiments.runtime import progress
 from experiments.runtime.kept_programs import kept
+from radgs_jax import metal
 from radgs_jax import metrics
 from radgs_jax.errors import fail
 from radgs_jax.registration import confidence
@@ -98,7 +100,7 @@ def started_cases(
       InputError: unreadable input, or a scene without its true pose.
     """
     body, prepared, found = workdir.body_reader(), {}, []
-    programs = programs_of(kept)
+    programs, finder = programs_of(kept), metal_files.read_base()
     for number, scene in enumerate(case_file.scenes.values()):
         volume = case_file.volumes[scene.volume]
         if volume.name not in prepared:
@@ -106,7 +108,8 @@ def started_cases(
             vertebra = extraction.extract(scan, volume.full_label, CLOUD_GAUSSIANS, volume.full_mask)
             prepared[volume.name] = vertebra, on_device_parts(whole_body.moving_parts(whole, vertebra))
         vertebra, parts = prepared[volume.name]
-        seen = make_pyramid(cases.read_xrays(scene, variant), [level.pixel_mm for level in FITTED_REFINE.levels])
+        xrays = metal.leave_out(finder, cases.read_xrays(scene, variant), kept)
+        seen = make_pyramid(xrays, [level.pixel_mm for level in FITTED_REFINE.levels])
         truth = cases.truth(case_file, scene)
         rng = np.random.default_rng([seed, number])
         centre = vertebra.ct_from_box[:3, 3]
