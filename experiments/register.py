@@ -8,6 +8,7 @@ some could not be, 2 if none could, and with --strict 3 if a pose was refused.
 """
 
 import functools
+import math
 import pathlib
 import sys
 
@@ -19,6 +20,7 @@ from data_pipelines.io import pose_files
 from data_pipelines.xrays import radiograph
 from experiments.patients import models
 from experiments.patients import registering
+from experiments.patients import spines
 from experiments.patients import starts
 from experiments.patients import workdir as workdirs
 from experiments.patients.registering import Row
@@ -30,6 +32,8 @@ from radgs_jax import errors
 from radgs_jax.levels import level_name
 from radgs_jax.registration.pipeline import RegisterOptions
 
+MAX_CAMERA_MM, MAX_CAMERA_DEG = 20.0, 5.0
+"""Largest errors of cameras that can be stated. Chosen by hand: beyond, the first refinement finds nothing to correct them by."""
 STRICT_STATUS = 3
 """Exit status where --strict is given and a pose is refused."""
 
@@ -86,6 +90,12 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "New folder for the results.", required=True)
     flags.DEFINE_integer("passes", RegisterOptions().passes, "Passes of the network.", lower_bound=1, upper_bound=50)
     flags.DEFINE_bool("refine", True, "Refine the network's pose against the X-rays themselves.")
+    flags.DEFINE_list(
+        "camera_sd",
+        ["0", "0"],
+        "How far the cameras are off, mm and degrees (root mean square), such as 1.0,0.3: they are then corrected.",
+    )
+    flags.DEFINE_bool("together", False, "Also refine the accepted vertebrae of --label together, into spine.json.")
     flags.DEFINE_bool("strict", False, f"End with status {STRICT_STATUS} if a pose is refused.")
     flags.DEFINE_bool(
         "resume", False, "Go on with the cases that a stopped run with the same flags has left unfinished."
@@ -159,6 +169,17 @@ def _frames():
     return given and [int(text) for text in given]
 
 
+def _camera_sd():
+    """--camera_sd as (radians, mm)."""
+    values = cli.numbers("--camera_sd", flags.FLAGS.camera_sd)
+    if len(values) != 2 or min(values) < 0 or values[0] > MAX_CAMERA_MM or values[1] > MAX_CAMERA_DEG:
+        wanted = f"mm and degrees, such as 1.0,0.3, at most {MAX_CAMERA_MM:g},{MAX_CAMERA_DEG:g}"
+        errors.fail("flags", "--camera_sd", ",".join(flags.FLAGS.camera_sd), wanted)
+    if any(values) and not flags.FLAGS.refine:
+        errors.fail("flags", "--camera_sd", "--norefine", "the refinement, which corrects cameras")
+    return math.radians(values[1]), values[0]
+
+
 def _pixels(flag, count):
     """The (u, v) of each view in a flag."""
     given = flags.FLAGS[flag].value
@@ -207,11 +228,17 @@ def main() -> None:
     else:
         rows, reports = _given(digests, load)
     inputs = _digests(digests)
-    extra_files = {"run.json": lambda: record.finish(inputs, cli.warnings_said())}
+    extra_files = {"run.json": lambda results: record.finish(inputs, cli.warnings_said())}
     if reports:
         extra_files["detection.json"] = next(iter(reports.values())) if len(reports) == 1 else reports
-    options = RegisterOptions(given.passes, given.refine)
+    options = RegisterOptions(given.passes, given.refine, _camera_sd())
     variant = given.variant if given.cases else "xrays"
+    if given.together:
+        if given.cases or len(rows) < spines.MIN_VERTEBRAE:
+            errors.fail(
+                "flags", "--together", f"{len(rows)} vertebra(e) of --label", "two or more, with --ct and --xrays"
+            )
+        extra_files["spine.json"] = lambda results: spines.spine(rows, load, results, options.camera_sd)
     done = registering.register_rows(
         rows, load, out, options, variant, given.pictures, extra_files, given.resume, inputs, print
     )

@@ -13,6 +13,7 @@ from radgs_jax import gaussians
 from radgs_jax.geometry import resample
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.levels import level_name
+from radgs_jax.registration import joint
 from radgs_jax.registration import reconstruct
 from radgs_jax.registration.pipeline import Outcome
 from radgs_jax.registration.prepared import Prepared
@@ -32,6 +33,13 @@ def answer(outcome: Outcome) -> dict[str, Any]:
         found |= {"accepted": judged.accepted, "uncertainty_mm": None, "covariance": None}
         if judged.accepted:
             found |= {"uncertainty_mm": judged.uncertainty_mm, "covariance": judged.covariance.tolist()}
+    if (together := outcome.together) is not None:
+        last = 6 * len(together.motions)
+        found["as_calibrated"] = outcome.as_calibrated.tolist()
+        found["camera_motions"] = together.motions.tolist()
+        found["camera_covariance"] = joint.covariance(together, [1.0] * len(together.information))[
+            -last:, -last:
+        ].tolist()
     return found
 
 

@@ -31,6 +31,8 @@ STYLES = {
     "estimate": {"colors": "#1fa8ff", "linestyles": "-", "linewidths": 1.3},
 }
 """How outlines are drawn, the first one first."""
+METAL = "#d6336c"
+"""Colour of pixels that were taken for metal and left out."""
 BANNERS = {True: "#1d7a3a", False: "#b3261e", None: "#6b6b6b"}
 PIXELS = 380
 """Fewest pixels along the shorter side of a drawn X-ray. Chosen by hand: resolution of the picture against time to draw it."""
@@ -66,8 +68,9 @@ def registration_picture(
 ) -> None:
     """A PNG with the verdict as a banner and a row for each X-ray: the whole, a close-up with outlines, and a checkerboard.
 
-    In the checkerboard every other square is the X-ray that the model predicts, so that borders of bone break where the pose is
-    wrong. Letters at the border are the patient's right, left, anterior, posterior, head and foot directions.
+    Metal, which was left out, is coloured. In the checkerboard every other square is the X-ray that the model predicts, so that
+    borders of bone break where the pose is wrong. Letters at the border are the patient's right, left, anterior, posterior, head
+    and foot directions.
 
     Args:
       name: of the case.
@@ -79,10 +82,13 @@ def registration_picture(
     banner, body = figure.subfigures(2, 1, height_ratios=[1.3, 5.1 * len(xrays)])
     _banner(banner, name, verdict, vertebra, poses, xrays)
     rows = np.atleast_1d(body.subfigures(len(xrays), 1))
-    for row, xray in zip(rows, xrays):
+    for row, xray, counted in zip(rows, xrays, outcome.counted):
         whole, near, mixed = row.subplots(1, 3)
         row.suptitle(verdicts.view_name(xray, poses["start"]), fontsize=13, fontweight="bold", x=0.012, ha="left")
+        left_out = XRay(np.asarray(xray.valid) & ~counted, xray.valid, xray.camera)
         small, seen, valid = _binned(xray.line_integrals, xray.valid, xray.camera)
+        _mark(whole, _binned(left_out.line_integrals, xray.valid, xray.camera)[0])
+        _mark(near, _close_up(left_out, vertebra, poses["estimate"])[0].line_integrals)
         close, corner = _close_up(xray, vertebra, poses["estimate"])
         _show(whole, small, valid)
         _show(near, close.line_integrals, close.valid)
@@ -150,6 +156,14 @@ def _show(axes: Axes, image, valid):
     )
     # What is drawn on top must not move the image's frame.
     axes.autoscale(False)
+
+
+def _mark(axes: Axes, left_out):
+    """Colours what was taken for metal, a share (H, W) of each pixel."""
+    colour = np.zeros((*np.shape(left_out), 4))
+    colour[..., :3] = matplotlib.colors.to_rgb(METAL)
+    colour[..., 3] = 0.45 * np.asarray(left_out)
+    axes.imshow(colour, zorder=1.5)
 
 
 def _centre(vertebra, world_from_ct):

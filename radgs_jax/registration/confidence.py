@@ -157,6 +157,7 @@ def judge(
     searches: int = 0,
     view_angle_rad: float | None = None,
     camera_error_mm: float = 0.0,
+    camera_covariance: Float[Array, "6 6"] | None = None,
 ) -> Confidence:
     """Judges a refinement in numpy.
 
@@ -176,6 +177,7 @@ def judge(
       view_angle_rad: `view_angle` at the vertebra; None, for one view or where it is unknown, changes nothing.
       camera_error_mm: what is known of errors of the cameras, as a distance of the vertebra: it joins the radius as one more
         independent error.
+      camera_covariance: what the stated errors of the cameras leave uncertain of the vertebra's twist, rad and mm; None for none.
     """
     information = np.asarray(refined.information, np.float64)
     values = features(refined)
@@ -197,6 +199,9 @@ def judge(
     growth = 1.0 if view_angle_rad is None else 1.0 / max(math.sin(view_angle_rad), MIN_SINE)
     covariance *= growth**2
     radius = max(MIN_RADIUS_MM, growth * float(np.hypot(rule.radius * size, camera_mm)))
+    if camera_covariance is not None:
+        covariance = covariance + camera_covariance
+        radius = math.hypot(radius, rule.radius * spread_mm(np.linalg.inv(camera_covariance), points))
     sure = chance >= rule.thresholds[searches] and radius <= metrics.SUCCESS_MM
     apart = view_angle_rad is None or view_angle_rad >= MIN_VIEW_ANGLE_RAD
     accepted = sure and apart and len(refined.support) >= MIN_VIEWS

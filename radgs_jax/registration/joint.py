@@ -33,7 +33,7 @@ from radgs_jax.registration.gauss_newton import Level
 from radgs_jax.registration.gauss_newton import LevelViews
 from radgs_jax.registration.gauss_newton import RefineConfig
 from radgs_jax.registration.parts import on_device
-from radgs_jax.registration.prepared import Prepared
+from radgs_jax.registration.parts import Parts
 from radgs_jax.registration.pyramid import Pyramid
 
 BEND = (math.radians(4.0), 2.0)
@@ -42,13 +42,17 @@ or standing a lumbar segment turns by 2 to 6 degrees, of at most 8 to 20 about o
 of the Spine", 1990, table 2-5). Half ties spines that bend; twice leaves vertebrae to themselves that are hard to see."""
 NO_ERROR_MM = 1e-3
 """Standard deviation of an error that is stated to be 0, mm, of turns by their lever: small, and large enough to be divided by."""
-LEVELS = ((128, 12), (112, 6))
-"""Pixels along the windows, and most steps, of the last two levels. Chosen by hand: the first window shows 190 mm of the body,
-since a camera's depth shows only in how the picture grows from its middle to its border; half of it leaves more of that error."""
+WIDE = ((128, 12), (112, 6))
+"""Pixels along the windows, and most steps, of the last two levels where one vertebra has to correct cameras. Chosen by hand: the
+first window shows 190 mm of the body, since a camera's depth shows only in how the picture grows from its middle to its border;
+half of it leaves more of that error."""
 SETTLED_MM = 2e-3
 """Step of the vertebra that moves most at which a level ends, mm. Chosen by hand, a tenth of the best accuracy."""
 LEAST_CURVATURE = 1e-6
 """Added to the diagonal of the normal matrix, 1/mm^2 in the parameters' common scale, far below any prior: it keeps it solvable."""
+INFLATION = 30.0
+"""Variance of a vertebra's error over what independent pixels would leave of it. Half or twice of it changes the stated standard
+deviations by factors of 0.7 and 1.4, of what the cameras leave open by nothing."""
 PARTS_SEEN = 4
 """Bodies in a window: the vertebra, the one above, the one below, the rest."""
 
@@ -93,22 +97,24 @@ class Together:
     step_mm: float
 
 
-def bodies_of(prepared: Sequence[Prepared], levels_between: Sequence[int]) -> Bodies:
+def bodies_of(
+    ct_from_box: Sequence[Float[Array, "4 4"]], parts: Sequence[Parts], levels_between: Sequence[int]
+) -> Bodies:
     """`Bodies` of vertebrae of one scan, from head to feet.
 
     Args:
-      prepared: K of them; levels_between: K - 1 numbers of levels from each to the next, 1 for neighbours.
+      ct_from_box, parts: K of each; levels_between: K - 1 numbers of levels from each to the next, 1 for neighbours.
     """
-    boxes = [p.vertebra.ct_from_box.astype(np.float64) for p in prepared]
-    excess = [np.asarray(p.parts.excess, np.float32) for p in prepared]
-    ct_from_excess = [box @ np.asarray(p.parts.box_from_excess, np.float64) for box, p in zip(boxes, prepared)]
-    ct_from_rest = [box @ np.asarray(p.parts.box_from_rest, np.float64) for box, p in zip(boxes, prepared)]
+    boxes = [np.asarray(box, np.float64) for box in ct_from_box]
+    excess = [np.asarray(p.excess, np.float32) for p in parts]
+    ct_from_excess = [box @ np.asarray(p.box_from_excess, np.float64) for box, p in zip(boxes, parts)]
+    ct_from_rest = [box @ np.asarray(p.box_from_rest, np.float64) for box, p in zip(boxes, parts)]
     rest, neighbours, apart = [], [], []
-    for k, p in enumerate(prepared):
-        near = [j if 0 <= j < len(prepared) else -1 for j in (k - 1, k + 1)]
+    for k, p in enumerate(parts):
+        near = [j if 0 <= j < len(parts) else -1 for j in (k - 1, k + 1)]
         neighbours.append(tuple(near))
         apart.append(tuple(levels_between[min(j, k)] if j >= 0 else 1 for j in near))
-        volume = np.asarray(p.parts.rest, np.float32).copy()
+        volume = np.asarray(p.rest, np.float32).copy()
         for j in near:
             if j >= 0:
                 volume -= resample.resample(excess[j], ct_from_excess[j], ct_from_rest[k], volume.shape)
@@ -129,10 +135,12 @@ def _stacked(volumes):
     return np.stack([np.pad(v, [(0, n - m) for n, m in zip(shape, v.shape)]) for v in volumes])
 
 
-def fine_levels(config: RefineConfig) -> tuple[Level, ...]:
-    """The levels of a joint refinement: the last two of a single one's, with the windows and steps of `LEVELS`."""
-    last = config.levels[-len(LEVELS) :]
-    chosen = LEVELS[-len(last) :]
+def fine_levels(config: RefineConfig, wide: bool) -> tuple[Level, ...]:
+    """The levels of a joint refinement: the last two of a single one's; wide: with the windows and steps of `WIDE`."""
+    last = config.levels[-len(WIDE) :]
+    if not wide:
+        return last
+    chosen = WIDE[-len(last) :]
     return tuple(dataclasses.replace(level, size=size, iterations=n) for level, (size, n) in zip(last, chosen))
 
 
@@ -275,7 +283,7 @@ def refine_together(
       world_from_ct: start poses of the K vertebrae and of the rest.
       camera_sd: sizes of the cameras' errors: root mean square angle of turn, rad, and length of shift, mm; 0 for none.
     """
-    count, poses = len(bodies.neighbours), np.asarray(world_from_ct, np.float64)
+    count, poses = len(bodies.neighbours), np.array(world_from_ct, np.float64)
     given = np.asarray(seen.camera_from_world, np.float64)
     motions = np.tile(np.eye(4), (len(given), 1, 1))
     scale = np.tile(rigid.TWIST_SCALE, count + 1 + len(given))

@@ -12,18 +12,22 @@ from jaxtyping import Float
 
 from kernels.common.types import Array
 from radgs_jax import gaussians
+from radgs_jax import levels
 from radgs_jax import metal
 from radgs_jax.gaussians import Gaussians
 from radgs_jax.geometry import rigid_host
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.levels import FIRST_BONE
 from radgs_jax.registration import confidence
+from radgs_jax.registration import gauss_newton
+from radgs_jax.registration import joint
 from radgs_jax.registration import passes as network
 from radgs_jax.registration import plausibility
 from radgs_jax.registration import prepared as preparing
 from radgs_jax.registration import search as searching
 from radgs_jax.registration.confidence import Confidence
 from radgs_jax.registration.gauss_newton import Refined
+from radgs_jax.registration.joint import Together
 from radgs_jax.registration.parts import Parts
 from radgs_jax.registration.prepared import Prepared
 from radgs_jax.registration.prepared import Vertebra
@@ -37,12 +41,24 @@ NETWORK_REACH_MM = 40.0
 network that is thrown off ends 70 to 110 mm away. Half would not follow it from distant starts; twice follows some of those."""
 
 
+MAX_CORRECTIONS = 2
+"""How often cameras are corrected at most: once more where a wider search has moved the pose."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RegisterOptions:
-    """passes: of the network, 1 or more; refine: follow them by the refinement, without which nothing is judged."""
+    """What is done in a registration.
+
+    Attributes:
+      passes: of the network, 1 or more.
+      refine: follow them by the refinement, without which nothing is judged.
+      camera_sd: root mean square angle of turn, rad, and length of shift, mm, of the cameras' errors. With (0, 0) they are right;
+        otherwise they are corrected from how the views disagree, and the rest of their error is in the covariance.
+    """
 
     passes: int = 5
     refine: bool = True
+    camera_sd: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +73,8 @@ class Outcome:
       attention: (V, h', w') mean attention of that pass.
       refined: the refinement in numpy; None without one.
       confidence: the verdict; None without a refinement or without an acceptance rule.
+      together: the corrected cameras, and the pose again; None where they are taken for right.
+      as_calibrated: (4, 4) world_from_ct that was found with the cameras as they are given.
       counted: of each view, (H, W) bool, the pixels that were used: valid, and without metal.
     """
 
@@ -69,6 +87,8 @@ class Outcome:
     attention: Float[Array, "views cells_v cells_u"]
     refined: Refined | None
     confidence: Confidence | None
+    together: Together | None
+    as_calibrated: Float[Array, "4 4"]
     counted: tuple[Bool[Array, "_ _"], ...]
 
 
@@ -94,15 +114,29 @@ def register(
     seen = make_pyramid(xrays, [model.config.pixel_mm])
     start_box = start @ vertebra.ct_from_box
     result = network.run_network(programs, model, seen, start_box, vertebra.cloud, options.passes)
-    boxes, refined, judged = list(result.trajectory[1:]), None, None
+    boxes, refined, judged, together = list(result.trajectory[1:]), None, None, None
+    box_from_ct, calibrated = np.linalg.inv(vertebra.ct_from_box), None
     if options.refine:
         # The network knows vertebrae; of another bone its pose says nothing.
         estimate = result.world_from_box if vertebra.label <= FIRST_BONE else start_box
         if np.linalg.norm(estimate[:3, 3] - start_box[:3, 3]) > NETWORK_REACH_MM:
             estimate = start_box
-        refined, judged = refine_until_trusted(prepared, xrays, estimate, start_box, compile)
+        # Cameras that are off refuse right poses, so that nothing is judged, or searched for any wider, before they are corrected.
+        first = dataclasses.replace(prepared, rule=None) if any(options.camera_sd) else prepared
+        refined, judged = refine_until_trusted(first, xrays, estimate, start_box, compile)
         boxes += list(refined.trajectory)
-    box_from_ct = np.linalg.inv(vertebra.ct_from_box)
+        calibrated = rigid_host.nearest_rigid(np.asarray(boxes[-1], np.float64)) @ box_from_ct
+        if any(options.camera_sd):
+            given = xrays
+            for _ in range(MAX_CORRECTIONS):
+                xrays, together = correct_cameras(prepared, given, refined, options.camera_sd, compile)
+                again = together.world_from_ct[0] @ vertebra.ct_from_box
+                refined, judged = refine_until_trusted(prepared, xrays, again, start_box, compile, together)
+                boxes += list(refined.trajectory)
+                # A wider search that went elsewhere had cameras that were corrected at a wrong pose.
+                if np.linalg.norm(refined.world_from_box[:3, 3] - again[:3, 3]) < gauss_newton.DISTINCT_MM:
+                    break
+            seen = make_pyramid(xrays, [model.config.pixel_mm])
     poses = [start, *(rigid_host.nearest_rigid(T) @ box_from_ct for T in np.asarray(boxes, np.float64))]
     if options.refine:
         result = network.run_network(programs, model, seen, boxes[-1], vertebra.cloud, 1)
@@ -116,6 +150,8 @@ def register(
         result.reconstruction.attention[0].mean(-1),
         refined,
         judged,
+        together,
+        poses[-1] if calibrated is None else calibrated,
         tuple(np.asarray(xray.valid) for xray in xrays),
     )
 
@@ -162,6 +198,7 @@ def refine_until_trusted(
     estimate: Float[Array, "4 4"],
     start: Float[Array, "4 4"],
     compile: Compile = jax.jit,
+    together: Together | None = None,
 ) -> tuple[Refined, Confidence | None]:
     """Refines a pose, with wider searches where the answer is not trusted.
 
@@ -169,6 +206,7 @@ def refine_until_trusted(
 
     Args:
       estimate, start: world_from_box, the network's and the one that it started from.
+      together: what corrected the cameras of the X-rays, whose error is then known.
     """
     rule, vertebra = prepared.rule, prepared.vertebra
     parts = parts_in(prepared, xrays)
@@ -183,11 +221,73 @@ def refine_until_trusted(
         centre = np.asarray(refined.world_from_box[:3, 3], np.float64)
         angle = confidence.view_angle(np.stack([view.camera_from_world for view in cameras]), centre)
         half_pixel_mm = plausibility.half_pixel_error(cameras, centre)
-        judged = confidence.judge(refined, centred_points(refined, vertebra), rule, count, angle, half_pixel_mm)
+        points, of_cameras = centred_points(refined, vertebra), None
+        if together is not None:
+            of_cameras = joint.covariance(together, [1.0] * len(together.information))[:6, :6]
+        judged = confidence.judge(refined, points, rule, count, angle, half_pixel_mm, of_cameras)
         # No pose from views of nearly one direction is accepted, however long it is searched for.
         if judged.accepted or (angle is not None and angle < confidence.MIN_VIEW_ANGLE_RAD):
             break
     return refined, judged
+
+
+def correct_cameras(
+    prepared: Prepared,
+    xrays: Sequence[XRay],
+    refined: Refined,
+    camera_sd: tuple[float, float],
+    compile: Compile = jax.jit,
+) -> tuple[list[XRay], Together]:
+    """The X-rays with cameras that agree about the vertebra and the rest of the body, and what was refined for it.
+
+    Args:
+      refined: with the cameras as they are given; camera_sd: as in `RegisterOptions`.
+    """
+    config = dataclasses.replace(prepared.refine, levels=joint.fine_levels(prepared.refine, wide=True))
+    seen = make_pyramid(xrays, [level.pixel_mm for level in config.levels])
+    box_from_ct = np.linalg.inv(prepared.vertebra.ct_from_box)
+    starts = np.stack([refined.world_from_box @ box_from_ct, refined.world_from_rest @ box_from_ct])
+    parts = parts_in(prepared, xrays)
+    bodies = joint.bodies_of([prepared.vertebra.ct_from_box], [parts], [])
+    together = joint.refine_together(programs_of(compile).linearised, bodies, seen, starts, camera_sd, config)
+    return [
+        dataclasses.replace(xray, camera=xray.camera.replace(camera_from_world=xray.camera.camera_from_world @ motion))
+        for xray, motion in zip(xrays, together.motions)
+    ], together
+
+
+@dataclasses.dataclass(frozen=True)
+class Spine:
+    """Vertebrae that were refined together, and the covariance (N, N) of all parameters, as `joint.covariance` orders them."""
+
+    together: Together
+    covariance: Float[np.ndarray, "parameters parameters"]
+
+
+def refine_spine(
+    prepared: Sequence[Prepared],
+    xrays: Sequence[XRay],
+    world_from_ct: Sequence[Float[Array, "4 4"]],
+    camera_sd: tuple[float, float] = (0.0, 0.0),
+    compile: Compile = jax.jit,
+) -> Spine:
+    """Refines the vertebrae of one scan in one acquisition together, with the rest of the body and, where asked, the cameras.
+
+    Args:
+      prepared: K vertebrae from head to feet; world_from_ct: K poses, within some mm; camera_sd: as in `RegisterOptions`.
+    """
+    xrays = metal.leave_out(prepared[0].metal, xrays, compile)
+    config = dataclasses.replace(
+        prepared[0].refine, levels=joint.fine_levels(prepared[0].refine, wide=len(prepared) == 1)
+    )
+    seen = make_pyramid(xrays, [level.pixel_mm for level in config.levels])
+    labels = [p.vertebra.label for p in prepared]
+    between = [levels.steps(a, b, labels + [*range(a + 1, b)]) for a, b in zip(labels, labels[1:])]
+    parts = [parts_in(p, xrays) for p in prepared]
+    bodies = joint.bodies_of([p.vertebra.ct_from_box for p in prepared], parts, between)
+    starts = np.stack([*world_from_ct, world_from_ct[len(prepared) // 2]])
+    together = joint.refine_together(programs_of(compile).linearised, bodies, seen, starts, camera_sd, config)
+    return Spine(together, joint.covariance(together, [joint.INFLATION] * len(prepared)))
 
 
 def shows_bare_bone(xrays: Sequence[XRay], search: searching.SearchConfig) -> bool:

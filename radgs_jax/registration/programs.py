@@ -14,6 +14,7 @@ from radgs_jax import gaussians
 from radgs_jax.models import radgs_reg
 from radgs_jax.models.config import ModelConfig
 from radgs_jax.registration import gauss_newton
+from radgs_jax.registration import joint
 from radgs_jax.registration import reconstruct
 
 Compile = Callable[..., Callable]
@@ -25,11 +26,13 @@ class Programs:
     """Compiled functions.
 
     Attributes:
-      network_pass: `network_pass`; refine: `gauss_newton.refine`; move: `gaussians.move`; as_bone: `reconstruct.as_bone`.
+      network_pass: `network_pass`; refine: `gauss_newton.refine`; linearised: `joint.linearised`; move: `gaussians.move`; as_bone:
+        `reconstruct.as_bone`.
     """
 
     network_pass: Callable
     refine: Callable
+    linearised: Callable
     move: Callable
     as_bone: Callable
 
@@ -40,6 +43,7 @@ def programs_of(compile: Compile) -> Programs:
     return Programs(
         compile(network_pass, static_argnames="config"),
         compile(gauss_newton.refine, static_argnames="config"),
+        compile(joint.linearised, static_argnames="config"),
         compile(gaussians.move),
         compile(reconstruct.as_bone, static_argnames="registered"),
     )

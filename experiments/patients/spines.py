@@ -1,0 +1,90 @@
+"""The vertebrae of one acquisition, refined together: the spine's curve against the CT's, and the cameras' corrections."""
+
+import math
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.patients.registering import Row
+from experiments.patients.workdir import Target
+from experiments.runtime.kept_programs import kept
+from radgs_jax import errors
+from radgs_jax import levels
+from radgs_jax.geometry import rigid_host
+from radgs_jax.registration import confidence
+from radgs_jax.registration import pipeline
+from radgs_jax.registration.prepared import Prepared
+
+FORMAT = "radgs-spine/1"
+MIN_VERTEBRAE = 2
+"""Fewest accepted vertebrae that are refined together."""
+
+
+def spine(
+    rows: Sequence[Row],
+    load: Callable[[Target], Prepared],
+    results: Sequence[dict[str, Any]],
+    camera_sd: tuple[float, float],
+) -> dict[str, Any]:
+    """The accepted vertebrae of a run, refined together, as plain values for spine.json.
+
+    Args:
+      rows: of one acquisition; load: as in `registering.register_rows`; results: their entries of results.json.
+      camera_sd: as in `RegisterOptions`.
+    Raises:
+      InputError: fewer than `MIN_VERTEBRAE` accepted poses.
+    """
+    answers = {one["id"]: one for one in results if one.get("accepted")}
+    used = sorted((row for row in rows if row.name in answers), key=lambda row: levels.ORDER.index(row.target.label))
+    if len(used) < MIN_VERTEBRAE:
+        errors.fail("--together", "accepted poses", len(used), f"{MIN_VERTEBRAE} or more")
+    prepared = [load(row.target) for row in used]
+    poses = [np.array(answers[row.name].get("as_calibrated", answers[row.name]["T"])) for row in used]
+    found = pipeline.refine_spine(prepared, used[0].xrays, poses, camera_sd, kept)
+    together, vertebrae = found.together, []
+    for k, (row, ready) in enumerate(zip(used, prepared)):
+        own = found.covariance[6 * k : 6 * k + 6, 6 * k : 6 * k + 6]
+        centre, T = ready.vertebra.ct_from_box[:3, 3], together.world_from_ct[k]
+        points = (ready.vertebra.points - centre) @ T[:3, :3].T
+        factor = 1.0 if ready.rule is None else ready.rule.radius
+        vertebrae.append(
+            {
+                "level": levels.level_name(row.target.label),
+                "world_from_ct": T.tolist(),
+                "uncertainty_mm": factor * confidence.spread_mm(np.linalg.inv(own), points),
+                "covariance": own.tolist(),
+            }
+        )
+    last = 6 * len(together.motions)
+    return {
+        "format": FORMAT,
+        "vertebrae": vertebrae,
+        "segments": [
+            _segment(
+                used[k].target.label, used[k + 1].target.label, prepared[k : k + 2], together.world_from_ct[k : k + 2]
+            )
+            for k in range(len(used) - 1)
+        ],
+        "rest_world_from_ct": together.world_from_ct[-1].tolist(),
+        "camera_motions": together.motions.tolist(),
+        "camera_covariance": found.covariance[-last:, -last:].tolist(),
+        "units": "mm, degrees; covariances: rad and mm",
+    }
+
+
+def _segment(upper, lower, prepared, poses):
+    """How the upper vertebra has moved relative to the lower one since the CT, in the lower one's frame."""
+    box = prepared[1].vertebra.ct_from_box.astype(np.float64)
+    relative = np.linalg.inv(poses[1]) @ poses[0]
+    in_box = np.linalg.inv(box) @ relative @ box
+    centre = (np.linalg.inv(box) @ [*prepared[0].vertebra.ct_from_box[:3, 3], 1.0])[:3]
+    twist = rigid_host.twist_about(centre, in_box)
+    flexion, lateral, axial = (math.degrees(angle) for angle in twist[:3])
+    return {
+        "upper": levels.level_name(upper),
+        "lower": levels.level_name(lower),
+        "turn_deg": {"about_right": flexion, "about_front": lateral, "about_up": axial},
+        "shift_mm": {"right": twist[3], "front": twist[4], "up": twist[5]},
+    }
