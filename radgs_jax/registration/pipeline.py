@@ -110,7 +110,7 @@ def register(
     """
     programs = programs_of(compile)
     vertebra, model = prepared.vertebra, prepared.model
-    xrays = metal.leave_out(prepared.metal, xrays, compile)
+    xrays = without_metal(prepared, xrays, compile)
     seen = make_pyramid(xrays, [model.config.pixel_mm])
     start_box = start @ vertebra.ct_from_box
     result = network.run_network(programs, model, seen, start_box, vertebra.cloud, options.passes)
@@ -175,7 +175,7 @@ def warm_up(
     """Compiles or loads the programs that `register` needs for a case, unless it needs a wider search; registers nothing."""
     programs = programs_of(compile)
     vertebra, config = prepared.vertebra, prepared.refine
-    xrays = metal.leave_out(prepared.metal, xrays, compile)
+    xrays = without_metal(prepared, xrays, compile)
     with futures.ThreadPoolExecutor() as pool:
         compiling = []
         if options.refine:
@@ -276,7 +276,7 @@ def refine_spine(
     Args:
       prepared: K vertebrae from head to feet; world_from_ct: K poses, within some mm; camera_sd: as in `RegisterOptions`.
     """
-    xrays = metal.leave_out(prepared[0].metal, xrays, compile)
+    xrays = without_metal(prepared[0], xrays, compile)
     config = dataclasses.replace(
         prepared[0].refine, levels=joint.fine_levels(prepared[0].refine, wide=len(prepared) == 1)
     )
@@ -295,6 +295,16 @@ def shows_bare_bone(xrays: Sequence[XRay], search: searching.SearchConfig) -> bo
     counted = [np.asarray(x.line_integrals)[np.asarray(x.valid)] for x in xrays]
     medians = [np.median(values) if values.size else np.inf for values in counted]
     return bool(max(medians) < search.bare_line_integral)
+
+
+def without_metal(prepared: Prepared, xrays: Sequence[XRay], compile: Compile = jax.jit) -> list[XRay]:
+    """The X-rays with their metal among the invalid pixels.
+
+    The finder knows trunks alone, and would take the cortex of a bone in air for metal: such X-rays, and those of other bones, stay
+    as they are.
+    """
+    trunk = prepared.vertebra.label <= FIRST_BONE and not shows_bare_bone(xrays, prepared.search)
+    return metal.leave_out(prepared.metal if trunk else None, xrays, compile)
 
 
 def parts_in(prepared: Prepared, xrays: Sequence[XRay]) -> Parts:
