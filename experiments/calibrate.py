@@ -25,9 +25,9 @@ from experiments.patients import workdir
 from experiments.runtime import cli
 from experiments.runtime import progress
 from experiments.runtime.kept_programs import kept
-from radgs_jax import metal
 from radgs_jax import metrics
 from radgs_jax.errors import fail
+from radgs_jax.models import metal
 from radgs_jax.registration import confidence
 from radgs_jax.registration import gauss_newton
 from radgs_jax.registration import pipeline

@@ -21,7 +21,7 @@ from experiments.patients import metal_files
 from experiments.runtime import cli
 from experiments.runtime import progress
 from experiments.training import loop
-from radgs_jax import metal
+from radgs_jax.models import metal
 from radgs_jax.training import sharding
 from radgs_jax.training import update
 

@@ -12,7 +12,7 @@ from data_pipelines.io import checksums
 from data_pipelines.io import files
 from experiments.patients import models
 from radgs_jax import errors
-from radgs_jax import metal
+from radgs_jax.models import metal
 
 FORMAT = "radgs-metal/1"
 NAME = "metal.npz"

@@ -207,7 +207,7 @@ def linearised(
             window.edge_count,
             of_rest,
             of_excess,
-            sum(images),
+            jnp.sum(jnp.stack(images), 0),
             config.gain_ridge,
         )
         own, others = filtered[..., PARTS_SEEN : PARTS_SEEN + 6, :], filtered[..., PARTS_SEEN + 6 :, :]

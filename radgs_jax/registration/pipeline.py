@@ -13,11 +13,11 @@ from jaxtyping import Float
 from kernels.common.types import Array
 from radgs_jax import gaussians
 from radgs_jax import levels
-from radgs_jax import metal
 from radgs_jax.gaussians import Gaussians
 from radgs_jax.geometry import rigid_host
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.levels import FIRST_BONE
+from radgs_jax.models import metal
 from radgs_jax.registration import confidence
 from radgs_jax.registration import gauss_newton
 from radgs_jax.registration import joint
@@ -251,7 +251,9 @@ def correct_cameras(
     bodies = joint.bodies_of([prepared.vertebra.ct_from_box], [parts], [])
     together = joint.refine_together(programs_of(compile).linearised, bodies, seen, starts, camera_sd, config)
     return [
-        dataclasses.replace(xray, camera=xray.camera.replace(camera_from_world=xray.camera.camera_from_world @ motion))
+        dataclasses.replace(
+            xray, camera=dataclasses.replace(xray.camera, camera_from_world=xray.camera.camera_from_world @ motion)
+        )
         for xray, motion in zip(xrays, together.motions)
     ], together
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from radgs_jax import gaussians
 from radgs_jax.geometry import resample
-from radgs_jax.metal import MetalFinder
+from radgs_jax.models.metal import MetalFinder
 from radgs_jax.models.trained import Model
 from radgs_jax.registration.confidence import AcceptanceRule
 from radgs_jax.registration.confidence import method_digest

@@ -32,7 +32,7 @@ def at_resolution(xrays: Sequence[XRay], pixel_mm: float) -> LevelViews:
     """X-rays binned to about `pixel_mm` at the isocentre, with what is invalid filled so that it makes no edges."""
     binned = [bin_xray(xray, pixel_mm) for xray in xrays]
     return LevelViews(
-        [on_device(fill(xray.line_integrals, xray.valid)) for xray in binned],
+        [on_device(fill(xray.line_integrals, np.asarray(xray.valid))) for xray in binned],
         [jax.device_put(xray.valid) for xray in binned],
         on_device(np.stack([xray.camera.intrinsics for xray in binned])),
     )

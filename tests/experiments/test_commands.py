@@ -17,7 +17,7 @@ from experiments.patients import registering
 from radgs_jax import errors
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-COMMANDS = ("train", "prepare", "register", "segment", "detect", "simulate", "calibrate", "study", "ablation")
+COMMANDS = ("train", "prepare", "register", "segment", "detect", "simulate", "calibrate", "study", "ablation", "metal")
 
 
 def test_all_commands_are_imported_together_and_define_no_flag_until_they_run():

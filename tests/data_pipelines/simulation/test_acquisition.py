@@ -166,14 +166,16 @@ def test_a_perfect_panel_shows_the_hardened_clean_image(body):
 
 def test_implants_are_in_the_measured_image_only(body):
     with_metal = dataclasses.replace(CLEAN, chance_hardware=1.0)
-    for index in range(3):
+    thick = 0
+    for index in range(6):
         bare, implanted = _simulate(body, index, preset=CLEAN), _simulate(body, index, preset=with_metal)
         np.testing.assert_array_equal(bare.rest, implanted.rest)
         np.testing.assert_array_equal(bare.vertebra, implanted.vertebra)
         metal = implanted.metal > 1.0
-        assert implanted.metal.max() > 0.3
-        assert (implanted.measured - bare.measured).min() > -0.02
-        assert metal.mean() < 0.3 and (implanted.measured - bare.measured)[metal].min() > 0.1
+        assert (implanted.measured - bare.measured).min() > -0.02 and metal.mean() < 0.3
+        assert (implanted.measured - bare.measured)[metal].min(initial=1.0) > 0.1
+        thick += metal.any()
+    assert thick >= 3
 
 
 def test_the_preset_holds_the_issues_ranges_and_all_of_it_is_usable(body):

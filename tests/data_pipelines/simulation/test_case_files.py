@@ -22,7 +22,7 @@ def test_an_unknown_variant_is_refused_before_anything_is_written(stored, tmp_pa
 def test_a_bent_scene_shows_the_vertebra_at_its_true_pose(stored, tmp_path):
     """Edges of the vertebra projected at T_gt match edges of the X-rays better than 5 mm away."""
     path = case_files.simulated_cases(
-        tmp_path / "bent.json", [stored], (21,), 1, ((0, 5),), 3, quick.PanelFaults(), posture="bent"
+        tmp_path / "bent.json", [stored], (21,), 1, ((0, 5),), 4, quick.PanelFaults(), posture="bent"
     )
     case_file = cases.read(path)
     (scene,) = case_file.scenes.values()

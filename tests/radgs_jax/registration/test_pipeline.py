@@ -65,15 +65,15 @@ def test_warm_up_returns_nothing_and_without_a_rule_nothing_is_judged(prepared):
 
 
 def test_searches_widen_until_an_answer_is_trusted(prepared, monkeypatch):
-    """First two starts, then fourteen, then 51 all around. Six of them are turned against the best answer so far, which stays."""
+    """First two starts, then 22, then 51 all around. Six of them are turned against the best answer so far, which stays."""
     asked, fits = [], []
 
     def pose_of(number):
         return rigid_host.matrix([0.1 * number, 0.2, -0.3], (10.0 * number, 2.0, 3.0))
 
-    def refine_pose(programs, parts, seen, starts, config, how, places_mm, survivors=1):
+    def refine_pose(programs, parts, seen, starts, config, how, places_mm, found_at):
         assert places_mm == levels.neighbours_mm(20) and how == search.SearchConfig()
-        asked.append((len(starts), survivors))
+        asked.append((len(starts), found_at[0].keep))
         if len(asked) > 1:
             best = int(np.argmax(fits[: len(asked) - 1]))
             turns = np.array([np.linalg.inv(pose_of(best)) @ start for start in starts[:6]])
@@ -84,8 +84,13 @@ def test_searches_widen_until_an_answer_is_trusted(prepared, monkeypatch):
         refined = tiny_cases.refined_like(0.5, 0.1, 1.0, number)
         return dataclasses.replace(refined, fit=np.array([fits[number - 1]]), world_from_box=pose_of(number - 1))
 
-    def judge(refined, points, rule, searches, view_angle_rad, camera_error_mm):
-        assert rule is judged_by and 1.5 < view_angle_rad <= np.pi / 2 and camera_error_mm == 0.0
+    def judge(refined, points, rule, searches, view_angle_rad, camera_error_mm, camera_covariance):
+        assert (
+            rule is judged_by
+            and 1.5 < view_angle_rad <= np.pi / 2
+            and camera_error_mm == 0.0
+            and camera_covariance is None
+        )
         return confidence.Confidence(0.5, bool(refined.fit[0] > (0.9, 0.8, 0.7)[searches]), np.eye(6), 1.0)
 
     monkeypatch.setattr(search, "refine_pose", refine_pose)
@@ -104,7 +109,7 @@ def test_searches_widen_until_an_answer_is_trusted(prepared, monkeypatch):
         asked.clear()
         fits[:] = given
         refined, judged = pipeline.refine_until_trusted(ruled, body, np.eye(4), np.eye(4))
-        assert asked == [(2, 1), (14, 3), (51, 3)][:stages]
+        assert asked == [(2, 1), (22, 24), (51, 24)][:stages]
         np.testing.assert_array_equal(refined.world_from_box, pose_of(best - 1))
         assert judged.accepted == accepted
     fits[:] = (0.1,)

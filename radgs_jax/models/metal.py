@@ -23,7 +23,7 @@ from kernels.common.types import Array
 from radgs_jax.geometry import camera as cameras
 from radgs_jax.geometry.xray import bin_xray
 from radgs_jax.geometry.xray import XRay
-from radgs_jax.localization.network import standardise
+from radgs_jax.models.standardise import standardise
 
 THRESHOLD = 0.5
 """Probability from which a pixel shows metal. Chosen by hand: half of it takes sharp bone for metal, and at twice nothing is."""
@@ -99,7 +99,7 @@ def probability(
     config: MetalConfig,
 ) -> Float[Array, "batch height width"]:
     """Probability of metal in each pixel, of images whose pixels measure about `config.pixel_mm` at the isocentre."""
-    return jax.nn.sigmoid(MetalNet(config).apply(params, images, valid))
+    return jax.nn.sigmoid(jnp.asarray(MetalNet(config).apply(params, images, valid)))
 
 
 def loss(
@@ -135,15 +135,15 @@ def find(
         p = np.asarray(program(finder.params, image[None], valid[None], config=finder.config))[
             0, : shape[0], : shape[1]
         ]
-        found = (p > THRESHOLD) & seen.valid
+        found = (p > THRESHOLD) & np.asarray(seen.valid)
         if found.mean() < CLEAR_SHARE:
-            masks.append(np.zeros(np.shape(xray.valid), bool))
+            masks.append(np.zeros(np.shape(xray.line_integrals), bool))
             continue
         disc = np.hypot(*np.indices((2 * WIDEN_PX + 1,) * 2) - WIDEN_PX) <= WIDEN_PX + 0.5
         found = ndimage.binary_dilation(found, disc)
         factor = cameras.binning(xray.camera, finder.config.pixel_mm)
         large = np.repeat(np.repeat(found, factor, 0), factor, 1)
-        border = [(0, n - m) for n, m in zip(np.shape(xray.valid), large.shape)]
+        border = [(0, n - m) for n, m in zip(np.shape(xray.line_integrals), large.shape)]
         masks.append(np.pad(large, border, mode="edge"))
     return masks
 

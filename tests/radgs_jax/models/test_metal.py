@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radgs_jax import metal
 from radgs_jax.geometry import fill
 from radgs_jax.geometry.camera import Camera
 from radgs_jax.geometry.xray import XRay
+from radgs_jax.models import metal
 
 CONFIG = metal.MetalConfig(1.0, (2, 3))
 
