@@ -115,3 +115,25 @@ def test_searches_widen_until_an_answer_is_trusted(prepared, monkeypatch):
     fits[:] = (0.1,)
     asked.clear()
     assert pipeline.refine_until_trusted(prepared, body, np.eye(4), np.eye(4))[1] is None
+
+
+def test_cameras_that_are_off_are_corrected_and_their_error_joins_the_radius(prepared, monkeypatch):
+    """Both answers are there; the pose, the crops and the verdict are of the corrected cameras."""
+    given, xrays = [], tiny_cases.two_xrays()
+
+    def judge(refined, points, rule, searches, view_angle_rad, camera_error_mm, camera_covariance):
+        given.append(camera_covariance)
+        return confidence.Confidence(0.9, True, np.eye(6), 1.0)
+
+    monkeypatch.setattr(confidence, "judge", judge)
+    digest = confidence.method_digest(prepared.refine, prepared.search)
+    rule = confidence.AcceptanceRule((0.0,) * 8, (0.5,) * 3, (0.0,) * 5, 2.0, digest)
+    ruled = dataclasses.replace(prepared, rule=rule)
+    off = dataclasses.replace(OPTIONS, camera_sd=(0.005, 1.0))
+    outcome = pipeline.register(ruled, xrays, tiny_cases.start(), off, compile=jax.jit)
+    assert outcome.together.motions.shape == (2, 4, 4) and outcome.as_calibrated.shape == (4, 4)
+    for xray, motion, used in zip(xrays, outcome.together.motions, outcome.camera_from_world):
+        np.testing.assert_allclose(used, xray.camera.camera_from_world @ motion)
+    assert given and all(np.linalg.eigvalsh(c).min() > 0 for c in given)
+    assert all(np.sqrt(np.trace(c[3:, 3:])) > 0.4 for c in given)
+    assert pipeline.register(ruled, xrays, tiny_cases.start(), OPTIONS).together is None
