@@ -41,8 +41,8 @@ NETWORK_REACH_MM = 40.0
 network that is thrown off ends 70 to 110 mm away. Half would not follow it from distant starts; twice follows some of those."""
 
 
-MAX_CORRECTIONS = 2
-"""How often cameras are corrected at most: once more where a wider search has moved the pose."""
+MAX_CORRECTIONS = 3
+"""How often cameras are corrected at most: once more where the pose has moved away from where they were corrected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,14 +128,22 @@ def register(
         calibrated = rigid_host.nearest_rigid(np.asarray(boxes[-1], np.float64)) @ box_from_ct
         if any(options.camera_sd):
             given = xrays
-            for _ in range(MAX_CORRECTIONS):
+            near_mm = gauss_newton.DISTINCT_MM + options.camera_sd[1]
+            for attempt in range(MAX_CORRECTIONS):
+                before = refined.world_from_box[:3, 3]
                 xrays, together = correct_cameras(prepared, given, refined, options.camera_sd, compile)
                 again = together.world_from_ct[0] @ vertebra.ct_from_box
                 refined, judged = refine_until_trusted(prepared, xrays, again, start_box, compile, together)
                 boxes += list(refined.trajectory)
-                # A wider search that went elsewhere had cameras that were corrected at a wrong pose.
-                if np.linalg.norm(refined.world_from_box[:3, 3] - again[:3, 3]) < gauss_newton.DISTINCT_MM:
+                # Cameras that were corrected at a pose that was left behind are corrected anew at the better one.
+                moved_mm = np.linalg.norm(refined.world_from_box[:3, 3] - before)
+                if moved_mm < near_mm or attempt == MAX_CORRECTIONS - 1:
                     break
+                as_given, _ = refine_until_trusted(
+                    first, given, refined.world_from_box, refined.world_from_box, compile
+                )
+                calibrated = rigid_host.nearest_rigid(np.asarray(as_given.world_from_box, np.float64)) @ box_from_ct
+                refined = as_given
             seen = make_pyramid(xrays, [model.config.pixel_mm])
     poses = [start, *(rigid_host.nearest_rigid(T) @ box_from_ct for T in np.asarray(boxes, np.float64))]
     if options.refine:
