@@ -16,14 +16,13 @@ from absl import flags
 from data_pipelines.io import files
 from data_pipelines.io import locks
 from data_pipelines.pairs import identity
+from data_pipelines.pairs import pair_store
 from data_pipelines.simulation import metal_views
 from experiments.patients import metal_files
 from experiments.runtime import cli
 from experiments.runtime import progress
 from experiments.training import loop
 from radgs_jax.models import metal
-from radgs_jax.training import sharding
-from radgs_jax.training import update
 
 CHECKPOINT_SECONDS = 60.0
 """Minimum time between checkpoints, s, chosen by hand: work lost when stopped against time spent writing."""
@@ -98,14 +97,17 @@ def _marks(rng, image, metal_mask):
 
 
 def batch_of(
-    source: "metal_views.pair_store.Source", train: range, rng: np.random.Generator, config: MetalTraining
+    source: pair_store.Source, count: int, rng: np.random.Generator, config: MetalTraining, batch: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A training batch: images (B, S, S) float32, metal and valid (B, S, S) bool, at random places, angles and scales."""
-    rows, size = [], config.crop_px
-    record = None
-    for row in range(config.batch):
+    """A training batch: images (B, S, S) float32, metal and valid (B, S, S) bool, at random places, angles and scales.
+
+    Args:
+      source: of `metal_views.simulated`, whose first `count` records are trained on; batch: number of crops, B.
+    """
+    rows, size, record = [], config.crop_px, {}
+    for row in range(batch):
         if row % 4 == 0:  # several crops of one record, since reading one decompresses all of its exposures
-            record = source[int(rng.integers(len(train)))]
+            record = source[int(rng.integers(count))]
         exposure, view = rng.integers(record["images"].shape[0]), rng.integers(record["images"].shape[1])
         arrays = [record[name][exposure, view] for name in ("images", "metal", "valid")]
         angle, scale = rng.uniform(0, 2 * np.pi), np.exp(rng.uniform(-1, 1) * np.log(config.scale))
@@ -134,26 +136,9 @@ def batch_of(
     return tuple(np.stack(column).astype(kind) for column, kind in zip(zip(*rows), (np.float32, bool, bool)))
 
 
-class _Batches:
-    """Endless batches; batch n is a function of (seed, n), so a place is n."""
-
-    def __init__(self, make, seed):
-        self._make, self._seed, self._step = make, seed, 0
-
-    def __next__(self):
-        self._step += 1
-        return self._make(np.random.default_rng([self._seed, self._step - 1]))
-
-    def get_state(self):
-        return self._step
-
-    def set_state(self, place):
-        self._step = place
-
-
 def _objective(params, key, batch, config):
     images, mask, valid = batch
-    return metal.loss(metal.MetalNet(config).apply(params["metal"], images, valid), mask, valid), {}
+    return metal.loss(metal.MetalNet(config).apply(params, images, valid), mask, valid), {}
 
 
 def train_finder(
@@ -170,25 +155,21 @@ def train_finder(
     with progress.bar(len(train_config.views), "X-rays with metal") as bar:
         source = metal_views.simulated(workdir / "views", train_config.views, train_config.seed, bar.update)
     cut = len(source) - train_config.held_out * train_config.views.stances
-    mesh = sharding.make_mesh()
-    size = -(-train_config.batch // mesh.size) * mesh.size
-    sized = dataclasses.replace(train_config, batch=size)
-    key = jax.random.key(train_config.seed)
-    state = update.state_of({"metal": metal.init(config, key)}, ("metal",))
     name = identity.config_hash(train_config, config, source.digest())
-    state = loop.run_steps(
+    params = loop.train_network(
         workdir / "state" / name,
         workdir,
-        mesh,
-        sharding.replicate(state, mesh),
-        update.update_of(mesh, functools.partial(_objective, config=config), ("metal",)),
-        _Batches(lambda rng: batch_of(source, range(cut), rng, sized), train_config.seed),
-        key=key,
-        rate=lambda step: update.cosine(step, train_config.steps, train_config.learning_rate),
+        "metal",
+        metal.init(config, jax.random.key(train_config.seed)),
+        functools.partial(_objective, config=config),
+        lambda rng, size: batch_of(source, cut, rng, train_config, size),
+        batch=train_config.batch,
         steps=train_config.steps,
+        learning_rate=train_config.learning_rate,
+        seed=train_config.seed,
         checkpoint_seconds=CHECKPOINT_SECONDS,
     )
-    finder = metal.MetalFinder(jax.device_get(state["params"]["metal"]), config)
+    finder = metal.MetalFinder(params, config)
     return finder, _score(finder, (source[i] for i in range(cut, len(source))))
 
 

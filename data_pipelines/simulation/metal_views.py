@@ -9,17 +9,15 @@ import jax
 import numpy as np
 
 from data_pipelines import simulation
-from data_pipelines.ct import scans
 from data_pipelines.pairs import identity
 from data_pipelines.pairs import pair_store
 from data_pipelines.phantom import generate
 from data_pipelines.simulation import acquisition
+from data_pipelines.simulation import phantom_bodies
 
 METAL = 0.03
 """Line integral at 70 keV from which a pixel shows metal: 0.1 mm of titanium. Chosen by hand: half of it adds the rims of pixels
 that metal touches, twice of it misses thin wires seen in large pixels."""
-STORED_RANGE = (-30.0, 60.0)
-"""Range that line integrals are clipped to before they are stored as float16, far beyond any that is measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +44,6 @@ class MetalSet:
         return self.bodies * self.stances
 
 
-def _body(archive, seed, config):
-    made = generate.make_phantom(seed, config)
-    return simulation.ArticulatedBody(scans.Scan(f"phantom{seed}", made.hu.astype(np.float32), made.mask, made.affine))
-
-
 @pair_store.named("metal.views/1")
 def views(which: MetalSet, seed: int, index: int, archive: identity.Archive) -> dict[str, np.ndarray]:
     """The exposures of stance `index`, a function of (which, seed, index).
@@ -59,12 +52,12 @@ def views(which: MetalSet, seed: int, index: int, archive: identity.Archive) -> 
       images (E, V, S, S) float16, line integrals; metal and valid (E, V, S, S) bool.
     """
     number, own = divmod(index, which.stances)
-    body = archive.keep(_body, seed + number, which.spine)
+    body = archive.keep(phantom_bodies.phantom_body, seed + number, which.spine)
     rng = np.random.default_rng([seed, number, own])
     stance = acquisition.stand(body, int(rng.choice(body.spine.labels)), rng, which.preset, which.geometry)
     samples = [acquisition.expose(stance, rng) for _ in range(which.exposures)]
     return {
-        "images": np.stack([np.clip(s.measured, *STORED_RANGE).astype(np.float16) for s in samples]),
+        "images": np.stack([phantom_bodies.stored(s.measured) for s in samples]),
         "metal": np.stack([s.metal > METAL for s in samples]),
         "valid": np.stack([s.valid for s in samples]),
     }

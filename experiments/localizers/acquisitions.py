@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from data_pipelines import simulation
-from data_pipelines.ct import scans
 from data_pipelines.pairs import identity
 from data_pipelines.pairs import pair_store
 from data_pipelines.phantom import generate
+from data_pipelines.simulation import phantom_bodies
 from data_pipelines.simulation.acquisition import LABELS
 from experiments.runtime import progress
 
@@ -33,9 +33,6 @@ HELD_OUT = 1_000_000
 BODIES_A_SHARD = 6
 """Number of a patient's bodies per shard. Every shard reads the scan again, so half of it reads twice as often; twice of it gives
 processes fewer shards to share. Chosen by hand. A phantom is a shard of its own."""
-STORED_RANGE = (-30.0, 60.0)
-"""Range that line integrals are clipped to before they are stored as float16. Chosen by hand: half of it would cut off
-metal; float16 would hold twice of it as well."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +56,6 @@ class AcquisitionSet:
 
     def __len__(self) -> int:
         return self.bodies * self.count
-
-
-def phantom_body(archive: identity.Archive, seed: int, config: generate.PhantomConfig) -> simulation.ArticulatedBody:
-    """The body of a phantom, as `Archive.keep` calls it; `archive` is unused."""
-    made = generate.make_phantom(seed, config)
-    return simulation.ArticulatedBody(scans.Scan(f"phantom{seed}", made.hu.astype(np.float32), made.mask, made.affine))
 
 
 def patient_body(archive: identity.Archive, digest: str) -> simulation.ArticulatedBody:
@@ -97,7 +88,7 @@ def acquisition(which: AcquisitionSet, seed: int, index: int, archive: identity.
     """
     number, own = divmod(index, which.count)
     if which.scan is None:
-        body, stream = archive.keep(phantom_body, seed + number, which.spine), [seed + number, own]
+        body, stream = archive.keep(phantom_bodies.phantom_body, seed + number, which.spine), [seed + number, own]
     else:
         body, stream = archive.keep(patient_body, which.scan), [seed, number, own]
     rng = np.random.default_rng(stream)
@@ -105,7 +96,7 @@ def acquisition(which: AcquisitionSet, seed: int, index: int, archive: identity.
     sample = simulation.simulate(body, target, rng, which.preset, which.geometry)
     images = {"clean": sample.rest + sample.excess, "measured": sample.measured}
     return {
-        **{name: np.clip(image, *STORED_RANGE).astype(np.float16) for name, image in images.items()},
+        **{name: phantom_bodies.stored(image) for name, image in images.items()},
         **{name: getattr(sample, name) for name in ARRAYS[2:]},
         "known": np.isin(np.arange(LABELS), body.spine.labels),
         "target": np.int32(target),

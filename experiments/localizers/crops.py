@@ -86,24 +86,3 @@ def _spoil(image, rng):
     if rng.uniform() < BLURRED_SHARE:
         image = scipy.ndimage.gaussian_filter(image, rng.uniform(*BLUR_PX))
     return image + rng.uniform(0.0, NOISE) * rng.normal(size=image.shape)
-
-
-class Crops:
-    """Endless batches of `batch_of`; batch n is a function of (config.seed, n), so a place is n. Arguments as `batch_of`."""
-
-    def __init__(
-        self, pool: Mapping[str, np.ndarray], levels: Sequence[int], config: LocalizerTraining, size: int
-    ) -> None:
-        self._make, self._seed, self._step = (lambda rng: batch_of(pool, levels, rng, config, size)), config.seed, 0
-
-    def __next__(self) -> tuple[np.ndarray, ...]:
-        self._step += 1
-        return self._make(np.random.default_rng([self._seed, self._step - 1]))
-
-    def get_state(self) -> int:
-        """The place of the next batch."""
-        return self._step
-
-    def set_state(self, place: int) -> None:
-        """Continues at a place."""
-        self._step = place

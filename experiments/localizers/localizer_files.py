@@ -10,6 +10,7 @@ import numpy as np
 
 from data_pipelines.io import checksums
 from data_pipelines.io import files
+from data_pipelines.io import parameter_files
 from radgs_jax import errors
 from radgs_jax.localization import locate
 from radgs_jax.localization import network
@@ -31,14 +32,11 @@ def write_localizer(path: pathlib.Path | str, model: locate.Localizer, note: str
     Raises:
       InputError: it cannot be written.
     """
-    params = flax.traverse_util.flatten_dict(model.params, sep=".")
     chain = {f"chain.{k}": np.asarray(v) for k, v in dataclasses.asdict(model.chain).items()}
     centres = {str(label): np.asarray(centre).tolist() for label, centre in model.centres_ct.items()}
     config = dataclasses.asdict(model.config)
     header = {"format": LOCALIZER_FORMAT, "note": note, "config": config, "centres_ct": centres}
-    header = checksums.sealed({**header, "arrays": checksums.of_arrays({**params, **chain})})
-    files.write_npz(path, header=np.array(json.dumps(header)), **chain, **params)
-    checksums.renew(path)
+    parameter_files.write(path, header, {**chain, **parameter_files.flat(model.params)})
 
 
 def _check_config(path, config):
@@ -81,11 +79,7 @@ def read_localizer(path: pathlib.Path | str) -> locate.Localizer:
         errors.fail(path, "header", repr(error)[:80], "a localizer's header")
     if form != LOCALIZER_FORMAT:
         errors.fail(path, "format", repr(form), repr(LOCALIZER_FORMAT))
-    like = flax.traverse_util.flatten_dict(jax.eval_shape(lambda: network.init(config, jax.random.key(0))), sep=".")
-    arrays = files.read_npz(path, *like)
-    for name, leaf in like.items():
-        if arrays[name].shape != leaf.shape or not np.isfinite(arrays[name]).all():
-            errors.fail(path, name, f"shape {arrays[name].shape} or values not finite", f"finite {leaf.shape}")
+    arrays = parameter_files.read(path, lambda: network.init(config, jax.random.key(0)))
     names = [field.name for field in dataclasses.fields(Chain)]
     chain = files.read_npz(path, *(f"chain.{name}" for name in names))
     if checksums.FIELD in header:  # localizers of older versions have none, and rely on the CRCs of npz

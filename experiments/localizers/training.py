@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.io import files
@@ -23,8 +22,6 @@ from radgs_jax.localization import network
 from radgs_jax.localization.chain import Chain
 from radgs_jax.localization.chain import fit_spacing
 from radgs_jax.localization.chain import Lattice
-from radgs_jax.training import sharding
-from radgs_jax.training import update
 
 CHECKPOINT_SECONDS = 60.0
 """Minimum time between checkpoints, s, chosen by hand: work lost when stopped against time spent writing."""
@@ -71,7 +68,7 @@ PATIENT = LocalizerTraining(bodies=24, held_out=2, turn_deg=3.0, scale=0.02, ste
 
 def _objective(params, key, batch, config):
     images, valid, beam, centres, seen, known = batch
-    prediction = network.Detector(config).apply(params["detector"], images, valid, beam)
+    prediction = network.Detector(config).apply(params, images, valid, beam)
     return network.loss(prediction, network.target(centres, seen, images.shape[1:]), known), {}
 
 
@@ -95,24 +92,20 @@ def train_localizer(
     Raises:
       DivergedError: as `loop.run_steps`.
     """
-    mesh = sharding.make_mesh()
-    size = -(-train_config.batch // mesh.size) * mesh.size
-    key = jax.random.key(train_config.seed)
-    params = network.init(config, key) if params is None else params
-    state = update.state_of({"detector": jax.tree.map(jnp.array, params)}, ("detector",))
-    state = loop.run_steps(
+    params = network.init(config, jax.random.key(train_config.seed)) if params is None else params
+    return loop.train_network(
         pathlib.Path(folder) / "detector",
         pathlib.Path(folder),
-        mesh,
-        sharding.replicate(state, mesh),
-        update.update_of(mesh, functools.partial(_objective, config=config), ("detector",)),
-        crops.Crops(pool, config.levels, train_config, size),
-        key=key,
-        rate=lambda step: update.cosine(step, train_config.steps, train_config.learning_rate),
+        "detector",
+        params,
+        functools.partial(_objective, config=config),
+        lambda rng, size: crops.batch_of(pool, config.levels, rng, train_config, size),
+        batch=train_config.batch,
         steps=train_config.steps,
+        learning_rate=train_config.learning_rate,
+        seed=train_config.seed,
         checkpoint_seconds=CHECKPOINT_SECONDS,
     )
-    return jax.device_get(state["params"]["detector"])
 
 
 def fit_localizer_chain(

@@ -6,10 +6,10 @@ import pathlib
 
 import flax.traverse_util
 import jax
-import numpy as np
 
 from data_pipelines.io import checksums
 from data_pipelines.io import files
+from data_pipelines.io import parameter_files
 from experiments.patients import models
 from radgs_jax import errors
 from radgs_jax.models import metal
@@ -31,11 +31,8 @@ def write_finder(path: pathlib.Path | str, finder: metal.MetalFinder, note: str)
     Raises:
       InputError: it cannot be written.
     """
-    params = flax.traverse_util.flatten_dict(jax.device_get(finder.params), sep=".")
     header = {"format": FORMAT, "note": note, "config": dataclasses.asdict(finder.config)}
-    header = checksums.sealed({**header, "arrays": checksums.of_arrays(params)})
-    files.write_npz(path, header=np.array(json.dumps(header)), **params)
-    checksums.renew(path)
+    parameter_files.write(path, header, parameter_files.flat(finder.params))
 
 
 def read_base() -> metal.MetalFinder | None:
@@ -67,11 +64,7 @@ def read_finder(path: pathlib.Path | str) -> metal.MetalFinder:
         errors.fail(path, "header", repr(error)[:80], "the header of a metal network")
     if form != FORMAT or not possible or not 0.1 <= config.pixel_mm <= 100:
         errors.fail(path, "header", text[:80], f"{FORMAT!r} and sizes of a network")
-    like = flax.traverse_util.flatten_dict(jax.eval_shape(lambda: metal.init(config, jax.random.key(0))), sep=".")
-    arrays = files.read_npz(path, *like)
-    for name, leaf in like.items():
-        if arrays[name].shape != leaf.shape or not np.isfinite(arrays[name]).all():
-            errors.fail(path, name, f"shape {arrays[name].shape} or values not finite", f"finite {leaf.shape}")
+    arrays = parameter_files.read(path, lambda: metal.init(config, jax.random.key(0)))
     if digest != checksums.of_arrays(arrays):
         errors.fail(path, checksums.FIELD, "other arrays", f"those that were written: {REMEDY}")
     return metal.MetalFinder(flax.traverse_util.unflatten_dict(arrays, sep="."), config)

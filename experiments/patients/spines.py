@@ -14,6 +14,7 @@ from radgs_jax import errors
 from radgs_jax import levels
 from radgs_jax.geometry import rigid_host
 from radgs_jax.registration import confidence
+from radgs_jax.registration import joint
 from radgs_jax.registration import pipeline
 from radgs_jax.registration.prepared import Prepared
 
@@ -42,10 +43,10 @@ def spine(
         errors.fail("--together", "accepted poses", len(used), f"{MIN_VERTEBRAE} or more")
     prepared = [load(row.target) for row in used]
     poses = [np.array(answers[row.name].get("as_calibrated", answers[row.name]["T"])) for row in used]
-    found = pipeline.refine_spine(prepared, used[0].xrays, poses, camera_sd, kept)
-    together, vertebrae = found.together, []
+    together, vertebrae = pipeline.refine_spine(prepared, used[0].xrays, poses, camera_sd, kept), []
+    covariance = joint.covariance(together, joint.INFLATION)
     for k, (row, ready) in enumerate(zip(used, prepared)):
-        own = found.covariance[6 * k : 6 * k + 6, 6 * k : 6 * k + 6]
+        own = covariance[6 * k : 6 * k + 6, 6 * k : 6 * k + 6]
         centre, T = ready.vertebra.ct_from_box[:3, 3], together.world_from_ct[k]
         points = (ready.vertebra.points - centre) @ T[:3, :3].T
         factor = 1.0 if ready.rule is None else ready.rule.radius
@@ -69,7 +70,7 @@ def spine(
         ],
         "rest_world_from_ct": together.world_from_ct[-1].tolist(),
         "camera_motions": together.motions.tolist(),
-        "camera_covariance": found.covariance[-last:, -last:].tolist(),
+        "camera_covariance": covariance[-last:, -last:].tolist(),
         "units": "mm, degrees; covariances: rad and mm",
     }
 

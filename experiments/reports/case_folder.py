@@ -37,9 +37,7 @@ def answer(outcome: Outcome) -> dict[str, Any]:
         last = 6 * len(together.motions)
         found["as_calibrated"] = outcome.as_calibrated.tolist()
         found["camera_motions"] = together.motions.tolist()
-        found["camera_covariance"] = joint.covariance(together, [1.0] * len(together.information))[
-            -last:, -last:
-        ].tolist()
+        found["camera_covariance"] = joint.covariance(together)[-last:, -last:].tolist()
     return found
 
 

@@ -29,6 +29,8 @@ from radgs_jax.training import sharding
 from radgs_jax.training.update import cosine
 from radgs_jax.training.update import init_state
 from radgs_jax.training.update import make_update
+from radgs_jax.training.update import state_of
+from radgs_jax.training.update import update_of
 
 LOG_STEPS = 10
 """Number of steps between scalars and between checks for skipped steps. Both wait for the device: half of it waits twice as
@@ -59,6 +61,25 @@ class BatchStream(Protocol):
 
     def set_state(self, place: Any) -> None:
         """Continues at a place."""
+
+
+class Batches:
+    """Endless batches `make(rng)`; batch n is a function of (seed, n), so a place is n."""
+
+    def __init__(self, make: Callable[[np.random.Generator], Any], seed: int) -> None:
+        self._make, self._seed, self._step = make, seed, 0
+
+    def __next__(self) -> Any:
+        self._step += 1
+        return self._make(np.random.default_rng([self._seed, self._step - 1]))
+
+    def get_state(self) -> int:
+        """The place of the next batch."""
+        return self._step
+
+    def set_state(self, place: int) -> None:
+        """Continues at a place."""
+        self._step = place
 
 
 def run_phases(
@@ -257,6 +278,52 @@ def run_steps(
         if finish is not None:
             finish(log, state, batch)
     return state
+
+
+def train_network(
+    folder: pathlib.Path,
+    log_folder: pathlib.Path,
+    name: str,
+    params: Any,
+    objective: Callable,
+    make_batch: Callable[[np.random.Generator, int], Any],
+    *,
+    batch: int,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    checkpoint_seconds: float,
+) -> Any:
+    """Trains one network under a cosine schedule, continuing from the last checkpoint in `folder`.
+
+    Args:
+      folder, log_folder, checkpoint_seconds: as in `run_steps`.
+      name: of the parameters in checkpoints; params: the initial ones, which are copied.
+      objective: (params, key, batch) -> scalar and a dict of scalars.
+      make_batch: (random generator, number of examples) -> a batch.
+      batch: number of examples, which is rounded up to a multiple of the devices; steps: number of steps.
+      learning_rate: peak of the schedule; seed: of everything random.
+    Returns:
+      the trained parameters, on the host.
+    Raises:
+      DivergedError, InputError, Stopped: as `run_steps`.
+    """
+    mesh = sharding.make_mesh()
+    size = -(-batch // mesh.size) * mesh.size
+    state = state_of({name: jax.tree.map(jnp.array, params)}, (name,))
+    state = run_steps(
+        folder,
+        log_folder,
+        mesh,
+        sharding.replicate(state, mesh),
+        update_of(mesh, lambda params, key, batch: objective(params[name], key, batch), (name,)),
+        Batches(lambda rng: make_batch(rng, size), seed),
+        key=jax.random.key(seed),
+        rate=lambda step: cosine(step, steps, learning_rate),
+        steps=steps,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+    return jax.device_get(state["params"][name])
 
 
 class _Skips:

@@ -312,13 +312,12 @@ def refine_together(
     return Together(poses, motions, by_window, prior, moved_mm)
 
 
-def covariance(together: Together, inflation: Sequence[float]) -> Float[np.ndarray, "parameters parameters"]:
+def covariance(together: Together, inflation: float = 1.0) -> Float[np.ndarray, "parameters parameters"]:
     """Covariance of all parameters, rad and mm.
 
     Args:
-      inflation: (K,) of each window, the ratio of an error's variance to what independent pixels would leave of it.
+      inflation: ratio of an error's variance to what independent pixels would leave of it.
     """
-    pixels = sum(n / factor for n, factor in zip(together.information, inflation))
     scale = np.tile(rigid.TWIST_SCALE, len(together.prior) // 6)
-    total = (pixels + together.prior) * scale[:, None] * scale
+    total = (together.information.sum(0) / inflation + together.prior) * scale[:, None] * scale
     return np.linalg.inv(total + LEAST_CURVATURE * np.eye(len(total))) * scale[:, None] * scale

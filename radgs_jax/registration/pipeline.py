@@ -220,6 +220,7 @@ def refine_until_trusted(
     parts = parts_in(prepared, xrays)
     seen = make_pyramid(xrays, [level.pixel_mm for level in prepared.refine.levels])
     judged, cameras = None, [xray.camera for xray in xrays]
+    of_cameras = None if together is None else joint.covariance(together)[:6, :6]
     found = searching.searches(
         programs_of(compile), parts, seen, estimate, start, prepared.refine, prepared.search, vertebra.label
     )
@@ -229,9 +230,7 @@ def refine_until_trusted(
         centre = np.asarray(refined.world_from_box[:3, 3], np.float64)
         angle = confidence.view_angle(np.stack([view.camera_from_world for view in cameras]), centre)
         half_pixel_mm = plausibility.half_pixel_error(cameras, centre)
-        points, of_cameras = centred_points(refined, vertebra), None
-        if together is not None:
-            of_cameras = joint.covariance(together, [1.0] * len(together.information))[:6, :6]
+        points = centred_points(refined, vertebra)
         judged = confidence.judge(refined, points, rule, count, angle, half_pixel_mm, of_cameras)
         # No pose from views of nearly one direction is accepted, however long it is searched for.
         if judged.accepted or (angle is not None and angle < confidence.MIN_VIEW_ANGLE_RAD):
@@ -251,13 +250,9 @@ def correct_cameras(
     Args:
       refined: with the cameras as they are given; camera_sd: as in `RegisterOptions`.
     """
-    config = dataclasses.replace(prepared.refine, levels=joint.fine_levels(prepared.refine, wide=True))
-    seen = make_pyramid(xrays, [level.pixel_mm for level in config.levels])
     box_from_ct = np.linalg.inv(prepared.vertebra.ct_from_box)
     starts = np.stack([refined.world_from_box @ box_from_ct, refined.world_from_rest @ box_from_ct])
-    parts = parts_in(prepared, xrays)
-    bodies = joint.bodies_of([prepared.vertebra.ct_from_box], [parts], [])
-    together = joint.refine_together(programs_of(compile).linearised, bodies, seen, starts, camera_sd, config)
+    together = _refined_together([prepared], xrays, starts, camera_sd, compile)
     return [
         dataclasses.replace(
             xray, camera=dataclasses.replace(xray.camera, camera_from_world=xray.camera.camera_from_world @ motion)
@@ -266,38 +261,32 @@ def correct_cameras(
     ], together
 
 
-@dataclasses.dataclass(frozen=True)
-class Spine:
-    """Vertebrae that were refined together, and the covariance (N, N) of all parameters, as `joint.covariance` orders them."""
-
-    together: Together
-    covariance: Float[np.ndarray, "parameters parameters"]
-
-
 def refine_spine(
     prepared: Sequence[Prepared],
     xrays: Sequence[XRay],
     world_from_ct: Sequence[Float[Array, "4 4"]],
     camera_sd: tuple[float, float] = (0.0, 0.0),
     compile: Compile = jax.jit,
-) -> Spine:
+) -> Together:
     """Refines the vertebrae of one scan in one acquisition together, with the rest of the body and, where asked, the cameras.
 
     Args:
       prepared: K vertebrae from head to feet; world_from_ct: K poses, within some mm; camera_sd: as in `RegisterOptions`.
     """
-    xrays = without_metal(prepared[0], xrays, compile)
-    config = dataclasses.replace(
-        prepared[0].refine, levels=joint.fine_levels(prepared[0].refine, wide=len(prepared) == 1)
-    )
+    starts = np.stack([*world_from_ct, world_from_ct[len(prepared) // 2]])
+    return _refined_together(prepared, without_metal(prepared[0], xrays, compile), starts, camera_sd, compile)
+
+
+def _refined_together(prepared, xrays, starts, camera_sd, compile):
+    """`joint.refine_together` of K vertebrae, from poses (K + 1, 4, 4) of them and of the rest, in X-rays without their metal."""
+    refine = prepared[0].refine
+    config = dataclasses.replace(refine, levels=joint.fine_levels(refine, wide=len(prepared) == 1))
     seen = make_pyramid(xrays, [level.pixel_mm for level in config.levels])
     labels = [p.vertebra.label for p in prepared]
     between = [levels.steps(a, b, labels + [*range(a + 1, b)]) for a, b in zip(labels, labels[1:])]
-    parts = [parts_in(p, xrays) for p in prepared]
-    bodies = joint.bodies_of([p.vertebra.ct_from_box for p in prepared], parts, between)
-    starts = np.stack([*world_from_ct, world_from_ct[len(prepared) // 2]])
-    together = joint.refine_together(programs_of(compile).linearised, bodies, seen, starts, camera_sd, config)
-    return Spine(together, joint.covariance(together, [joint.INFLATION] * len(prepared)))
+    boxes, parts = [p.vertebra.ct_from_box for p in prepared], [parts_in(p, xrays) for p in prepared]
+    bodies = joint.bodies_of(boxes, parts, between)
+    return joint.refine_together(programs_of(compile).linearised, bodies, seen, starts, camera_sd, config)
 
 
 def shows_bare_bone(xrays: Sequence[XRay], search: searching.SearchConfig) -> bool:

@@ -93,7 +93,8 @@ def twice(config: RefineConfig, survivors: int = 1) -> tuple[Level, ...]:
       survivors: how many starts go on from the coarsest level.
     """
     first, *others = config.levels
-    return (dataclasses.replace(first, keep=survivors), dataclasses.replace(first, keep=survivors), *others)
+    first = dataclasses.replace(first, keep=survivors)
+    return (first, first, *others)
 
 
 def halving(config: RefineConfig, search: SearchConfig) -> tuple[Level, ...]:

@@ -129,10 +129,10 @@ def test_the_covariance_holds_what_no_view_shows(spine):
     seen, bodies = xrays(spine, truth, GIVEN), joint.bodies_of(boxes, parts, [1, 1])
     sd = (math.radians(0.3), 1.0)
     found = joint.refine_together(linearised, bodies, seen, truth, sd, CONFIG)
-    covariance = joint.covariance(found, [1.0] * 3)
+    covariance = joint.covariance(found)
     # Two cameras that are off by 1 mm move a body by 1 / sqrt(2) together, of which nothing is seen.
     assert np.sqrt(np.trace(covariance[9:12, 9:12])) > 0.8 / math.sqrt(2)
-    exact = joint.covariance(joint.refine_together(linearised, bodies, seen, truth, (0.0, 0.0), CONFIG), [1.0] * 3)
+    exact = joint.covariance(joint.refine_together(linearised, bodies, seen, truth, (0.0, 0.0), CONFIG))
     assert np.sqrt(np.trace(exact[9:12, 9:12])) < 0.05
     # What two vertebrae have in common with the cameras cancels in their relative motion.
     relative = np.zeros((3, len(covariance)))
