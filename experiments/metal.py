@@ -18,6 +18,7 @@ from data_pipelines.io import locks
 from data_pipelines.pairs import identity
 from data_pipelines.pairs import pair_store
 from data_pipelines.simulation import metal_views
+from data_pipelines.simulation import panel
 from experiments.patients import metal_files
 from experiments.runtime import cli
 from experiments.runtime import progress
@@ -70,15 +71,6 @@ def _smooth_shapes(rng, size, scale):
     )
 
 
-def _tone(rng, image, scale):
-    """A vendor's picture of line integrals: a sigmoid, sharpened edges, more local contrast, 8 bits."""
-    x = (image - np.median(image)) / (scale * rng.uniform(4.0, 12.0) + 1e-6)
-    x = 1.0 / (1.0 + np.exp(-np.clip(2.0 * x, -30, 30)))
-    wide = rng.uniform(1.0, 15.0)
-    x = x + rng.uniform(0.0, 2.0) * (x - scipy.ndimage.gaussian_filter(x, wide))
-    return np.round(255 * np.clip(x, 0, 1)).astype(np.float32) / 40.0
-
-
 def _marks(rng, image, metal_mask):
     """Burns letters, lines or a box into an image; they count as metal."""
     image, metal_mask = image.copy(), metal_mask.copy()
@@ -121,7 +113,7 @@ def batch_of(
         )
         mask, valid = mask > 0.5, valid > 0.9
         inside = image[valid] if valid.any() else image
-        scale_of = 0.1 * (np.quantile(inside, 0.9) - np.quantile(inside, 0.1)) + 1e-3
+        scale_of = panel.picture_scale(inside)
         if rng.uniform() < SMOOTH_SHARE:
             image = image + _smooth_shapes(rng, size, scale_of)
         if rng.uniform() < BLURRED_SHARE:
@@ -129,7 +121,7 @@ def batch_of(
         if rng.uniform() < NOISY_SHARE:
             image = image + rng.uniform(0.0, 0.5) * scale_of * rng.normal(size=image.shape)
         if rng.uniform() < TONED_SHARE:
-            image = _tone(rng, image, scale_of)
+            image = panel.vendor_picture(image, scale_of, rng)
         if rng.uniform() < MARKED_SHARE:
             image, mask = _marks(rng, image, mask)
         rows.append((image, mask, valid))

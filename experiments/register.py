@@ -18,6 +18,7 @@ from absl import logging
 from data_pipelines.io import files
 from data_pipelines.io import pose_files
 from data_pipelines.xrays import radiograph
+from data_pipelines.xrays import view_geometry
 from experiments.patients import models
 from experiments.patients import registering
 from experiments.patients import spines
@@ -36,6 +37,8 @@ MAX_CAMERA_MM, MAX_CAMERA_DEG = 20.0, 5.0
 """Largest errors of cameras that can be stated. Chosen by hand: beyond, the first refinement finds nothing to correct them by."""
 STRICT_STATUS = 3
 """Exit status where --strict is given and a pose is refused."""
+NOMINAL = ",".join(f"{value:g}" for value in view_geometry.NOMINAL_SD)
+"""Default of --camera_sd for DICOM's nominal cameras."""
 
 
 def define_flags() -> None:
@@ -92,10 +95,11 @@ def define_flags() -> None:
     flags.DEFINE_bool("refine", True, "Refine the network's pose against the X-rays themselves.")
     flags.DEFINE_list(
         "camera_sd",
-        ["0", "0"],
-        "How far the cameras are off, mm and degrees (root mean square), such as 1.0,0.3: they are then corrected.",
+        None,
+        "How far the cameras are off, mm and degrees (root mean square), such as 1.0,0.3: they are then corrected; default: not at "
+        f"all, and {NOMINAL} where they are DICOM's nominal ones.",
     )
-    flags.DEFINE_bool("together", False, "Also refine the accepted vertebrae of --label together, into spine.json.")
+    flags.DEFINE_bool("together", False, "Also refine the trusted vertebrae of --label together, into spine.json.")
     flags.DEFINE_bool("strict", False, f"End with status {STRICT_STATUS} if a pose is refused.")
     flags.DEFINE_bool(
         "resume", False, "Go on with the cases that a stopped run with the same flags has left unfinished."
@@ -169,15 +173,19 @@ def _frames():
     return given and [int(text) for text in given]
 
 
-def _camera_sd():
-    """--camera_sd as (radians, mm)."""
-    values = cli.numbers("--camera_sd", flags.FLAGS.camera_sd)
-    if len(values) != 2 or min(values) < 0 or values[0] > MAX_CAMERA_MM or values[1] > MAX_CAMERA_DEG:
-        wanted = f"mm and degrees, such as 1.0,0.3, at most {MAX_CAMERA_MM:g},{MAX_CAMERA_DEG:g}"
-        errors.fail("flags", "--camera_sd", ",".join(flags.FLAGS.camera_sd), wanted)
-    if any(values) and not flags.FLAGS.refine:
+def _camera_sd(rows):
+    """--camera_sd as (radians, mm), or its default for the cameras of `rows`."""
+    given = flags.FLAGS.camera_sd
+    if given is None:
+        views = [] if callable(rows[0].xrays) else rows[0].xrays
+        given = ["0", "0"]
+        if flags.FLAGS.refine and any(view.origin["camera"] == view_geometry.NOMINAL for view in views):
+            given = NOMINAL.split(",")
+            logging.warning("cameras: DICOM's nominal ones, taken to be off by about %s mm and %s degrees", *given)
+    mm, degrees = cli.mm_and_degrees("--camera_sd", given, (MAX_CAMERA_MM, MAX_CAMERA_DEG))
+    if any((mm, degrees)) and not flags.FLAGS.refine:
         errors.fail("flags", "--camera_sd", "--norefine", "the refinement, which corrects cameras")
-    return math.radians(values[1]), values[0]
+    return math.radians(degrees), mm
 
 
 def _pixels(flag, count):
@@ -231,7 +239,7 @@ def main() -> None:
     extra_files = {"run.json": lambda results: record.finish(inputs, cli.warnings_said())}
     if reports:
         extra_files["detection.json"] = next(iter(reports.values())) if len(reports) == 1 else reports
-    options = RegisterOptions(given.passes, given.refine, _camera_sd())
+    options = RegisterOptions(given.passes, given.refine, _camera_sd(rows))
     variant = given.variant if given.cases else "xrays"
     if given.together:
         if given.cases or len(rows) < spines.MIN_VERTEBRAE:

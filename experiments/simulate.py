@@ -15,6 +15,9 @@ from experiments.runtime import cli
 from experiments.runtime import progress
 from radgs_jax import errors
 
+MAX_CAMERA_ERROR = (50.0, 10.0)
+"""Largest errors of cameras that are simulated, mm and degrees: far more than any C-arm that is in use."""
+
 
 def simulate_cases(
     ct: pathlib.Path | str,
@@ -28,6 +31,7 @@ def simulate_cases(
     seed: int = 0,
     posture: str = "rigid",
     photons: float = quick.PanelFaults().photons,
+    errors_of_input: case_files.InputErrors = case_files.InputErrors(),
 ) -> None:
     """Simulates X-rays of known pose and writes them as a case file.
 
@@ -42,6 +46,7 @@ def simulate_cases(
       seed: of everything random.
       posture: one of `case_files.POSTURES`.
       photons: photons per pixel in the variant 'real'.
+      errors_of_input: of masks and cameras in the case file.
     Raises:
       InputError: `out` exists already, or unreadable input.
     """
@@ -59,6 +64,7 @@ def simulate_cases(
             seed,
             quick.PanelFaults(photons=photons),
             posture=posture,
+            errors=errors_of_input,
             on_done=bar.update,
         )
 
@@ -83,6 +89,10 @@ def define_flags() -> None:
         "How the body has moved: as one piece, or bent, every vertebra by itself.",
     )
     flags.DEFINE_float("photons", quick.PanelFaults().photons, "Photons per pixel in variant `real`.", lower_bound=1.0)
+    flags.DEFINE_float("mask_error_mm", 0.0, "How far the masks' borders are off at most, mm.", lower_bound=0.0)
+    flags.DEFINE_list(
+        "camera_error", ["0", "0"], "Root mean square errors of the cameras in the case file: mm, degrees."
+    )
     flags.DEFINE_string("out", None, "Case file to write; the X-ray files go next to it.", required=True)
 
 
@@ -101,6 +111,9 @@ def main() -> None:
         seed=given.seed,
         posture=given.posture,
         photons=given.photons,
+        errors_of_input=case_files.InputErrors(
+            given.mask_error_mm, cli.mm_and_degrees("--camera_error", given.camera_error, MAX_CAMERA_ERROR)
+        ),
     )
     print(f"wrote {pathlib.Path(given.out)}")
 

@@ -18,6 +18,7 @@ from experiments.reports import statistics
 from experiments.runtime import cli
 from experiments.scoring import conditions
 from experiments.scoring import rivals
+from radgs_jax import errors
 
 FAR_SHARE = 4
 """Far starts get one scene for this many of the others, because each of their scenes is registered from all far bins."""
@@ -37,6 +38,7 @@ def define_flags() -> None:
         "Number of acquisitions of each vertebra at each point of a sweep, with one start each; 0: no sweeps.",
         lower_bound=0,
     )
+    flags.DEFINE_list("sweeps", [], "Run these sweeps alone, by the names of their tables; default: everything.")
     flags.DEFINE_float(
         "plain_minutes",
         0.0,
@@ -74,6 +76,7 @@ def run_study(
     *,
     scenes: int = 20,
     sweep_scenes: int = 3,
+    sweeps: Sequence[str] = (),
     plain_minutes: float = 0.0,
     minutes: Sequence[float] = (),
     seed: int = 5,
@@ -87,6 +90,7 @@ def run_study(
       out: folder of the study; finished conditions in it are not registered again.
       scenes: number of acquisitions per vertebra, one start each.
       sweep_scenes: number of acquisitions per vertebra at each point of a sweep; 0 skips the sweeps.
+      sweeps: groups of `conditions.sweeps` to run alone; empty for all, and everything else.
       plain_minutes: training time of the plain 2D network on the workdir's pairs; 0 skips it.
       minutes: training times to compare, for which the first vertebra is prepared anew.
       seed: of everything random.
@@ -102,6 +106,15 @@ def run_study(
         results[condition] = conditions.register_condition(patient, condition, count, seed, out, passes)
         return results[condition]
 
+    if sweeps:
+        for group in sweeps:
+            chosen = [condition for condition in conditions.sweeps() if condition.group == group]
+            if not chosen:
+                known = dict.fromkeys(condition.group for condition in conditions.sweeps())
+                errors.fail("flags", "--sweeps", group, f"one of {', '.join(known)}")
+            found = {condition.name: run(condition, sweep_scenes) for condition in chosen}
+            report.add(group, statistics.HEADER, *statistics.with_metal_apart(found))
+        return
     for variant in ("artic", "real"):
         condition = conditions.Condition("scenes", variant, variant)
         rows = run(condition, scenes)
@@ -115,7 +128,7 @@ def run_study(
         rows = run(condition, sweep_scenes)
         groups.setdefault(condition.group, {})[condition.name] = rows
     for group, entries in groups.items():
-        report.add(group, statistics.HEADER, *(statistics.line(name, rows) for name, rows in entries.items()))
+        report.add(group, statistics.HEADER, *statistics.with_metal_apart(entries))
     params = rivals.train_plain(patient, config, plain_minutes, out, seed) if plain_minutes else None
     for variant in ("artic", "real"):
         condition, count = conditions.Condition("methods", variant, variant), max(1, sweep_scenes)
@@ -146,6 +159,7 @@ def main() -> None:
         given.out,
         scenes=given.scenes,
         sweep_scenes=given.sweep_scenes,
+        sweeps=given.sweeps,
         plain_minutes=given.plain_minutes,
         minutes=cli.numbers("--minutes", given.minutes),
         seed=given.seed,

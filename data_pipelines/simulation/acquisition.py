@@ -20,7 +20,7 @@ LABELS = 29
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Ranges (low, high) of everything that is drawn for an acquisition, and two probabilities.
+    """Ranges (low, high) of everything that is drawn for an acquisition, and three probabilities.
 
     A range that spans a factor of ten or more is drawn log-uniformly, others uniformly. (0, 0) switches an effect off. The
     defaults were chosen by hand to cover fluoroscopy to radiography; a test holds them to the ranges that were asked for.
@@ -41,6 +41,7 @@ class Preset:
       air_value: relative error of the air value.
       collimation: strength of `panel.random_collimator`.
       chance_collimator, chance_hardware: probabilities of a collimator, drawn for each view, and of implants.
+      chance_picture: probability, for each view, of a vendor's 8-bit picture in place of line integrals.
     """
 
     flexion_deg: tuple[float, float] = (0.0, 2.5)
@@ -63,6 +64,7 @@ class Preset:
     collimation: tuple[float, float] = (0.2, 1.0)
     chance_collimator: float = 0.4
     chance_hardware: float = 0.25
+    chance_picture: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Geometry:
       device: the C-arm.
       window: pixels along each side of an image.
       binning: panel pixels along each side of an image's pixel.
+      apart_deg: angle between the views, as in `carm.sample_views`.
       aim_mm: largest distance between the target and the image's centre along each axis, at the target's depth.
       vertebra_step_mm, rest_step_mm: sample distances along rays through vertebrae and through the rest of the body. Half of
         them take twice the time; twice of them blur the vertebrae along the rays.
@@ -81,6 +84,7 @@ class Geometry:
     device: carm.CArm = carm.CArm()
     window: int = 128
     binning: int = 8
+    apart_deg: float | None = None
     aim_mm: float = 0.0
     vertebra_step_mm: float = 1.5
     rest_step_mm: float = 2.5
@@ -166,7 +170,7 @@ def stand(
     # Each part has its own generator, so that a part that draws more numbers does not change the others.
     place, bend = rng.spawn(2)
     target = body.spine.labels.index(label)
-    camera_from_world = carm.sample_views(place, geometry.device)
+    camera_from_world = carm.sample_views(place, geometry.device, apart_deg=geometry.apart_deg)
     world_from_ct = carm.sample_world_from_ct(place, body.spine.centres[target])
     bends = [_draw(bend, r) for r in (preset.flexion_deg, preset.lateral_bend_deg, preset.twist_deg)]
     jitter = _draw(bend, preset.jitter_deg), _draw(bend, preset.jitter_mm)
@@ -312,4 +316,8 @@ def measure(
     signal = panel.offset(signal, drawn["offset_drift"], rng)
     signal = panel.air_value(signal, drawn["air_value"], rng)
     valid = (open_share > 0.5) & (signal > 1.0 / quanta)
-    return panel.line_integrals(signal, quanta), valid
+    image = panel.line_integrals(signal, quanta)
+    if rng.uniform() < preset.chance_picture:
+        inside = image[valid] if valid.any() else image
+        image = panel.vendor_picture(image, panel.picture_scale(inside), rng)
+    return image, valid

@@ -4,6 +4,7 @@ Lengths are mm, angles degrees where a name says so and rad in twists. The range
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -61,8 +62,17 @@ def intrinsics(carm: CArm, binning: int = 1) -> np.ndarray:
     return np.array([focal, focal, centre, centre])
 
 
-def sample_views(rng: np.random.Generator, carm: CArm, spread_deg: float = 15.0) -> np.ndarray:
-    """camera_from_world (2, 4, 4) of an AP and a lateral view; each angle deviates from the nominal by up to `spread_deg`."""
+def sample_views(
+    rng: np.random.Generator, carm: CArm, spread_deg: float = 15.0, apart_deg: float | None = None
+) -> np.ndarray:
+    """camera_from_world (2, 4, 4) of an AP and a lateral view; each angle deviates from the nominal by up to `spread_deg`.
+
+    Args:
+      apart_deg: instead of a lateral, a second view that is turned by exactly this angle about +z; neither is tilted.
+    """
+    if apart_deg is not None:
+        first = rng.uniform(-spread_deg, spread_deg)
+        return np.stack([extrinsics(first + turn, 0.0, carm.source_isocentre_mm) for turn in (0.0, apart_deg)])
     return np.stack(
         [
             extrinsics(
@@ -137,3 +147,14 @@ def start_of_mtre(
         # Beyond the largest turn, the next rounds enlarge the translation alone.
         twist[:3] *= min(1.0, rigid.START_RAD / max(np.linalg.norm(twist[:3]), 1e-9))
     return rigid_host.motion_about(centre, twist) @ world_from_ct
+
+
+def cameras_off(
+    camera_from_world: Sequence[np.ndarray], shift_mm: float, turn_deg: float, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """camera_from_world (4, 4) of wrong cameras: each turned about its source and shifted, in random directions."""
+    moved = []
+    for E in camera_from_world:
+        turn, shift = (d / np.linalg.norm(d) for d in rng.normal(size=(2, 3)))
+        moved.append(rigid_host.matrix(np.radians(turn_deg) * turn, shift_mm * shift) @ E)
+    return moved

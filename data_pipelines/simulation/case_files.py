@@ -1,6 +1,7 @@
 """Writes case files with simulated X-rays whose true poses are known."""
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from data_pipelines.ct import scans
 from data_pipelines.ct import whole_body
 from data_pipelines.io import camera_files
 from data_pipelines.io import files
+from data_pipelines.io import nifti
 from data_pipelines.simulation import carm
+from data_pipelines.simulation import crude_masks
 from data_pipelines.simulation import quick
 from radgs_jax import levels
 from radgs_jax.geometry import camera
@@ -30,6 +33,19 @@ BINNING = 4
 """Panel pixels along each side of an image's pixel, chosen by hand; half of it takes four times the time and disk space."""
 
 
+@dataclasses.dataclass(frozen=True)
+class InputErrors:
+    """What a case file says wrong about its patient and X-rays, beyond what the X-rays themselves show.
+
+    Attributes:
+      mask_mm: each mask's border wanders by up to this or less (`crude_masks.wandering`); 0 leaves it.
+      camera_sd: root mean square shift, mm, and turn about the source, degrees, of each camera.
+    """
+
+    mask_mm: float = 0.0
+    camera_sd: tuple[float, float] = (0.0, 0.0)
+
+
 def simulated_cases(
     path: pathlib.Path | str,
     subjects: Sequence[tuple[str, pathlib.Path | str, pathlib.Path | str]],
@@ -41,6 +57,8 @@ def simulated_cases(
     variants: Sequence[str] | None = None,
     posture: str = "rigid",
     articulation: float = 1.0,
+    errors: InputErrors = InputErrors(),
+    apart_deg: float | None = None,
     on_done: Callable[[], object] = lambda: None,
 ) -> pathlib.Path:
     """Writes a case file whose X-rays are simulated from scans, with points, true poses and start poses.
@@ -61,6 +79,8 @@ def simulated_cases(
         by itself, with the postures, implants and physics of `simulation.simulate`, and `faults` and `articulation` are
         unused.
       articulation: strength of `carm.sample_articulation` in a rigid posture.
+      errors: of what the case file says; a scene keeps its true cameras as `views_true`.
+      apart_deg: angle between the views, as in `carm.sample_views`.
       on_done: called after each scene.
 
     Returns:
@@ -87,21 +107,25 @@ def simulated_cases(
             name = f"{subject}_{levels.level_name(label)}"
             vertebra = extraction.extract(scan, label, 64, mask)
             centre = vertebra.ct_from_box[:3, 3]
+            given_mask = mask
+            if errors.mask_mm:
+                given_mask = path.with_name(f"{path.stem}_{name}_mask.nii.gz")
+                _write_crude_mask(given_mask, scan, label, errors.mask_mm, np.random.default_rng([seed, number, label]))
             document["volumes"][name] = {
                 "patient": subject,
                 "vertebra": levels.level_name(label),
                 "full_ct": _relative(ct, path.parent),
-                "full_mask": _relative(mask, path.parent),
+                "full_mask": _relative(given_mask, path.parent),
                 "full_label": int(label),
                 "centre": centre.tolist(),
                 "points": vertebra.points.round(3).tolist(),
             }
             if posture == "rigid":
                 acquire = functools.partial(
-                    _rigid_scene, quick.RigidBody(whole, vertebra), faults, articulation, variants
+                    _rigid_scene, quick.RigidBody(whole, vertebra), faults, articulation, apart_deg, variants
                 )
             else:
-                acquire = functools.partial(_bent_scene, whole, vertebra, variants)
+                acquire = functools.partial(_bent_scene, whole, vertebra, apart_deg, variants)
             for index in range(scenes):
                 scene = f"{name}_s{index}"
                 images, intrinsics, extrinsics, world_from_ct, more = acquire(
@@ -109,18 +133,18 @@ def simulated_cases(
                 )
                 xray_path = path.with_name(f"{path.stem}_{scene}.npz")
                 files.write_npz(xray_path, **{v: image.astype(np.float16) for v, image in images.items()})
-                size = next(iter(images.values())).shape[1:]
-                views = [
-                    camera_files.camera_json(camera.Camera(K, E, *size), view)
-                    for K, E, view in zip(intrinsics, extrinsics, carm.VIEWS)
-                ]
+                if any(errors.camera_sd):
+                    more["views_true"] = _views(intrinsics, extrinsics, images)
+                    rng = np.random.default_rng([seed, number, label, index, 2])
+                    off_mm, off_deg = np.abs(rng.normal(size=2)) * errors.camera_sd
+                    extrinsics = carm.cameras_off(extrinsics, off_mm, off_deg, rng)
                 document["scenes"].append(
                     {
                         "id": scene,
                         "volume": name,
                         "T_gt": world_from_ct.tolist(),
                         **more,
-                        "views": views,
+                        "views": _views(intrinsics, extrinsics, images),
                         "xrays": xray_path.name,
                     }
                 )
@@ -141,7 +165,22 @@ def simulated_cases(
     return path
 
 
-def _rigid_scene(body, faults, articulation, variants, rng):
+def _views(intrinsics, extrinsics, images):
+    """The entries of a scene's views in the case file, of images {variant: (V, H, W)}."""
+    size = next(iter(images.values())).shape[1:]
+    return [
+        camera_files.camera_json(camera.Camera(K, E, *size), view)
+        for K, E, view in zip(intrinsics, extrinsics, carm.VIEWS)
+    ]
+
+
+def _write_crude_mask(path, scan, label, most_mm, rng):
+    """Writes the scan's masks with a border of one vertebra that wanders by up to half of `most_mm` to all of it."""
+    wandering = functools.partial(crude_masks.wandering, most_mm=most_mm * rng.uniform(0.5, 1.0), rng=rng)
+    nifti.write_nifti(path, crude_masks.changed(scan, label, wandering).labels, scan.ct_from_index)
+
+
+def _rigid_scene(body, faults, articulation, apart_deg, variants, rng):
     """A scene in which everything except the vertebra moves as one.
 
     Returns:
@@ -155,17 +194,22 @@ def _rigid_scene(body, faults, articulation, variants, rng):
     world_from_ct = carm.sample_world_from_ct(rng, centre)
     centre_world = world_from_ct[:3, :3] @ centre + world_from_ct[:3, 3]
     world_from_rest = rigid_host.motion_about(centre_world, carm.sample_articulation(rng, articulation)) @ world_from_ct
-    extrinsics = carm.sample_views(rng, device)
+    extrinsics = carm.sample_views(rng, device, apart_deg=apart_deg)
     images = _variants(body, world_from_ct, world_from_rest, intrinsics, extrinsics, size, faults, rng, variants)
     return images, intrinsics, extrinsics, world_from_ct, {"T_rest": world_from_rest.tolist()}
 
 
-def _bent_scene(body, vertebra, variants, rng):
+def _bent_scene(body, vertebra, apart_deg, variants, rng):
     """As `_rigid_scene`, of a `simulation.ArticulatedBody` whose vertebrae each move by themselves."""
-    geometry = simulation.Geometry(window=BENT_WINDOW, binning=BINNING, vertebra_step_mm=0.75, rest_step_mm=1.5)
-    # Case files have no mask of valid pixels, so there is no collimator.
+    geometry = simulation.Geometry(
+        window=BENT_WINDOW, binning=BINNING, apart_deg=apart_deg, vertebra_step_mm=0.75, rest_step_mm=1.5
+    )
     sample = simulation.simulate(
-        body, vertebra.label, rng, simulation.Preset(chance_collimator=0.3, chance_hardware=0.5), geometry
+        body,
+        vertebra.label,
+        rng,
+        simulation.Preset(chance_collimator=0.3, chance_hardware=0.5, chance_picture=0.25),
+        geometry,
     )
     images = {"artic": sample.rest + sample.excess, "real": sample.measured}
     world_from_ct = rigid_host.nearest_rigid(

@@ -23,6 +23,11 @@ ASPECT_RANGE = (0.1, 10)
 LETTER_WEIGHT = 0.5
 """Weight of each letter of PatientOrientation relative to the one before it, since DICOM gives no angles. Chosen by hand: half or
 twice still gives the same axis, as the letters come in order of weight."""
+NOMINAL = "DICOM tags, nominal"
+"""Where a camera comes from that no calibration has corrected."""
+NOMINAL_SD = (5.0, 1.0)
+"""Root mean square error of nominal cameras about the isocentre, mm and degrees. Chosen by hand: tags are rounded, and a C-arm
+sags by some millimetres as it turns. Half understates what old machines do; twice leaves poses in the world less certain."""
 MIN_ALONG = 0.5
 """Smallest cosine between an image axis and the camera axis that it is assigned to: 60 degrees. Chosen by hand: half accepts tags
 that contradict the angles, twice refuses everything but exact tags."""
@@ -213,7 +218,7 @@ def find_camera(
     moves = _moves(path, geometry.orientation, upright.camera_from_world)
     if moves[0]:
         upright = carm_camera(shape[::-1], geometry.pixel_mm[::-1], *distances, *geometry.angles_deg)
-    return upright, moves, "DICOM tags, nominal"
+    return upright, moves, NOMINAL
 
 
 def _moves(path, orientation, camera_from_world):

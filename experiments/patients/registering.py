@@ -121,7 +121,7 @@ def register_rows(
       out: a new or empty folder. It appears when all cases are finished; until then, a hidden folder beside it keeps them.
       variant: name of the X-rays' variant in results.json.
       pictures: also write each case's pictures, volumes and transforms.
-      extra_files: further JSON files to write: file name -> content, or a function of all cases' results.
+      extra_files: further JSON files to write: file name -> content, or a function of all cases' results that may return None.
       resume: go on with the unfinished folder of a run that was stopped.
       inputs: plain values, such as digests of files, that a resumed run must have in common with the one it goes on with.
       say: takes a line about each case when it is finished.
@@ -140,7 +140,8 @@ def register_rows(
             results, failures = (sorted(part, key=lambda one: order[one["id"]]) for part in journal.parts())
             cases.write_results(partial / "results.json", case_folder.PROGRAM, variant, results, failures)
             for name, value in (extra_files or {}).items():
-                files.write_json(partial / name, value(results) if callable(value) else value)
+                if (content := value(results) if callable(value) else value) is not None:
+                    files.write_json(partial / name, content)
             journal.path.unlink()
         except BaseException:
             if done := len(journal.parts()[0]):

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from experiments.patients.registering import Row
 from experiments.patients.workdir import Target
 from experiments.runtime.kept_programs import kept
-from radgs_jax import errors
 from radgs_jax import levels
 from radgs_jax.geometry import rigid_host
 from radgs_jax.registration import confidence
@@ -20,7 +20,7 @@ from radgs_jax.registration.prepared import Prepared
 
 FORMAT = "radgs-spine/1"
 MIN_VERTEBRAE = 2
-"""Fewest accepted vertebrae that are refined together."""
+"""Fewest trusted vertebrae that are refined together."""
 
 
 def spine(
@@ -28,23 +28,25 @@ def spine(
     load: Callable[[Target], Prepared],
     results: Sequence[dict[str, Any]],
     camera_sd: tuple[float, float],
-) -> dict[str, Any]:
-    """The accepted vertebrae of a run, refined together, as plain values for spine.json.
+) -> dict[str, Any] | None:
+    """The trusted vertebrae of a run, refined together, as plain values for spine.json; None of fewer than `MIN_VERTEBRAE`.
 
     Args:
       rows: of one acquisition; load: as in `registering.register_rows`; results: their entries of results.json.
       camera_sd: as in `RegisterOptions`.
-    Raises:
-      InputError: fewer than `MIN_VERTEBRAE` accepted poses.
     """
-    answers = {one["id"]: one for one in results if one.get("accepted")}
+    answers = {one["id"]: one for one in results if one.get("trusted", one.get("accepted"))}
     used = sorted((row for row in rows if row.name in answers), key=lambda row: levels.ORDER.index(row.target.label))
     if len(used) < MIN_VERTEBRAE:
-        errors.fail("--together", "accepted poses", len(used), f"{MIN_VERTEBRAE} or more")
+        logging.warning(
+            "no spine.json: %d of %d poses are trusted, wanted %d or more", len(used), len(rows), MIN_VERTEBRAE
+        )
+        return None
     prepared = [load(row.target) for row in used]
     poses = [np.array(answers[row.name].get("as_calibrated", answers[row.name]["T"])) for row in used]
     together, vertebrae = pipeline.refine_spine(prepared, used[0].xrays, poses, camera_sd, kept), []
-    covariance = joint.covariance(together, joint.INFLATION)
+    growth = 1.0 if prepared[0].rule is None else confidence.error_per_misfit(prepared[0].rule)
+    covariance = joint.covariance(together, growth)
     for k, (row, ready) in enumerate(zip(used, prepared)):
         own = covariance[6 * k : 6 * k + 6, 6 * k : 6 * k + 6]
         centre, T = ready.vertebra.ct_from_box[:3, 3], together.world_from_ct[k]
@@ -54,7 +56,8 @@ def spine(
             {
                 "level": levels.level_name(row.target.label),
                 "world_from_ct": T.tolist(),
-                "uncertainty_mm": factor * confidence.spread_mm(np.linalg.inv(own), points),
+                "rest_world_from_ct": together.world_from_ct[len(used) + k].tolist(),
+                "uncertainty_mm": factor * confidence.spread_mm(own, points),
                 "covariance": own.tolist(),
             }
         )
@@ -68,7 +71,6 @@ def spine(
             )
             for k in range(len(used) - 1)
         ],
-        "rest_world_from_ct": together.world_from_ct[-1].tolist(),
         "camera_motions": together.motions.tolist(),
         "camera_covariance": covariance[-last:, -last:].tolist(),
         "units": "mm, degrees; covariances: rad and mm",

@@ -206,7 +206,7 @@ def read_rule(path: pathlib.Path) -> confidence.AcceptanceRule | None:
     checksums.check_file(path, "`experiments.calibrate` writes rules; copy the base again to undo an edit")
     value = files.read_json(path)
     counts = len(confidence.FEATURES) + 1, confidence.SEARCHES + 1
-    wanted = {"chance": counts[0], "thresholds": counts[1], "size": 5, "radius": 0}
+    wanted = {"chance": counts[0], "thresholds": counts[1], "size": 2, "radius": 0}
     for field, count in wanted.items():
         found = value.get(field) if isinstance(value, dict) else None
         numbers = found if count else [found]

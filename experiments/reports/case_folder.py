@@ -31,10 +31,15 @@ def answer(outcome: Outcome) -> dict[str, Any]:
     if outcome.confidence is not None:
         judged = outcome.confidence
         found |= {"accepted": judged.accepted, "uncertainty_mm": None, "covariance": None}
-        if judged.accepted:
+        if judged.trusted:
             found |= {"uncertainty_mm": judged.uncertainty_mm, "covariance": judged.covariance.tolist()}
     if (together := outcome.together) is not None:
         last = 6 * len(together.motions)
+        if (judged := outcome.confidence) is not None:
+            found |= {
+                "trusted": judged.trusted,
+                "relative_uncertainty_mm": judged.relative_mm if judged.trusted else None,
+            }
         found["as_calibrated"] = outcome.as_calibrated.tolist()
         found["camera_motions"] = together.motions.tolist()
         found["camera_covariance"] = joint.covariance(together)[-last:, -last:].tolist()

@@ -87,12 +87,14 @@ def registration_picture(
         row.suptitle(verdicts.view_name(xray, poses["start"]), fontsize=13, fontweight="bold", x=0.012, ha="left")
         left_out = XRay(np.asarray(xray.valid) & ~counted, xray.valid, xray.camera)
         small, seen, valid = _binned(xray.line_integrals, xray.valid, xray.camera)
-        _mark(whole, _binned(left_out.line_integrals, xray.valid, xray.camera)[0])
-        _mark(near, _close_up(left_out, vertebra, poses["estimate"])[0].line_integrals)
+        metal = _binned(left_out.line_integrals, xray.valid, xray.camera)[0]
+        near_metal = _close_up(left_out, vertebra, poses["estimate"])[0].line_integrals
+        _mark(whole, metal)
+        _mark(near, near_metal)
         close, corner = _close_up(xray, vertebra, poses["estimate"])
-        _show(whole, small, valid)
-        _show(near, close.line_integrals, close.valid)
-        _show(mixed, *_checkerboard(close, prepared, xrays, poses["estimate"], outcome))
+        _show(whole, small, valid, metal == 0)
+        _show(near, close.line_integrals, close.valid, near_metal == 0)
+        _show(mixed, *_checkerboard(close, prepared, xrays, poses["estimate"], outcome), near_metal == 0)
         for axes, view in ((whole, seen), (near, close.camera)):
             # The estimate is drawn last and thinner, so that a truth below it still shows.
             for pose_name in sorted(poses, key=list(STYLES).index):
@@ -144,8 +146,10 @@ def _binned(image, valid, view: Camera):
     return camera.bin_image(np.asarray(image), factor), camera.bin(view, factor), counts > 0.5
 
 
-def _show(axes: Axes, image, valid):
-    inside = image[valid] if valid.any() else image
+def _show(axes: Axes, image, valid, bone):
+    """Draws an image (H, W) of valid pixels; its contrast is that of the pixels without metal, `bone`."""
+    shown = valid & bone if (valid & bone).any() else valid
+    inside = image[shown] if shown.any() else image
     low, high = np.percentile(inside, [1.0, 99.5])
     axes.imshow(
         np.where(valid, image, low),

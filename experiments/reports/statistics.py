@@ -44,7 +44,7 @@ def median_interval(rows: Sequence[ScoredCase], seed: int = 0, draws: int = 2000
 
 HEADER = (
     f"{'':>34} {'n':>4} {'median mm':>10} {'p90 mm':>8} {'network':>8} {'< 2 mm':>8} {'95 % of it':>14} "
-    f"{'wrong, accepted':>16} {'right, refused':>15} {'radius holds':>13}"
+    f"{'wrong, accepted':>16} {'right, refused':>15} {'radius holds':>13} {'95 % of it':>14}"
 )
 
 
@@ -61,9 +61,22 @@ def line(name: str, rows: Sequence[ScoredCase]) -> str:
     )
     if any(r["uncertainty_mm"] is None for r in rows):
         return text
-    radius = np.array([r["uncertainty_mm"] for r in rows])
-    inside = f"{100 * np.mean((error <= radius)[right]):11.1f} %" if right.any() else f"{'-':>13}"
-    return f"{text} {inside}"
+    inside = error <= np.array([r["uncertainty_mm"] for r in rows])
+    if not right.any():
+        return f"{text} {'-':>13}"
+    low, high = wilson(inside[right].sum(), right.sum())
+    return f"{text} {100 * np.mean(inside[right]):11.1f} % {100 * low:6.1f}-{100 * high:5.1f} %"
+
+
+def with_metal_apart(found: Mapping[str, Sequence[ScoredCase]]) -> list[str]:
+    """A line for each name; where some of its scenes show metal, also one for those, and one for the others."""
+    lines = []
+    for name, rows in found.items():
+        lines.append(line(name, rows))
+        apart = [[row for row in rows if row["metal"] == metal] for metal in (True, False)]
+        if all(apart):
+            lines += [line(f"{name}, {kind} metal", part) for kind, part in zip(("with", "without"), apart)]
+    return lines
 
 
 def by_start(rows: Sequence[ScoredCase], edges: Sequence[tuple[float, float]]) -> list[str]:

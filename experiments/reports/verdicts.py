@@ -83,6 +83,13 @@ def verdict(outcome: Outcome, prepared: Prepared, xrays: Sequence[XRay]) -> Verd
         )
     if judged.accepted:
         return Verdict(True, f"accepted, within {rounded_up(judged.uncertainty_mm)} mm")
+    if judged.trusted:
+        return Verdict(
+            False,
+            f"REFUSED in the world, where it is known to {rounded_up(judged.uncertainty_mm)} mm",
+            f"the cameras leave that open; relative to other bones of these X-rays, within {rounded_up(judged.relative_mm)} mm",
+            "use relative poses (--together), or calibrate the C-arm",
+        )
     refused, advice, reasons = "REFUSED, do not use this pose", TRY, []
     if len(xrays) < confidence.MIN_VIEWS:
         return Verdict(False, refused, "a single view does not show depth", "add a view from another side")

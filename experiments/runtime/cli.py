@@ -67,6 +67,19 @@ def numbers(flag: str, values: Sequence[str], wanted: str = "numbers") -> list[f
         return errors.fail("flags", flag, ",".join(values), wanted)
 
 
+def mm_and_degrees(flag: str, values: Sequence[str], most: tuple[float, float]) -> tuple[float, float]:
+    """Parses a flag's strings as a length, mm, and an angle, degrees, from 0 to `most`.
+
+    Raises:
+      InputError: anything else.
+    """
+    wanted = f"mm and degrees, such as 1.0,0.3, at most {most[0]:g},{most[1]:g}"
+    found = numbers(flag, values, wanted)
+    if len(found) != 2 or min(found) < 0 or found[0] > most[0] or found[1] > most[1]:
+        errors.fail("flags", flag, ",".join(values), wanted)
+    return found[0], found[1]
+
+
 def bins(flag: str, edges: Sequence[str]) -> list[tuple[float, float]]:
     """Parses a flag's strings as ascending edges of bins (low, high).
 

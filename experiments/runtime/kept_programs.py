@@ -7,11 +7,13 @@ command is often started for one case; on other platforms, and without a cache, 
 SHA-256, since a damaged program could be another one; such a file is made again.
 """
 
+import collections
 import contextvars
 import functools
 import hashlib
 import json
 import pathlib
+import threading
 import time
 import types
 from collections.abc import Callable
@@ -46,6 +48,10 @@ RESULTS = (gaussians.Gaussians, matching.Matches, recm.Reconstruction, radgs_reg
 DIGEST_CHARACTERS = 24
 """Length of the digest in a file's name: 96 bits, so that two programs never share a name."""
 
+MAX_LOADED = 24
+"""Programs of one function that are in memory; the one that was not used for longest goes first. A program of a refinement takes
+1,600 of the 65,530 memory areas that Linux lets a process have, and a vertebra of a new size needs up to six. Twice as many end the
+process; half loads programs again where vertebrae of a few sizes take turns."""
 MARK = b"radgs-kept/1\n"
 """First bytes of a file; the 32 bytes of the SHA-256 of its name and data follow, and the data."""
 SHOWN_CHARACTERS = 160
@@ -94,7 +100,7 @@ def kept(function: Callable, static_argnames: str | Sequence[str] = ()) -> Calla
       function: a function of arrays; static_argnames: its static arguments, keyword-only and fully described by their `repr`.
     """
     jitted = jax.jit(function, static_argnames=static_argnames)
-    programs, compiled, paths = {}, {}, {}
+    programs, compiled, paths, lock = {}, collections.OrderedDict(), {}, threading.Lock()
 
     def program(args, options):
         """The key of a program, which is put into `programs`, and the program's arguments."""
@@ -113,16 +119,24 @@ def kept(function: Callable, static_argnames: str | Sequence[str] = ()) -> Calla
     def call(*args, **options):
         start = _clock()
         key, leaves = program(args, options)
-        if key not in compiled:
-            lower(*args, **options).compile()
+        ready = used(key)
+        if ready is None:
+            ready = lower(*args, **options).compile()
             if watch := _watch.get():
                 watch.leave_out(_clock() - start)
-        return compiled[key](*leaves)
+        return ready(*leaves)
+
+    def used(key):
+        """The compiled program of a key, which is then the last one to be dropped; None if there is none."""
+        with lock:
+            if key in compiled:
+                compiled.move_to_end(key)
+            return compiled.get(key)
 
     def lower(*args, **options):
         key, leaves = program(args, options)
         try:
-            lowered = None if key in compiled else programs[key].lower(*leaves)
+            lowered = None if used(key) else programs[key].lower(*leaves)
         except Exception as error:
             if (path := paths.pop(key, None)) is None:
                 raise
@@ -134,8 +148,16 @@ def kept(function: Callable, static_argnames: str | Sequence[str] = ()) -> Calla
             lowered = programs[key].lower(*leaves)
 
         def compile():
-            if lowered is not None:
-                compiled[key] = lowered.compile()
+            if lowered is None:
+                return compiled[key]
+            ready = lowered.compile()
+            with lock:
+                compiled[key] = ready
+                while len(compiled) > MAX_LOADED:
+                    for held in (programs, paths):
+                        held.pop(next(iter(compiled)), None)
+                    compiled.popitem(last=False)
+            return ready
 
         return types.SimpleNamespace(compile=compile)
 

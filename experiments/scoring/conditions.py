@@ -5,18 +5,21 @@ Results stay on disk, so a study that was stopped continues.
 
 import copy
 import dataclasses
+import functools
+import math
 import pathlib
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy
 
 from data_pipelines import cases
 from data_pipelines.ct import scans
 from data_pipelines.io import files
+from data_pipelines.simulation import carm
 from data_pipelines.simulation import case_files
+from data_pipelines.simulation import crude_masks
 from data_pipelines.simulation import quick
 from experiments import configs
 from experiments.patients import models
@@ -30,8 +33,6 @@ from experiments.runtime import progress
 from experiments.runtime.kept_programs import kept
 from experiments.runtime.kept_programs import Stopwatch
 from radgs_jax import metrics
-from radgs_jax.geometry import rigid_host
-from radgs_jax.geometry.xray import XRay
 from radgs_jax.registration import pipeline
 from radgs_jax.registration.prepared import Prepared
 
@@ -39,9 +40,10 @@ FAR_STARTS_MM = ((25, 30), (30, 40), (40, 50))
 """Bins (low, high) of start errors beyond those of training, mTRE in mm."""
 CAMERA_STREAM = 99
 """Last element of the seed of the camera errors, which separates them from other random draws."""
-MASK_MARGIN = 8
-"""Margin around a vertebra's box in which its mask is changed, voxels: the largest dilation of `MASKS` at 0.25 mm
-spacing. Chosen by hand; twice of it only takes longer, half of it would cut dilations on fine scans."""
+APART_DEG = (0.0, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 90.0)
+"""Angles between two views that are tried, degrees."""
+EVERYTHING = "all faults at random"
+"""The group with every fault drawn at random: posture, beam, panel, collimators, metal, pictures, masks and cameras."""
 N_FAILURES = 4
 """Maximum number of failures that are drawn. Chosen by hand: each takes a registration and a picture."""
 
@@ -56,6 +58,8 @@ class Condition:
       articulation, detector, posture: as in `case_files.simulated_cases`; detector: faults of the X-ray panel.
       shift_mm, turn_deg: error of every camera.
       mask: one of MASKS.
+      errors, apart_deg: as in `case_files.simulated_cases`.
+      camera_sd: what the registration is told of the cameras' errors, mm and degrees.
       views: indices of the views that are used.
       starts_mm: bins (low, high) of start errors.
       every_start: whether each scene is registered from all bins, or from one bin in turn.
@@ -70,6 +74,9 @@ class Condition:
     shift_mm: float = 0.0
     turn_deg: float = 0.0
     mask: str = "as it is"
+    errors: case_files.InputErrors = case_files.InputErrors()
+    apart_deg: float | None = None
+    camera_sd: tuple[float, float] = (0.0, 0.0)
     views: tuple[int, ...] = (0, 1)
     starts_mm: tuple[tuple[float, float], ...] = configs.STARTS_MM
     every_start: bool = False
@@ -94,31 +101,20 @@ def sweeps() -> list[Condition]:
         Condition("views", text, "real", views=v) for text, v in (("AP", (0,)), ("lateral", (1,)), ("both", (0, 1)))
     ]
     made += [Condition("spine bent", v, v, posture="bent") for v in ("artic", "real")]
-    return made
-
-
-def _eroded(mask, size_mm, spacing_mm):
-    return scipy.ndimage.distance_transform_edt(mask, spacing_mm) > size_mm
-
-
-def _dilated(mask, size_mm, spacing_mm):
-    return scipy.ndimage.distance_transform_edt(~mask, spacing_mm) <= size_mm
-
-
-def _coarse(mask, size_mm, spacing_mm):
-    steps = np.maximum(1, np.round(size_mm / spacing_mm).astype(int))
-    index = [np.minimum(np.arange(n) // s * s + s // 2, n - 1) for n, s in zip(mask.shape, steps)]
-    return mask[np.ix_(*index)]
+    made += [Condition("degrees between views", f"{a:g}", "real", apart_deg=a) for a in APART_DEG]
+    sd = (0.5, 0.1)
+    wrong = case_files.InputErrors(mask_mm=1.5, camera_sd=sd)
+    return [*made, Condition(EVERYTHING, "everything", "real", posture="bent", errors=wrong, camera_sd=sd)]
 
 
 MASKS = {
     "as it is": None,
-    "eroded 1 mm": (_eroded, 1.0),
-    "dilated 1 mm": (_dilated, 1.0),
-    "dilated 2 mm": (_dilated, 2.0),
-    "spacing 3 mm": (_coarse, 3.0),
+    "eroded 1 mm": functools.partial(crude_masks.eroded, size_mm=1.0),
+    "dilated 1 mm": functools.partial(crude_masks.dilated, size_mm=1.0),
+    "dilated 2 mm": functools.partial(crude_masks.dilated, size_mm=2.0),
+    "spacing 3 mm": functools.partial(crude_masks.coarse, size_mm=3.0),
 }
-"""Name -> how the mask is changed, and by how many mm; None leaves it."""
+"""Name -> how the mask is changed; None leaves it."""
 
 
 def scan_with_mask(scan: scans.Scan, label: int, kind: str) -> scans.Scan:
@@ -127,28 +123,8 @@ def scan_with_mask(scan: scans.Scan, label: int, kind: str) -> scans.Scan:
     Args:
       label: VerSe number; kind: one of MASKS.
     """
-    if MASKS[kind] is None:
-        return scan
-    change, size_mm = MASKS[kind]
-    region = tuple(slice(max(0, s.start - MASK_MARGIN), s.stop + MASK_MARGIN) for s in scan.boxes[label])
-    labels = scan.labels.copy()
-    part = labels[region]
-    spacing_mm = np.linalg.norm(scan.ct_from_index[:3, :3], axis=0)
-    changed = change(part == label, size_mm, spacing_mm)
-    changed &= (part == label) | (part == 0)
-    labels[region] = np.where(changed, label, np.where(part == label, 0, part))
-    return dataclasses.replace(scan, labels=labels)
-
-
-def cameras_off(xrays: Sequence[XRay], shift_mm: float, turn_deg: float, rng: np.random.Generator) -> list[XRay]:
-    """X-rays with wrong cameras: each turned about its source and shifted, in random directions."""
-    moved = []
-    for xray in xrays:
-        turn, shift = (d / np.linalg.norm(d) for d in rng.normal(size=(2, 3)))
-        motion = rigid_host.matrix(np.radians(turn_deg) * turn, shift_mm * shift)
-        camera = xray.camera.replace(camera_from_world=motion @ xray.camera.camera_from_world)
-        moved.append(dataclasses.replace(xray, camera=camera))
-    return moved
+    change = MASKS[kind]
+    return scan if change is None else crude_masks.changed(scan, label, change)
 
 
 class Patient:
@@ -200,6 +176,8 @@ def scenes_of(patient: Patient, condition: Condition, count: int, seed: int, out
         f"{getattr(condition.detector, f.name):g}" for f in dataclasses.fields(quick.PanelFaults)
     )
     folder += f"_{count}_{seed}_" + "_".join(f"{low:g}-{high:g}" for low, high in condition.starts_mm)
+    if condition.errors != case_files.InputErrors() or condition.apart_deg is not None:
+        folder += f"_{condition.errors.mask_mm:g}_{condition.errors.camera_sd}_{condition.apart_deg}".replace(" ", "")
     folder += "_of_" + "-".join(map(str, patient.labels))
     with progress.bar(len(patient.labels) * count, f"scenes: {condition.group} {condition.name}") as bar:
         path = case_files.simulated_cases(
@@ -213,6 +191,8 @@ def scenes_of(patient: Patient, condition: Condition, count: int, seed: int, out
             ("artic", "real"),
             condition.posture,
             condition.articulation,
+            condition.errors,
+            condition.apart_deg,
             on_done=bar.update,
         )
     return cases.read(path)
@@ -228,7 +208,7 @@ def _chosen(case_file, condition):
     return [listed[number % len(listed)] for number, listed in enumerate(by_scene.values())]
 
 
-def _row(case, scene, points, truth, outcome, times, passes):
+def _row(case, scene, points, truth, outcome, times, passes, metal):
     errors = [metrics.mtre(points, T, truth) for T in outcome.trajectory]
     judged = outcome.confidence
     return {
@@ -239,6 +219,7 @@ def _row(case, scene, points, truth, outcome, times, passes):
         "error_mm": errors[-1],
         "accepted": None if judged is None else judged.accepted,
         "uncertainty_mm": None if judged is None else judged.uncertainty_mm,
+        "metal": metal,
         **times,
     }
 
@@ -246,7 +227,10 @@ def _row(case, scene, points, truth, outcome, times, passes):
 def _given(patient, condition, label, scene, seed):
     """The input of a registration under a condition, except for the start: a `Prepared` and a list of `XRay`."""
     xrays = cases.read_xrays(scene, condition.variant)
-    xrays = cameras_off(xrays, condition.shift_mm, condition.turn_deg, np.random.default_rng(seed))
+    off = carm.cameras_off(
+        [x.camera.camera_from_world for x in xrays], condition.shift_mm, condition.turn_deg, np.random.default_rng(seed)
+    )
+    xrays = [dataclasses.replace(x, camera=x.camera.replace(camera_from_world=E)) for x, E in zip(xrays, off)]
     return patient.with_mask(label, condition.mask), [xrays[i] for i in condition.views]
 
 
@@ -264,7 +248,9 @@ def register_condition(
     if path.exists():
         return files.read_json(path)
     case_file = scenes_of(patient, condition, count, seed, out)
-    rows, options = [], pipeline.RegisterOptions(passes)
+    mm, degrees = condition.camera_sd
+    rows, options = [], pipeline.RegisterOptions(passes, camera_sd=(math.radians(degrees), mm))
+    metal = {one["id"]: one.get("metal", False) for one in case_file.raw["scenes"]}
     chosen = _chosen(case_file, condition)
     with progress.bar(len(chosen), f"{condition.group}: {condition.name}") as bar:
         for number, case in enumerate(chosen):
@@ -277,7 +263,7 @@ def register_condition(
             with Stopwatch() as watch:
                 outcome = pipeline.register(*given, options, kept)
             points, truth = cases.points(case_file, scene.volume), cases.truth(case_file, scene)
-            rows.append(_row(case, scene, points, truth, outcome, watch.times(), passes))
+            rows.append(_row(case, scene, points, truth, outcome, watch.times(), passes, metal.get(scene.name, False)))
             bar.update()
     files.write_json(path, rows)
     return rows

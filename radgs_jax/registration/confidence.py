@@ -1,7 +1,9 @@
 """Acceptance and uncertainty of a refined pose, from what the refinement reports about itself.
 
-An `AcceptanceRule` holds three fitted models: a logistic model of the chance of an mTRE below 2 mm, a log-linear model of the size
-of the error of a right pose, and the ratio of radius to that size. `experiments.calibrate` fits them to simulated patients.
+The size of a pose's error is taken from how much squares of pixels disagree about it (`Refined.misfit`), which noise, a spine that
+has bent, a crude mask and a vendor's picture all add to. An `AcceptanceRule` holds what is fitted: a logistic model of the chance
+of an mTRE below 2 mm, a log-linear model from that disagreement to the error of a right pose, and the ratio of radius to its size.
+`experiments.calibrate` fits them to simulated patients.
 """
 
 import dataclasses
@@ -37,7 +39,16 @@ any case; half or twice changes nothing that is accepted."""
 SEARCHES = 2
 """Number of wider searches that may follow a refinement. Each has a threshold of its own, since poses that needed a search differ
 from those that did not."""
-FEATURES = ("support", "least_support", "similarity", "least_similarity", "log_step", "margin", "log_disagreement")
+FEATURES = (
+    "support",
+    "least_support",
+    "similarity",
+    "least_similarity",
+    "log_step",
+    "margin",
+    "log_disagreement",
+    "log_misfit",
+)
 ERROR_PER_DISAGREEMENT = 4.0
 """Ratio of pose error to view disagreement, no unit: roughly the median in simulated scenes with displaced cameras. At half, the
 radius is too small where cameras are off; at twice, views that disagree by more than 0.25 mm are refused, by 0.5 mm today."""
@@ -49,10 +60,17 @@ STEP_OFFSET_MM = 1e-3
 from wrong; like the next three constants it belongs to the fitted rule, which must be fitted again when it changes."""
 DISAGREEMENT_OFFSET_MM = 1e-2
 """Added to the view disagreement before its logarithm, mm. Chosen by hand: disagreements below it are noise."""
+TYPICAL_MM = 0.1
+"""Misfit at which `error_per_misfit` is taken, mm: that of measured X-rays."""
+SMALLEST_MM = 1e-4
+"""Smallest motion whose logarithm is taken, mm. Chosen by hand, below any that matters: it keeps perfect pictures finite."""
 LARGE_MARGIN = 0.5
 """Margins above this count as this, no unit. Chosen by hand: a rival that fits so much worse is as good as none."""
 ERROR_OFFSET_MM = 1e-3
 """Added to the error before its logarithm in the fit, mm. Chosen by hand, below any error that matters."""
+NEARLY_NONE = 0.02
+"""Fraction of the right poses of the fit that do not count in where the gap to the wrong ones ends. At half, a single odd
+pose closes the gap; at twice, more right poses are refused. Chosen by hand."""
 REFUSED_SD = (np.pi / 2, 100.0)
 """Standard deviations, rad and mm, and radius, mm, of a pose whose refinement is not finite or not positive definite. Chosen by
 hand: larger than any pose's error, so that the exact value is unimportant."""
@@ -65,8 +83,8 @@ class AcceptanceRule:
     Attributes:
       chance: (1 + len(FEATURES),) weights of a constant and of FEATURES in the log odds of a right pose.
       thresholds: (1 + SEARCHES,) minimum chance of an accepted pose, after the first refinement and after each search.
-      size: (5,) weights in the log of the error's size, of a constant, the log of the predicted error, the support, the log of the
-        last step and the log of the view disagreement.
+      size: (2,) weights in the log of the error's size, of a constant and of the log of the root mean square motion of the
+        vertebra's points that `Refined.misfit` says.
       radius: ratio of radius to size that holds the error of about 95 in 100 cases.
       fitted_for: `method_digest` of the refinement and search whose answers it was fitted to; it does not apply to others.
     """
@@ -87,12 +105,17 @@ class Confidence:
       accepted: whether the pose may be used.
       covariance: (6, 6) of the twist about the vertebra's centre in world axes, rad and mm.
       uncertainty_mm: radius that holds the mTRE of about 95 in 100 cases.
+      trusted: whether the pose may be used relative to other bones in the same X-rays. It differs from `accepted` where cameras
+        are stated to be off by so much that the pose in the world is not known to `metrics.SUCCESS_MM`.
+      relative_mm: the radius without what the stated errors of the cameras leave open.
     """
 
     chance: float
     accepted: bool
     covariance: Float[np.ndarray, "6 6"]
     uncertainty_mm: float
+    trusted: bool
+    relative_mm: float
 
 
 def method_digest(refine: RefineConfig, search: SearchConfig) -> str:
@@ -112,18 +135,17 @@ def features(refined: Refined) -> Float[np.ndarray, " features"]:
             np.log(float(refined.step_mm) + STEP_OFFSET_MM),
             min(float(refined.margin), LARGE_MARGIN),
             np.log(float(refined.view_disagreement_mm) + DISAGREEMENT_OFFSET_MM),
+            0.5 * np.log(max(float(np.trace(np.asarray(refined.misfit)[3:, 3:])), SMALLEST_MM**2)),
         ]
     )
 
 
-def spread_mm(information: Float[Array, "6 6"], points: Float[Array, "n 3"]) -> float:
+def spread_mm(covariance: Float[Array, "6 6"], points: Float[Array, "n 3"]) -> float:
     """Root mean square motion, mm, of points under a random twist.
 
     Args:
-      information: inverse covariance of the twist, rad and mm, positive definite; points: mm, about the twist's centre and in its
-        axes.
+      covariance: of the twist, rad and mm; points: mm, about the twist's centre and in its axes.
     """
-    covariance = np.linalg.inv(information)
     x, y, z = np.asarray(points, np.float64).T
     o, one = np.zeros_like(x), np.ones_like(x)
     # Derivative of w x p + t by (w, t).
@@ -132,11 +154,13 @@ def spread_mm(information: Float[Array, "6 6"], points: Float[Array, "n 3"]) -> 
     return float(np.sqrt(np.einsum("nij,jk,nik->", jacobian, covariance, jacobian) / len(x)))
 
 
-def _size_terms(refined, predicted_mm):
-    values = dict(zip(FEATURES, features(refined)))
-    return np.array(
-        [1.0, np.log(predicted_mm), *(values[name] for name in ("support", "log_step", "log_disagreement"))]
-    )
+def _size_terms(misfit_mm):
+    return np.array([1.0, np.log(max(misfit_mm, SMALLEST_MM))])
+
+
+def error_per_misfit(rule: AcceptanceRule) -> float:
+    """Ratio of an error to its misfit, at a misfit of `TYPICAL_MM`."""
+    return float(np.exp(np.dot(rule.size, _size_terms(TYPICAL_MM)))) / TYPICAL_MM
 
 
 def view_angle(camera_from_world: Float[Array, "views 4 4"], point: Float[Array, "3"]) -> float | None:
@@ -164,8 +188,8 @@ def judge(
     A pose is accepted where its chance reaches the threshold, its radius is at most `metrics.SUCCESS_MM`, and it has at least
     `MIN_VIEWS` views that are at least `MIN_VIEW_ANGLE_RAD` apart.
 
-    Radius and covariance grow with the sine of the angle between the views, to which the rule is blind: it was fitted to views
-    about 90 degrees apart, and its weight of the predicted error passes on two thirds of what the information says about depth.
+    Radius and covariance grow with the sine of the angle between the views, since what the model lacks is seen wrong in depth, too:
+    the rule was fitted to views about 90 degrees apart.
     A view places the vertebra across its rays, with a standard deviation s, and hardly along them. Two views whose rays are an
     angle a apart then have the information (1 - d d^T + 1 - e e^T) / s^2, and the variances s^2 / 2 across both rays,
     s^2 / (2 sin^2(a/2)) along their bisector and s^2 / (2 cos^2(a/2)) across it: together s^2 (1/2 + 2 / sin^2 a). The error's root
@@ -179,33 +203,34 @@ def judge(
         independent error.
       camera_covariance: what the stated errors of the cameras leave uncertain of the vertebra's twist, rad and mm; None for none.
     """
-    information = np.asarray(refined.information, np.float64)
+    information, misfit = (np.asarray(m, np.float64) for m in (refined.information, refined.misfit))
     values = features(refined)
-    usable = (
-        np.isfinite(information).all() and np.isfinite(values).all() and (np.linalg.eigvalsh(information) > 0).all()
-    )
+    finite = all(np.isfinite(numbers).all() for numbers in (information, misfit, values))
+    usable = finite and (np.linalg.eigvalsh(information) > 0).all() and (np.linalg.eigvalsh(misfit) > 0).all()
     if not usable:
         turn, shift_mm = REFUSED_SD
-        return Confidence(0.0, False, np.diag([turn**2] * 3 + [shift_mm**2] * 3), shift_mm)
+        covariance = np.diag([turn**2] * 3 + [shift_mm**2] * 3)
+        return Confidence(0.0, False, covariance, shift_mm, False, shift_mm)
     odds = float(np.dot(rule.chance, [1.0, *values]))
     chance = 1.0 / (1.0 + np.exp(-np.clip(odds, -50.0, 50.0)))
-    predicted = spread_mm(information, points)
-    size = float(np.exp(np.clip(np.dot(rule.size, _size_terms(refined, predicted)), -5.0, 5.0)))
+    misfit_mm = spread_mm(misfit, points)
+    size = float(np.exp(np.clip(np.dot(rule.size, _size_terms(misfit_mm)), -5.0, 5.0)))
     camera_mm = math.hypot(ERROR_PER_DISAGREEMENT * float(refined.view_disagreement_mm), camera_error_mm)
-    covariance = np.linalg.inv(information) * (size / predicted) ** 2
+    covariance = misfit * (size / misfit_mm) ** 2
     # Errors of the cameras may shift the pose in any direction. They are added as a variance, so that the radius is always
     # `rule.radius` times the covariance's root mean square.
     covariance[3:, 3:] += np.eye(3) * (camera_mm / rule.radius) ** 2 / 3.0
     growth = 1.0 if view_angle_rad is None else 1.0 / max(math.sin(view_angle_rad), MIN_SINE)
     covariance *= growth**2
-    radius = max(MIN_RADIUS_MM, growth * float(np.hypot(rule.radius * size, camera_mm)))
+    relative_mm = max(MIN_RADIUS_MM, growth * float(np.hypot(rule.radius * size, camera_mm)))
+    apart = view_angle_rad is None or view_angle_rad >= MIN_VIEW_ANGLE_RAD
+    sure = chance >= rule.thresholds[searches] and relative_mm <= metrics.SUCCESS_MM
+    trusted = bool(sure and apart and len(refined.support) >= MIN_VIEWS)
+    radius = relative_mm
     if camera_covariance is not None:
         covariance = covariance + camera_covariance
-        radius = math.hypot(radius, rule.radius * spread_mm(np.linalg.inv(camera_covariance), points))
-    sure = chance >= rule.thresholds[searches] and radius <= metrics.SUCCESS_MM
-    apart = view_angle_rad is None or view_angle_rad >= MIN_VIEW_ANGLE_RAD
-    accepted = sure and apart and len(refined.support) >= MIN_VIEWS
-    return Confidence(chance, bool(accepted), covariance, radius)
+        radius = math.hypot(radius, rule.radius * spread_mm(camera_covariance, points))
+    return Confidence(chance, trusted and radius <= metrics.SUCCESS_MM, covariance, radius, trusted, relative_mm)
 
 
 def _logistic(x, y, ridge=1e-2, steps=100):
@@ -227,8 +252,16 @@ def _logistic(x, y, ridge=1e-2, steps=100):
 
 
 def threshold(chance: Float[Array, " n"], right: Bool[Array, " n"]) -> float:
-    """Just above the largest chance of a pose that is not right, and at least one half."""
-    return max(0.5, float(np.max(chance[~right], initial=0.0))) + 1e-6
+    """The chance from which poses are accepted: above that of every wrong pose, and at least one half.
+
+    Where nearly all right poses have a larger chance, it lies in the middle of that gap, in log odds.
+    """
+    least = max(0.5, float(np.max(chance[~right], initial=0.0))) + 1e-6
+    if not right.any():
+        return least
+    most = max(least, float(np.quantile(chance[right], NEARLY_NONE)))
+    odds = [math.log(p / (1.0 - p)) for p in np.minimum([least, most], 1.0 - 1e-9)]
+    return 1.0 / (1.0 + math.exp(-0.5 * sum(odds)))
 
 
 def fit_rule(
@@ -256,7 +289,7 @@ def fit_rule(
     chance = _logistic(x / scale, right.astype(float)) / scale
     odds = x @ chance
     first = threshold(1.0 / (1.0 + np.exp(-odds)), right)
-    terms = np.array([_size_terms(r, spread_mm(r.information, p)) for r, p in zip(refined, points)])
+    terms = np.array([_size_terms(spread_mm(np.asarray(r.misfit), p)) for r, p in zip(refined, points)])
     fitted, *_ = np.linalg.lstsq(terms[right], np.log(error_mm[right] + ERROR_OFFSET_MM), rcond=None)
     # No less than the predicted size itself: where the views' disagreement covers every error, the rest of it is 0.
     camera_mm = ERROR_PER_DISAGREEMENT * np.array([r.view_disagreement_mm for r in refined])

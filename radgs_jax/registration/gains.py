@@ -21,6 +21,10 @@ At half, the penalty draws that term to 0 four times as strongly; at twice, a qu
 MIN_GAIN = 0.02
 """Minimum of a pixel's gain, no unit. Chosen by hand: it only keeps gains positive. The gain that scatter leaves is about
 1 / (1 + scatter-to-primary ratio), several times the minimum, so that half or twice should matter to outliers alone."""
+BLOCK = 16
+"""Side, pixels, of the squares of pixels whose residuals are taken for independent of each other's, in how uncertain a step is.
+Chosen by hand: what the model lacks, such as a rib that has moved, spans several pixels; in smaller squares it looks independent,
+and of larger ones there are too few."""
 ITERATIONS = 3
 """Number of times that gains and weights are fitted in turn, in every Gauss-Newton step anew. Chosen by hand: fewer leave
 outliers more weight; more cost time in proportion."""
@@ -62,7 +66,9 @@ def eliminate_gains(
     residual: Float[Array, "views size size 2"],
     weights: Float[Array, "views size size"],
     ridge: float,
-) -> tuple[Float[jax.Array, "views params params"], Float[jax.Array, "views params"]]:
+) -> tuple[
+    Float[jax.Array, "views params params"], Float[jax.Array, "views params"], Float[jax.Array, "views blocks params"]
+]:
     """Normal equations of a Gauss-Newton step over P parameters and the gains, with the gains eliminated (a Schur complement).
 
     The objective is sum_pixels weights |residual|^2 + sum_k penalty_k gains_k^2, with the weights and the penalty held at
@@ -71,18 +77,29 @@ def eliminate_gains(
     Args:
       columns: derivatives of the model by gain; gains: where it is linearised; ridge: `RefineConfig.gain_ridge`.
     Returns:
-      normal matrices and right sides, by view.
+      normal matrices and right sides, by view, and what each square of `BLOCK` pixels adds to the right side.
     """
     normal, penalty = _gain_normal(columns, weights, ridge)
     cross = edges.einsum("vyxad,vyxpd,vyx->vap", columns, jacobian, weights)
-    right = edges.einsum("vyxad,vyxd,vyx->va", columns, residual, weights) - penalty * gains
-    solved = jnp.linalg.solve(normal, jnp.concatenate([cross, right[..., None]], -1))
+    solved = jnp.linalg.solve(normal, cross)
     normals = edges.einsum("vyxpd,vyxqd,vyx->vpq", jacobian, jacobian, weights)
-    normals = normals - edges.einsum("vap,vaq->vpq", cross, solved[..., :-1])
-    rights = edges.einsum("vyxpd,vyxd,vyx->vp", jacobian, residual, weights) - edges.einsum(
-        "vap,va->vp", cross, solved[..., -1]
+    normals = normals - edges.einsum("vap,vaq->vpq", cross, solved)
+    weighted = weights[..., None] * residual
+    blocks = _block_sums(edges.einsum("vyxpd,vyxd->vyxp", jacobian, weighted))
+    blocks = blocks - edges.einsum(
+        "vba,vap->vbp", _block_sums(edges.einsum("vyxad,vyxd->vyxa", columns, weighted)), solved
     )
-    return normals, rights
+    rights = jnp.sum(blocks, 1) + edges.einsum("va,vap->vp", penalty * gains, solved)
+    return normals, rights, blocks
+
+
+def _block_sums(values):
+    """Sums (V, B, P) of values (V, S, S, P) over squares of `BLOCK` pixels; those at the end may be smaller."""
+    views, size = values.shape[:2]
+    count = -(-size // BLOCK)
+    padded = jnp.pad(values, [(0, 0), *[(0, count * BLOCK - size)] * 2, (0, 0)])
+    squares = padded.reshape(views, count, BLOCK, count, BLOCK, -1)
+    return jnp.sum(squares, (2, 4)).reshape(views, count * count, -1)
 
 
 def fit_gains(

@@ -159,6 +159,7 @@ class Refined:
       world_from_rest: (4, 4) pose of the rest of the body, of points in the box frame, mm.
       information: (6, 6) of the vertebra's twist about its centre in world axes (rad, mm), with the rest's pose and the gains
         eliminated, as if pixels were independent.
+      misfit: (6, 6) covariance of the same twist, as squares of `gains.BLOCK` pixels disagree about it.
       similarity: (V,) correlation of the derivatives of image and model, corrected for the image's noise.
       support: (V,) the same of the image minus the rest with the vertebra alone, where the vertebra has edges.
       step_mm: length of the last step, rotations by their lever.
@@ -172,6 +173,7 @@ class Refined:
     world_from_box: Leaf
     world_from_rest: Leaf
     information: Leaf
+    misfit: Leaf
     similarity: Leaf
     support: Leaf
     step_mm: Leaf
@@ -290,7 +292,7 @@ def _step(parts, window, poses, level, config):
     )
     model_rest, model_excess = gain_rest[..., None] * of_rest, gain_excess[..., None] * of_excess
     residual = target - model_rest - model_excess
-    normals, rights = eliminate_gains(columns, gains, jacobian, residual, weights, config.gain_ridge)
+    normals, rights, blocks = eliminate_gains(columns, gains, jacobian, residual, weights, config.gain_ridge)
     normal, right = jnp.sum(normals, 0), jnp.sum(rights, 0)
     # The prior: the vertebra has moved little relative to the rest of the body.
     relative = rigid.twist_about(centre, rigid.matmul(poses[1], rigid.inverse(poses[0]))) / rigid.TWIST_SCALE
@@ -299,6 +301,10 @@ def _step(parts, window, poses, level, config):
     normal = normal + coupling
     right = right - coupling @ jnp.concatenate([jnp.zeros(6), relative])
     step = jnp.linalg.solve(_damped(normal, config.damping), right)
+    # What each square of pixels does to the step, whose squares sum to its covariance (White 1980).
+    pulls = (
+        jnp.linalg.solve(_damped(normal, 0.0), blocks.reshape(-1, blocks.shape[-1]).T)[:6] * rigid.TWIST_SCALE[:, None]
+    )
     step = step / jnp.maximum(1.0, jnp.max(jnp.abs(step)) / STEP_MM)
     moved = rigid.matmul(rigid.motion_about(centre, step.reshape(2, 6) * rigid.TWIST_SCALE), poses)
     schur = normal[:6, :6] - normal[:6, 6:] @ jnp.linalg.solve(normal[6:, 6:] + 1e-6 * jnp.eye(6), normal[6:, :6])
@@ -306,6 +312,7 @@ def _step(parts, window, poses, level, config):
     edges = window.weights * (edges > EDGE_OF_VERTEBRA * jnp.max(inside * edges, (1, 2), keepdims=True))
     return moved, {
         "information": schur / rigid.TWIST_SCALE[:, None] / rigid.TWIST_SCALE,
+        "misfit": einsum("ib,jb->ij", pulls, pulls),
         "similarity": correlation(target, model_rest + model_excess, window.weights, window.noise),
         "support": correlation(target - model_rest, model_excess, edges, window.noise),
         "step_mm": jnp.linalg.norm(step[:6]),
@@ -369,6 +376,7 @@ def refine(
         poses[0, 0],
         poses[0, 1],
         best["information"],
+        best["misfit"],
         best["similarity"],
         best["support"],
         best["step_mm"],

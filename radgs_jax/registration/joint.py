@@ -1,9 +1,10 @@
 """Several vertebrae, the rest of the body and the errors of the cameras, refined together.
 
-Each vertebra moves by itself, and so does the rest of the body. Around each vertebra a window of every X-ray is modelled as the
-vertebra, its two neighbours and the rest. One Gauss-Newton step moves all bodies and all cameras, whose errors have a known size:
-what a camera sees depends on the bodies' poses relative to it, so that two views of one body show how the cameras are off
-relative to each other, and nothing shows how they are off together. That part stays in the covariance.
+Each vertebra moves by itself. Around each a window of every X-ray is modelled as the vertebra, its two neighbours and the rest of
+the body, which bends: in each window it is a rigid piece of its own, tied to those in the windows beside it. One Gauss-Newton step
+moves all bodies and all cameras, whose errors have a known size: what a camera sees depends on the bodies' poses relative to it, so
+that two views of one body show how the cameras are off relative to each other, and nothing shows how they are off together. That
+part stays in the covariance.
 
 The terms are those of `gauss_newton`, window by window: derivatives of images, gains, and t-distributed residuals.
 """
@@ -46,13 +47,13 @@ WIDE = ((128, 12), (112, 6))
 """Pixels along the windows, and most steps, of the last two levels where one vertebra has to correct cameras. Chosen by hand: the
 first window shows 190 mm of the body, since a camera's depth shows only in how the picture grows from its middle to its border;
 half of it leaves more of that error."""
+NARROW = (96, 5)
+"""The same of the last level, where vertebrae with right cameras are near their places already. Chosen by hand on the bent scenes
+of the operating room (docs/accuracy.md): larger windows show more of what has bent by itself, smaller ones less of the vertebra."""
 SETTLED_MM = 2e-3
 """Step of the vertebra that moves most at which a level ends, mm. Chosen by hand, a tenth of the best accuracy."""
 LEAST_CURVATURE = 1e-6
 """Added to the diagonal of the normal matrix, 1/mm^2 in the parameters' common scale, far below any prior: it keeps it solvable."""
-INFLATION = 30.0
-"""Variance of a vertebra's error over what independent pixels would leave of it. Half or twice of it changes the stated standard
-deviations by factors of 0.7 and 1.4, of what the cameras leave open by nothing."""
 PARTS_SEEN = 4
 """Bodies in a window: the vertebra, the one above, the one below, the rest."""
 
@@ -80,19 +81,21 @@ class Bodies:
 
 @dataclasses.dataclass(frozen=True)
 class Together:
-    """Poses and cameras that were refined together, float64; N = 6 K + 6 + 6 V parameters.
+    """Poses and cameras that were refined together, float64; N = 12 K + 6 V parameters.
 
     Attributes:
-      world_from_ct: (K + 1, 4, 4) of each vertebra and, last, of the rest, mm.
+      world_from_ct: (2 K, 4, 4) of each vertebra, then of the rest around each, mm.
       motions: (V, 4, 4) of the world before each camera: a corrected camera_from_world is the given one times its motion.
-      information: (K, N, N) of each window's pixels, as if they were independent; prior: (N, N). Parameters are twists in world
-        axes, rad and mm, of the vertebrae about their centres, and of the rest and the cameras about the vertebrae's mean.
+      information: (N, N) of pixels, as if they were independent; misfit: (N, N) covariance of their right side, as squares of
+        pixels disagree about it; prior: (N, N). Parameters are twists in world axes, rad and mm, of the vertebrae and of
+        the rest around each about the vertebrae's centres, and of the cameras about their mean.
       step_mm: length of the last step of the vertebra that moved most, rotations by their lever.
     """
 
     world_from_ct: Float[np.ndarray, "bodies 4 4"]
     motions: Float[np.ndarray, "views 4 4"]
-    information: Float[np.ndarray, "windows parameters parameters"]
+    information: Float[np.ndarray, "parameters parameters"]
+    misfit: Float[np.ndarray, "parameters parameters"]
     prior: Float[np.ndarray, "parameters parameters"]
     step_mm: float
 
@@ -135,10 +138,13 @@ def _stacked(volumes):
     return np.stack([np.pad(v, [(0, n - m) for n, m in zip(shape, v.shape)]) for v in volumes])
 
 
-def fine_levels(config: RefineConfig, wide: bool) -> tuple[Level, ...]:
-    """The levels of a joint refinement: the last two of a single one's; wide: with the windows and steps of `WIDE`."""
+def fine_levels(config: RefineConfig, vertebrae: int, cameras_off: bool) -> tuple[Level, ...]:
+    """The levels of a joint refinement: the last two of a single one's, or the last where the cameras are right."""
     last = config.levels[-len(WIDE) :]
-    if not wide:
+    if not cameras_off:
+        size, iterations = NARROW
+        return (dataclasses.replace(last[-1], size=min(size, last[-1].size), iterations=iterations),)
+    if vertebrae > 1:
         return last
     chosen = WIDE[-len(last) :]
     return tuple(dataclasses.replace(level, size=size, iterations=n) for level, (size, n) in zip(last, chosen))
@@ -159,22 +165,25 @@ def linearised(
     at: Float[Array, "windows 4 4"],
     world_from_ct: Float[Array, "bodies 4 4"],
     config: RefineConfig,
-) -> tuple[Float[jax.Array, "windows views 24 24"], Float[jax.Array, "windows views 24"]]:
+) -> tuple[
+    Float[jax.Array, "windows views 24 24"],
+    Float[jax.Array, "windows views 24"],
+    Float[jax.Array, "windows views blocks 24"],
+]:
     """Normal equations of each window in each view, over the twists of the bodies in it about their own centres.
 
     Args:
       camera_from_world: (V, 4, 4) corrected; at: (K, 4, 4) poses world_from_ct that windows are cut at, which stay the same from
-        step to step; world_from_ct: (K + 1, 4, 4) current poses; config: of one level, that of `views`.
+        step to step; world_from_ct: (2 K, 4, 4) current poses; config: of one level, that of `views`.
     Returns:
-      normal matrices (K, V, 24, 24) and right sides (K, V, 24), rad and mm; bodies are the vertebra, the one above, the one below
-      and the rest, and 0 where there is none.
+      normal matrices (K, V, 24, 24), right sides (K, V, 24), and what each square of pixels adds to these (K, V, B, 24), rad and
+      mm; bodies are the vertebra, the one above, the one below and the rest, and 0 where there is none.
     """
     (level,) = config.levels
     count = len(bodies.neighbours)
-    seen = jnp.asarray([[k, max(a, 0), max(b, 0), count] for k, (a, b) in enumerate(bodies.neighbours)])
+    seen = jnp.asarray([[k, max(a, 0), max(b, 0), count + k] for k, (a, b) in enumerate(bodies.neighbours)])
     present = jnp.asarray(np.array(bodies.neighbours) >= 0, jnp.float32)
-    centres = rigid.apply(world_from_ct[:-1], bodies.centres[:, None])[:, 0]
-    centres = jnp.concatenate([centres, jnp.mean(centres, 0, keepdims=True)])
+    centres = jnp.tile(rigid.apply(world_from_ct[:count], bodies.centres[:, None])[:, 0], (2, 1))
 
     def of_window(k):
         parts = seen[k]
@@ -220,8 +229,8 @@ def linearised(
 
 def _prior(bodies, poses, centres, motions, camera_sd):
     """Normal matrix (N, N) and right side (N,) of what is known beforehand, at the current poses."""
-    count, middle = len(bodies.neighbours), centres[-1]
-    size = 6 * count + 6 + 6 * len(motions)
+    count, middle = len(bodies.neighbours), centres.mean(0)
+    size = 12 * count + 6 * len(motions)
     normal, right = np.zeros((size, size)), np.zeros(size)
 
     def tie(i, j, sd, factor=1.0):
@@ -235,34 +244,38 @@ def _prior(bodies, poses, centres, motions, camera_sd):
         right[:] -= weighted.T @ relative
 
     for k, (_, below) in enumerate(bodies.neighbours):
-        tie(k, count, gauss_newton.COUPLING)
+        tie(k, count + k, gauss_newton.COUPLING)
         if below >= 0:
             tie(k, below, BEND, bodies.steps_apart[k][1])
+            tie(count + k, count + below, BEND, bodies.steps_apart[k][1])
     # The stated sizes are lengths; each of three axes has a third of the variance.
     variance = np.maximum(np.repeat(np.square(camera_sd) / 3.0, 3), np.square(NO_ERROR_MM * rigid.TWIST_SCALE))
     for v, motion in enumerate(motions):
-        place = slice(6 * (count + 1 + v), 6 * (count + 2 + v))
+        place = slice(6 * (2 * count + v), 6 * (2 * count + v + 1))
         normal[place, place] += np.diag(1.0 / variance)
         right[place] -= rigid_host.twist_about(middle, motion) / variance
     return normal, right
 
 
-def _assembled(bodies, normals, rights, centres):
-    """The windows' normal equations over all parameters, (K, N, N) and (N,): a camera's motion moves all that it sees."""
+def _assembled(bodies, normals, rights, blocks, centres):
+    """The windows' equations over all parameters, (N, N), (N,) and `Together.misfit`: a camera's motion moves all that it sees."""
     count, views = normals.shape[:2]
-    size = 6 * (count + 1 + views)
-    by_window, right = np.zeros((count, size, size)), np.zeros(size)
+    size, middle = 6 * (2 * count + views), centres.mean(0)
+    normal, right, misfit = np.zeros((size, size)), np.zeros(size), np.zeros((size, size))
     for k, (above, below) in enumerate(bodies.neighbours):
         for v in range(views):
             matrix = np.zeros((6 * PARTS_SEEN, size))
-            for part, body in enumerate((k, above, below, count)):
+            for part, body in enumerate((k, above, below, count + k)):
                 if body >= 0:
                     rows = slice(6 * part, 6 * part + 6)
                     matrix[rows, 6 * body : 6 * body + 6] = np.eye(6)
-                    matrix[rows, 6 * (count + 1 + v) : 6 * (count + 2 + v)] = _carried(centres[-1], centres[body])
-            by_window[k] += matrix.T @ normals[k, v] @ matrix
+                    of_camera = slice(6 * (2 * count + v), 6 * (2 * count + v + 1))
+                    matrix[rows, of_camera] = _carried(middle, centres[body])
+            normal += matrix.T @ normals[k, v] @ matrix
             right += matrix.T @ rights[k, v]
-    return by_window, right
+            pulls = blocks[k, v] @ matrix
+            misfit += pulls.T @ pulls
+    return normal, right, misfit
 
 
 def refine_together(
@@ -280,44 +293,47 @@ def refine_together(
 
     Args:
       program: `linearised`, compiled; seen: X-rays at the resolution of each of config.levels.
-      world_from_ct: start poses of the K vertebrae and of the rest.
+      world_from_ct: start poses of the K vertebrae, and of the rest around each.
       camera_sd: sizes of the cameras' errors: root mean square angle of turn, rad, and length of shift, mm; 0 for none.
     """
     count, poses = len(bodies.neighbours), np.array(world_from_ct, np.float64)
     given = np.asarray(seen.camera_from_world, np.float64)
     motions = np.tile(np.eye(4), (len(given), 1, 1))
-    scale = np.tile(rigid.TWIST_SCALE, count + 1 + len(given))
-    by_window = prior = np.zeros(0)
+    scale = np.tile(rigid.TWIST_SCALE, 2 * count + len(given))
+    seen_normal = misfit = prior = np.zeros(0)
     moved_mm = 0.0
     for level, views in zip(config.levels, seen.levels):
-        one, at = dataclasses.replace(config, levels=(level,)), on_device(poses[:-1])
+        one, at = dataclasses.replace(config, levels=(level,)), on_device(poses[:count])
         for _ in range(level.iterations):
             arguments = bodies, views, on_device(given @ motions), at, on_device(poses)
-            normals, rights = (np.asarray(a, np.float64) for a in jax.device_get(program(*arguments, config=one)))
-            places = np.einsum("kij,kj->ki", poses[:-1, :3, :3], bodies.centres) + poses[:-1, :3, 3]
-            centres = np.concatenate([places, places.mean(0, keepdims=True)])
-            by_window, right = _assembled(bodies, normals, rights, centres)
+            found = jax.device_get(program(*arguments, config=one))
+            normals, rights, blocks = (np.asarray(a, np.float64) for a in found)
+            places = np.einsum("kij,kj->ki", poses[:count, :3, :3], bodies.centres) + poses[:count, :3, 3]
+            centres = np.tile(places, (2, 1))
+            seen_normal, right, misfit = _assembled(bodies, normals, rights, blocks, centres)
             prior, prior_right = _prior(bodies, poses, centres, motions, camera_sd)
-            normal = (by_window.sum(0) + prior) * scale[:, None] * scale
+            normal = (seen_normal + prior) * scale[:, None] * scale
             step = np.linalg.solve(normal + LEAST_CURVATURE * np.eye(len(normal)), (right + prior_right) * scale)
             step /= max(1.0, np.abs(step).max() / gauss_newton.STEP_MM)
             twists = (step * scale).reshape(-1, 6)
             for i, (centre, twist) in enumerate(zip(centres, twists)):
                 poses[i] = rigid_host.motion_about(centre, twist) @ poses[i]
-            for v, twist in enumerate(twists[count + 1 :]):
-                motions[v] = motions[v] @ rigid_host.motion_about(centres[-1], twist)
+            for v, twist in enumerate(twists[2 * count :]):
+                motions[v] = motions[v] @ rigid_host.motion_about(centres.mean(0), twist)
             moved_mm = float(np.linalg.norm(step[: 6 * count].reshape(-1, 6), axis=1).max())
             if moved_mm < SETTLED_MM:
                 break
-    return Together(poses, motions, by_window, prior, moved_mm)
+    return Together(poses, motions, seen_normal, misfit, prior, moved_mm)
 
 
-def covariance(together: Together, inflation: float = 1.0) -> Float[np.ndarray, "parameters parameters"]:
-    """Covariance of all parameters, rad and mm.
+def covariance(together: Together, growth: float = 1.0) -> Float[np.ndarray, "parameters parameters"]:
+    """Covariance of all parameters, rad and mm: what pixels disagree about, and what the prior leaves open.
 
     Args:
-      inflation: ratio of an error's variance to what independent pixels would leave of it.
+      growth: ratio of an error to what `Together.misfit` says of it.
     """
     scale = np.tile(rigid.TWIST_SCALE, len(together.prior) // 6)
-    total = (together.information.sum(0) / inflation + together.prior) * scale[:, None] * scale
-    return np.linalg.inv(total + LEAST_CURVATURE * np.eye(len(total))) * scale[:, None] * scale
+    scaled = lambda matrix: matrix * scale[:, None] * scale
+    total = scaled(together.information + together.prior) + LEAST_CURVATURE * np.eye(len(scale))
+    middle = scaled(growth**2 * together.misfit + together.prior) + LEAST_CURVATURE * np.eye(len(scale))
+    return scaled(np.linalg.solve(total, np.linalg.solve(total, middle).T))

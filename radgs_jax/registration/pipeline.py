@@ -40,9 +40,10 @@ NETWORK_REACH_MM = 40.0
 """A network's pose farther than this from the start pose is not followed, mm. Starts are some centimetres off at most, and a
 network that is thrown off ends 70 to 110 mm away. Half would not follow it from distant starts; twice follows some of those."""
 
-
 MAX_CORRECTIONS = 3
 """How often cameras are corrected at most: once more where the pose has moved away from where they were corrected."""
+MEDIAN_PIXELS = 50_000
+"""About how many pixels of an X-ray its median is taken of; a tenth or ten times as many give the same answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +234,7 @@ def refine_until_trusted(
         points = centred_points(refined, vertebra)
         judged = confidence.judge(refined, points, rule, count, angle, half_pixel_mm, of_cameras)
         # No pose from views of nearly one direction is accepted, however long it is searched for.
-        if judged.accepted or (angle is not None and angle < confidence.MIN_VIEW_ANGLE_RAD):
+        if judged.trusted or (angle is not None and angle < confidence.MIN_VIEW_ANGLE_RAD):
             break
     return refined, judged
 
@@ -273,14 +274,14 @@ def refine_spine(
     Args:
       prepared: K vertebrae from head to feet; world_from_ct: K poses, within some mm; camera_sd: as in `RegisterOptions`.
     """
-    starts = np.stack([*world_from_ct, world_from_ct[len(prepared) // 2]])
+    starts = np.stack([*world_from_ct, *world_from_ct])
     return _refined_together(prepared, without_metal(prepared[0], xrays, compile), starts, camera_sd, compile)
 
 
 def _refined_together(prepared, xrays, starts, camera_sd, compile):
-    """`joint.refine_together` of K vertebrae, from poses (K + 1, 4, 4) of them and of the rest, in X-rays without their metal."""
+    """`joint.refine_together` of K vertebrae, from poses (2 K, 4, 4) of them and of the rest, in X-rays without their metal."""
     refine = prepared[0].refine
-    config = dataclasses.replace(refine, levels=joint.fine_levels(refine, wide=len(prepared) == 1))
+    config = dataclasses.replace(refine, levels=joint.fine_levels(refine, len(prepared), any(camera_sd)))
     seen = make_pyramid(xrays, [level.pixel_mm for level in config.levels])
     labels = [p.vertebra.label for p in prepared]
     between = [levels.steps(a, b, labels + [*range(a + 1, b)]) for a, b in zip(labels, labels[1:])]
@@ -292,7 +293,7 @@ def _refined_together(prepared, xrays, starts, camera_sd, compile):
 def shows_bare_bone(xrays: Sequence[XRay], search: searching.SearchConfig) -> bool:
     """Whether the X-rays show a bone in air: all of their median line integrals are small."""
     counted = [np.asarray(x.line_integrals)[np.asarray(x.valid)] for x in xrays]
-    medians = [np.median(values) if values.size else np.inf for values in counted]
+    medians = [np.median(v[:: max(1, v.size // MEDIAN_PIXELS)]) if v.size else np.inf for v in counted]
     return bool(max(medians) < search.bare_line_integral)
 
 

@@ -210,7 +210,7 @@ def searches(
     depth = _along_rays(refined.world_from_box, seen.camera_from_world, search.depth_mm)
     far = list(itertools.product(search.far_across_mm, search.far_across_mm, search.far_along_mm))
     for poses, shifts_mm, deeper in (((estimate, start), wide, depth), ((start,), far, [])):
-        starts = [*(refined.world_from_box @ turn for turn in turns), *deeper]
+        starts = [*(pose @ turn for pose in (refined.world_from_box, start) for turn in turns), *deeper]
         starts += [pose @ _shift(shift) for pose in poses for shift in shifts_mm]
         again = refine_pose(programs, parts, seen, starts, config, search, places_mm, halving(config, search))
         if again.fit[-1] > refined.fit[-1]:

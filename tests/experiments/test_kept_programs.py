@@ -94,6 +94,23 @@ def test_shapes_static_arguments_and_sources_name_the_program(folder, monkeypatc
     assert len(list(folder.iterdir())) == 4
 
 
+def test_only_the_programs_that_were_used_last_stay_in_memory(folder, monkeypatch):
+    """A process has a limited number of memory areas, and each program takes many. A dropped one is loaded from its file again."""
+    monkeypatch.setattr(kept_programs, "MAX_LOADED", 3)
+    traced = []
+
+    def double(x):
+        traced.append(x.shape)
+        return 2.0 * x
+
+    call, compiled, real = kept_programs.kept(double), [], jax.stages.Lowered.compile
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self, *a, **o: compiled.append(1) or real(self, *a, **o))
+    for size in (1, 2, 3, 1, 4, 1, 2):
+        np.testing.assert_array_equal(call(np.ones(size, np.float32)), 2.0 * np.ones(size))
+    # The fourth size drops the second one, which was not used for longest; only that one is needed again.
+    assert len(compiled) == 5 and traced == [(1,), (2,), (3,), (4,)]
+
+
 @pytest.mark.parametrize("package", ["radgs_jax", "jax", "jaxlib", "flax"])
 def test_the_version_of_each_package_names_the_program(folder, package, monkeypatch):
     call = kept_programs.kept(lambda x: 2.0 * x)

@@ -94,7 +94,7 @@ def test_a_refused_case_does_not_pay_for_the_programs_of_its_wider_searches(trai
     _, case, scene, target = first_case
     ready = load(trained[0] / "p3", target, ScanDigests())
     fitted_for = confidence.method_digest(ready.refine, ready.search)
-    refusing = confidence.AcceptanceRule((0.0,) * 8, (2.0,) * 3, (0.0,) * 5, 2.0, fitted_for)
+    refusing = confidence.AcceptanceRule((0.0,) * 9, (2.0,) * 3, (0.0,) * 2, 2.0, fitted_for)
     ready = dataclasses.replace(ready, rule=refusing)
     compile, spent, longer, compiled = jax.stages.Lowered.compile, [], 0.5, []
 

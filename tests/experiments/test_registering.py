@@ -31,8 +31,8 @@ def ready(trained, first_case):
     thresholds = {"refusing": 2.0, "accepting": 0.0}
 
     def with_rule(kind):
-        size = (-3.0, 0.0, 0.0, 0.0, 0.0)
-        rule = confidence.AcceptanceRule((0.0,) * 8, (thresholds[kind],) * 3, size, 2.0, fitted_for)
+        size = (-3.0, 0.0)
+        rule = confidence.AcceptanceRule((0.0,) * 9, (thresholds[kind],) * 3, size, 2.0, fitted_for)
         return dataclasses.replace(prepared, rule=rule)
 
     return with_rule

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from data_pipelines import cases
 from data_pipelines.ct import extraction
@@ -44,6 +45,45 @@ def test_a_bent_scene_shows_the_vertebra_at_its_true_pose(stored, tmp_path):
         assert all(likeness(truth, images) > likeness(motion @ truth, images) + 0.05 for motion in off), variant
     with pytest.raises(errors.InputError, match="variant|array"):
         cases.read_xrays(scene, "easy")
+
+
+def test_wrong_masks_and_cameras_are_written_beside_the_true_cameras(stored, tmp_path):
+    """X-rays, points and true pose stay; the mask's border moves by less than is asked, and cameras by about as much."""
+    arguments = [stored], (21,), 2, ((0, 5),), 5, quick.PanelFaults()
+    right = cases.read(case_files.simulated_cases(tmp_path / "a" / "c.json", *arguments, variants=("artic",)))
+    errors = case_files.InputErrors(mask_mm=3.0, camera_sd=(3.0, 0.5))
+    path = case_files.simulated_cases(tmp_path / "b" / "c.json", *arguments, variants=("artic",), errors=errors)
+    wrong = cases.read(path)
+    for a, b in zip(right.raw["scenes"], wrong.raw["scenes"]):
+        assert a["views"] == b["views_true"] and a["T_gt"] == b["T_gt"]
+        for true, given in zip(b["views_true"], b["views"]):
+            assert true["K"] == given["K"]
+            motion = np.array(given["E"]) @ np.linalg.inv(true["E"])
+            shift, turn = np.linalg.norm(motion[:3, 3]), np.degrees(np.arccos((np.trace(motion[:3, :3]) - 1) / 2))
+            assert 0.0 < shift < 12.0 and 0.0 < turn < 2.0
+    name = next(iter(right.volumes))
+    np.testing.assert_array_equal(cases.points(right, name), cases.points(wrong, name))
+    true, crude = (scans.read_scan(f.volumes[name].full_ct, f.volumes[name].full_mask) for f in (right, wrong))
+    np.testing.assert_allclose(true.ct_from_index, crude.ct_from_index, atol=1e-4)
+    changed = (true.labels == 21) != (crude.labels == 21)
+    assert changed.sum() > 0.03 * (true.labels == 21).sum()
+    spacing = np.linalg.norm(true.ct_from_index[:3, :3], axis=0)
+    bone = ndimage.distance_transform_edt(true.labels != 21, spacing)
+    inside = ndimage.distance_transform_edt(true.labels == 21, spacing)
+    assert max(bone[changed].max(), inside[changed].max()) < 3.0 + 3.5  # and the phantom's voxels of 3 mm
+    others = (true.labels != 21) & (true.labels != 0)
+    np.testing.assert_array_equal(true.labels[others], crude.labels[others])
+
+
+@pytest.mark.parametrize("posture", ["rigid", "bent"])
+def test_views_are_as_far_apart_as_asked(stored, tmp_path, posture):
+    path = tmp_path / "c.json"
+    made = case_files.simulated_cases(
+        path, [stored], (21,), 1, ((0, 5),), 5, quick.PanelFaults(), ("artic",), posture, apart_deg=25.0
+    )
+    (scene,) = cases.read(made).scenes.values()
+    a, b = (view.camera_from_world[2, :3] for view in scene.cameras)
+    assert np.degrees(np.arccos(a @ b)) == pytest.approx(25.0, abs=1e-3)
 
 
 def test_degraded_xrays_keep_their_content(scan):

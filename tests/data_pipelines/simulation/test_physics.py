@@ -172,3 +172,16 @@ def test_collimators_are_dark_outside_and_open_inside():
     opened = [(s > 0.5).mean() for s in shares]
     assert min(opened) > 0.1 and max(opened) < 1 and np.std(opened) > 0.05
     assert all(s.min() >= 0.00099 and s.max() <= 1.0 for s in shares)
+
+
+def test_a_vendors_picture_has_eight_bits_and_keeps_the_order_of_large_areas():
+    rng = np.random.default_rng(3)
+    steps = np.repeat(np.linspace(1.0, 4.0, 8), 40)[None].repeat(200, 0)
+    image = steps + 0.02 * rng.normal(size=steps.shape)
+    for _ in range(5):
+        picture = panel.vendor_picture(image, panel.picture_scale(image), rng)
+        assert picture.shape == image.shape and np.unique(picture).size <= 256
+        np.testing.assert_allclose(picture * 40.0, np.round(picture * 40.0), atol=1e-4)
+        assert picture.min() >= 0.0 and picture.max() <= 255 / 40.0
+        middles = picture[:, 20::40].mean(0)
+        assert (np.diff(middles) >= 0).all() and np.ptp(middles) > 1.0

@@ -21,7 +21,7 @@ def test_a_fitted_rule_refuses_wrong_poses_and_covers_right_ones():
             found.append(
                 refined_like(rng.normal(0.8 if right else 0.4, 0.06), 0.05 if right else 0.4, scale, seed * 1000 + i)
             )
-            predicted = confidence.spread_mm(found[-1].information, points)
+            predicted = confidence.spread_mm(found[-1].misfit, points)
             errors.append(min(1.9, 0.2 * predicted * np.exp(0.3 * rng.normal())) if right else rng.uniform(3, 20))
         return found, np.array(errors)
 
@@ -39,14 +39,15 @@ def test_a_fitted_rule_refuses_wrong_poses_and_covers_right_ones():
 
 
 def test_an_unusable_refinement_is_refused():
-    rule = confidence.AcceptanceRule((0.0,) * 8, (0.6, 0.4, 0.4), (0.0, 1.0, 0.0, 0.0, 0.0), 2.0, "")
+    rule = confidence.AcceptanceRule((0.0,) * 9, (0.6, 0.4, 0.4), (0.0, 1.0), 2.0, "")
     points = np.random.default_rng(0).normal(size=(50, 3)) * 10
     good = refined_like(0.9, 0.01, 0.3, 0)
     assert confidence.judge(good, points, rule, 1).accepted
     assert not confidence.judge(good, points, rule).accepted
     for spoilt in (np.full((6, 6), np.nan), np.zeros((6, 6)), -np.eye(6)):
-        judged = confidence.judge(dataclasses.replace(good, information=spoilt), points, rule, 1)
-        assert not judged.accepted and judged.uncertainty_mm >= 100
+        for field in ("information", "misfit"):
+            judged = confidence.judge(dataclasses.replace(good, **{field: spoilt}), points, rule, 1)
+            assert not judged.accepted and not judged.trusted and judged.uncertainty_mm >= 100
     divided = dataclasses.replace(good, view_disagreement_mm=np.float32(1.0))
     judged = confidence.judge(divided, points, rule, 1)
     assert not judged.accepted and judged.uncertainty_mm >= 2.0
@@ -62,17 +63,17 @@ def test_spread_is_the_motion_of_points():
     twists = rng.multivariate_normal(np.zeros(6), covariance, 20000)
     motions = np.cross(twists[:, None, :3], points[None]) + twists[:, None, 3:]
     wanted = np.sqrt((motions**2).sum(-1).mean())
-    assert abs(confidence.spread_mm(np.linalg.inv(covariance), points) / wanted - 1) < 0.02
+    assert abs(confidence.spread_mm(covariance, points) / wanted - 1) < 0.02
 
 
 @pytest.mark.parametrize("disagreement_mm", [0.0, 0.05, 0.4, 1.0])
 def test_the_radius_is_a_multiple_of_the_covariance(disagreement_mm):
     """However much the views disagree, the radius is the same multiple of the covariance's root mean square."""
-    rule = confidence.AcceptanceRule((0.0,) * 8, (0.6, 0.4, 0.4), (0.0, 1.0, 0.0, 0.0, 0.0), 2.0, "")
+    rule = confidence.AcceptanceRule((0.0,) * 9, (0.6, 0.4, 0.4), (0.0, 1.0), 2.0, "")
     points = np.random.default_rng(0).normal(size=(50, 3)) * [10, 8, 12] + [2, 0, -1]
     refined = dataclasses.replace(refined_like(0.9, 0.01, 0.3, 0), view_disagreement_mm=np.float32(disagreement_mm))
     judged = confidence.judge(refined, points, rule)
-    rms = confidence.spread_mm(np.linalg.inv(judged.covariance), points)
+    rms = confidence.spread_mm(judged.covariance, points)
     assert judged.uncertainty_mm == pytest.approx(2.0 * rms, rel=1e-6)
 
 
@@ -88,7 +89,7 @@ def test_a_rule_fitted_where_disagreement_covers_every_error_can_judge():
 
 
 def _judged(refined, **known):
-    rule = confidence.AcceptanceRule((0.0,) * 8, (0.4, 0.4, 0.4), (0.0, 1.0, 0.0, 0.0, 0.0), 2.0, "")
+    rule = confidence.AcceptanceRule((0.0,) * 9, (0.4, 0.4, 0.4), (0.0, 1.0), 2.0, "")
     points = np.random.default_rng(0).normal(size=(50, 3)) * [10, 8, 12]
     return confidence.judge(refined, points, rule, **known)
 
@@ -133,5 +134,40 @@ def test_known_camera_errors_join_the_radius():
     plain, judged = _judged(refined), _judged(refined, camera_error_mm=0.32)
     assert judged.uncertainty_mm == pytest.approx(np.hypot(plain.uncertainty_mm, 0.32))
     points = np.random.default_rng(0).normal(size=(50, 3)) * [10, 8, 12]
-    rms = confidence.spread_mm(np.linalg.inv(judged.covariance), points)
+    rms = confidence.spread_mm(judged.covariance, points)
     assert judged.uncertainty_mm == pytest.approx(2.0 * rms, rel=1e-6)
+
+
+def test_a_pose_that_cameras_leave_open_is_trusted_relative_to_other_bones_and_not_accepted():
+    refined = refined_like(0.9, 0.01, 0.02, 0)
+    left_open = np.diag([1e-4] * 3 + [4.0] * 3)
+    plain, judged = _judged(refined), _judged(refined, camera_covariance=left_open)
+    assert plain.accepted and plain.trusted and plain.relative_mm == plain.uncertainty_mm
+    assert judged.trusted and not judged.accepted
+    assert judged.relative_mm == plain.relative_mm and judged.uncertainty_mm > 2.0 * np.sqrt(12.0)
+    np.testing.assert_allclose(judged.covariance, plain.covariance + left_open)
+    slight = _judged(refined, camera_covariance=1e-4 * left_open)
+    assert slight.accepted and slight.uncertainty_mm > plain.uncertainty_mm
+
+
+def test_the_radius_follows_what_pixels_disagree_about():
+    """Not what independent noise would leave: the misfit alone is made four times as large."""
+    refined = refined_like(0.9, 0.01, 0.05, 0)
+    plain = _judged(refined)
+    larger = _judged(dataclasses.replace(refined, misfit=16.0 * refined.misfit))
+    surer = _judged(dataclasses.replace(refined, information=16.0 * refined.information))
+    assert larger.relative_mm == pytest.approx(np.hypot(4.0 * np.sqrt(plain.relative_mm**2 - 0.04**2), 0.04), rel=1e-6)
+    assert surer.relative_mm == plain.relative_mm
+
+
+def test_the_threshold_is_above_every_wrong_pose_and_in_the_middle_of_a_gap():
+    logistic = lambda odds: 1.0 / (1.0 + np.exp(-np.asarray(odds, float)))
+    odds = np.array([-3.0, 1.0, 5.0, 5.0, 6.0, 7.0])
+    right = np.array([False, False, True, True, True, True])
+    assert confidence.threshold(logistic(odds), right) == pytest.approx(float(logistic(3.0)), rel=1e-4)
+    # One wrong pose among the right ones: just above it.
+    found = confidence.threshold(logistic([5.5, *odds]), np.array([False, *right]))
+    assert float(logistic(5.5)) < found < float(logistic(5.51))
+    # Nothing wrong above one half, and nothing right at all.
+    assert confidence.threshold(logistic([-9.0, 0.1, 0.1]), np.array([False, True, True])) >= 0.5
+    assert confidence.threshold(logistic([2.0]), np.array([False])) > float(logistic(2.0))

@@ -94,7 +94,7 @@ def test_each_vertebra_is_found_in_a_bent_spine(spine):
     ]
     truth = np.stack([*bends, motion(0.01, 0.0, 0.01, 0.5, -1.0, 0.5)])
     seen = xrays(spine, truth, GIVEN)
-    start = np.stack([motion(0, 0, 0, 0, 0, 0)] * 4)
+    start = np.stack([motion(0, 0, 0, 0, 0, 0)] * 6)
     found = joint.refine_together(linearised, joint.bodies_of(boxes, parts, [1, 1]), seen, start, (0.0, 0.0), CONFIG)
     for pose, true, place in zip(found.world_from_ct, truth, PLACES):
         assert away_mm(pose, true, place) < 0.15
@@ -106,7 +106,7 @@ def test_cameras_are_corrected_relative_to_each_other(spine):
     off = [motion(0.004, -0.003, 0.002, 0.5, -0.3, 0.8), motion(-0.003, 0.002, 0.004, -0.4, 0.2, -0.9)]
     truth = np.stack([motion(0.02, 0.01, -0.02, 1.0, 1.0, -1.0)] * 4)
     seen = xrays(spine, truth, GIVEN @ np.stack(off))
-    start, sd = np.stack([np.eye(4)] * 4), (math.radians(0.4), 1.5)
+    start, sd = np.stack([np.eye(4)] * 6), (math.radians(0.4), 1.5)
     bodies = joint.bodies_of(boxes, parts, [1, 1])
     blind = joint.refine_together(linearised, bodies, seen, start, (0.0, 0.0), CONFIG)
     found = joint.refine_together(linearised, bodies, seen, start, sd, CONFIG)
@@ -125,7 +125,7 @@ def test_cameras_are_corrected_relative_to_each_other(spine):
 
 def test_the_covariance_holds_what_no_view_shows(spine):
     parts, boxes, _, _ = spine
-    truth = np.stack([np.eye(4)] * 4)
+    truth = np.stack([np.eye(4)] * 6)
     seen, bodies = xrays(spine, truth, GIVEN), joint.bodies_of(boxes, parts, [1, 1])
     sd = (math.radians(0.3), 1.0)
     found = joint.refine_together(linearised, bodies, seen, truth, sd, CONFIG)
@@ -144,13 +144,14 @@ def test_the_covariance_holds_what_no_view_shows(spine):
 def test_near_the_truth_a_bodys_own_equations_ask_for_what_it_is_off_by(spine):
     parts, boxes, _, _ = spine
     bodies = joint.bodies_of(boxes, parts, [1, 1])
-    poses = np.stack([motion(0.01, 0.02, -0.01, 0.5, -0.4, 0.3), np.eye(4), np.eye(4), motion(0, 0.01, 0, 0.3, 0, 0)])
+    rest = motion(0, 0.01, 0, 0.3, 0, 0)
+    poses = np.stack([motion(0.01, 0.02, -0.01, 0.5, -0.4, 0.3), np.eye(4), np.eye(4), rest, rest, rest])
     seen = xrays(spine, poses, GIVEN)
     off = poses.copy()
     off[1] = motion(0.0, 0.0, 0.0, 0.4, 0.0, 0.0)
     one = dataclasses.replace(CONFIG, levels=(dataclasses.replace(CONFIG.levels[0], iterations=1),))
-    cameras, at = seen.camera_from_world, jnp.asarray(poses[:-1], jnp.float32)
-    normals, rights = linearised(bodies, seen.levels[0], cameras, at, jnp.asarray(off, jnp.float32), config=one)
+    cameras, at = seen.camera_from_world, jnp.asarray(poses[:3], jnp.float32)
+    normals, rights, _ = linearised(bodies, seen.levels[0], cameras, at, jnp.asarray(off, jnp.float32), config=one)
     normal, right = np.asarray(normals[1]).sum(0)[:6, :6], np.asarray(rights[1]).sum(0)[:6]
     step = np.linalg.solve(normal, right)
     np.testing.assert_allclose(step[3:], [-0.4, 0.0, 0.0], atol=0.12)

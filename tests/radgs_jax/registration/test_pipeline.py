@@ -91,12 +91,13 @@ def test_searches_widen_until_an_answer_is_trusted(prepared, monkeypatch):
             and camera_error_mm == 0.0
             and camera_covariance is None
         )
-        return confidence.Confidence(0.5, bool(refined.fit[0] > (0.9, 0.8, 0.7)[searches]), np.eye(6), 1.0)
+        accepted = bool(refined.fit[0] > (0.9, 0.8, 0.7)[searches])
+        return confidence.Confidence(0.5, accepted, np.eye(6), 1.0, accepted, 1.0)
 
     monkeypatch.setattr(search, "refine_pose", refine_pose)
     monkeypatch.setattr(confidence, "judge", judge)
     fitted_for = confidence.method_digest(prepared.refine, prepared.search)
-    judged_by = confidence.AcceptanceRule((0.0,) * 8, (0.5,) * 3, (0.0,) * 5, 2.0, fitted_for)
+    judged_by = confidence.AcceptanceRule((0.0,) * 9, (0.5,) * 3, (0.0,) * 2, 2.0, fitted_for)
     ruled = dataclasses.replace(prepared, rule=judged_by)
     body = tiny_cases.two_xrays()
     for given, stages, best, accepted in (
@@ -109,7 +110,7 @@ def test_searches_widen_until_an_answer_is_trusted(prepared, monkeypatch):
         asked.clear()
         fits[:] = given
         refined, judged = pipeline.refine_until_trusted(ruled, body, np.eye(4), np.eye(4))
-        assert asked == [(2, 1), (22, 24), (51, 24)][:stages]
+        assert asked == [(2, 1), (28, 24), (57, 24)][:stages]
         np.testing.assert_array_equal(refined.world_from_box, pose_of(best - 1))
         assert judged.accepted == accepted
     fits[:] = (0.1,)
@@ -123,11 +124,11 @@ def test_cameras_that_are_off_are_corrected_and_their_error_joins_the_radius(pre
 
     def judge(refined, points, rule, searches, view_angle_rad, camera_error_mm, camera_covariance):
         given.append(camera_covariance)
-        return confidence.Confidence(0.9, True, np.eye(6), 1.0)
+        return confidence.Confidence(0.9, True, np.eye(6), 1.0, True, 1.0)
 
     monkeypatch.setattr(confidence, "judge", judge)
     digest = confidence.method_digest(prepared.refine, prepared.search)
-    rule = confidence.AcceptanceRule((0.0,) * 8, (0.5,) * 3, (0.0,) * 5, 2.0, digest)
+    rule = confidence.AcceptanceRule((0.0,) * 9, (0.5,) * 3, (0.0,) * 2, 2.0, digest)
     ruled = dataclasses.replace(prepared, rule=rule)
     off = dataclasses.replace(OPTIONS, camera_sd=(0.005, 1.0))
     outcome = pipeline.register(ruled, xrays, tiny_cases.start(), off, compile=jax.jit)

@@ -35,6 +35,7 @@ def refined_like(support, step, error_scale, seed):
         np.eye(4),
         np.eye(4),
         information,
+        np.linalg.inv(information),
         like,
         like - 0.05,
         np.float32(step),
