@@ -134,7 +134,9 @@ def register(
                 before = refined.world_from_box[:3, 3]
                 xrays, together = correct_cameras(prepared, given, refined, options.camera_sd, compile)
                 again = together.world_from_ct[0] @ vertebra.ct_from_box
-                refined, judged = refine_until_trusted(prepared, xrays, again, start_box, compile, together)
+                # The wider searches have found what they can find the first time.
+                searches = confidence.SEARCHES if attempt == 0 else 0
+                refined, judged = refine_until_trusted(prepared, xrays, again, start_box, compile, together, searches)
                 boxes += list(refined.trajectory)
                 # Cameras that were corrected at a pose that was left behind are corrected anew at the better one.
                 moved_mm = np.linalg.norm(refined.world_from_box[:3, 3] - before)
@@ -208,6 +210,7 @@ def refine_until_trusted(
     start: Float[Array, "4 4"],
     compile: Compile = jax.jit,
     together: Together | None = None,
+    most_searches: int = confidence.SEARCHES,
 ) -> tuple[Refined, Confidence | None]:
     """Refines a pose, with wider searches where the answer is not trusted.
 
@@ -215,7 +218,7 @@ def refine_until_trusted(
 
     Args:
       estimate, start: world_from_box, the network's and the one that it started from.
-      together: what corrected the cameras of the X-rays, whose error is then known.
+      together: what corrected the cameras of the X-rays, whose error is then known; most_searches: number of wider searches.
     """
     rule, vertebra = prepared.rule, prepared.vertebra
     parts = parts_in(prepared, xrays)
@@ -234,7 +237,7 @@ def refine_until_trusted(
         points = centred_points(refined, vertebra)
         judged = confidence.judge(refined, points, rule, count, angle, half_pixel_mm, of_cameras)
         # No pose from views of nearly one direction is accepted, however long it is searched for.
-        if judged.trusted or (angle is not None and angle < confidence.MIN_VIEW_ANGLE_RAD):
+        if judged.trusted or count == most_searches or (angle is not None and angle < confidence.MIN_VIEW_ANGLE_RAD):
             break
     return refined, judged
 
