@@ -236,7 +236,7 @@ def main() -> None:
     else:
         rows, reports = _given(digests, load)
     inputs = _digests(digests)
-    extra_files = {"run.json": lambda results: record.finish(inputs, cli.warnings_said())}
+    extra_files = {}
     if reports:
         extra_files["detection.json"] = next(iter(reports.values())) if len(reports) == 1 else reports
     options = RegisterOptions(given.passes, given.refine, _camera_sd(rows))
@@ -247,6 +247,8 @@ def main() -> None:
                 "flags", "--together", f"{len(rows)} vertebra(e) of --label", "two or more, with --ct and --xrays"
             )
         extra_files["spine.json"] = lambda results: spines.spine(rows, load, results, options.camera_sd)
+    # The last one, so that it has all warnings.
+    extra_files["run.json"] = lambda results: record.finish(inputs, cli.warnings_said())
     done = registering.register_rows(
         rows, load, out, options, variant, given.pictures, extra_files, given.resume, inputs, print
     )
@@ -262,7 +264,11 @@ def _conclude(done, out, strict):
     judged = [result["accepted"] for result in done.results if "accepted" in result]
     counts = f"{sum(judged)} accepted, {len(judged) - sum(judged)} refused" if judged else "not judged"
     print(f"registered {len(done.results)} case(s), {counts}: {out / 'results.json'}")
-    if judged and not any(judged):
+    trusted = sum(result.get("trusted", False) and not result["accepted"] for result in done.results)
+    if trusted:
+        where = out / "spine.json" if (out / "spine.json").exists() else "--together with two or more vertebrae"
+        print(f"{trusted} refused for the cameras alone, usable relative to each other: {where}")
+    elif judged and not any(judged):
         print("no pose may be used: check the label, the start, the cameras, and that X-rays and CT are of one patient")
     if done.failures:
         raise errors.RunError(

@@ -150,11 +150,20 @@ def start_of_mtre(
 
 
 def cameras_off(
-    camera_from_world: Sequence[np.ndarray], shift_mm: float, turn_deg: float, rng: np.random.Generator
+    camera_from_world: Sequence[np.ndarray],
+    shift_mm: float,
+    turn_deg: float,
+    rng: np.random.Generator,
+    about_source: bool = True,
 ) -> list[np.ndarray]:
-    """camera_from_world (4, 4) of wrong cameras: each turned about its source and shifted, in random directions."""
+    """camera_from_world (4, 4) of wrong cameras: each turned and shifted, in random directions.
+
+    Args:
+      about_source: turned about its source, which moves what it sees; otherwise about the isocentre.
+    """
     moved = []
     for E in camera_from_world:
         turn, shift = (d / np.linalg.norm(d) for d in rng.normal(size=(2, 3)))
-        moved.append(rigid_host.matrix(np.radians(turn_deg) * turn, shift_mm * shift) @ E)
+        motion = rigid_host.matrix(np.radians(turn_deg) * turn, shift_mm * shift)
+        moved.append(motion @ E if about_source else E @ motion)
     return moved

@@ -39,7 +39,8 @@ class InputErrors:
 
     Attributes:
       mask_mm: each mask's border wanders by up to this or less (`crude_masks.wandering`); 0 leaves it.
-      camera_sd: root mean square shift, mm, and turn about the source, degrees, of each camera.
+      camera_sd: root mean square shift, mm, and turn about the isocentre, degrees, of the cameras; one size for both, drawn for each
+        scene.
     """
 
     mask_mm: float = 0.0
@@ -137,7 +138,7 @@ def simulated_cases(
                     more["views_true"] = _views(intrinsics, extrinsics, images)
                     rng = np.random.default_rng([seed, number, label, index, 2])
                     off_mm, off_deg = np.abs(rng.normal(size=2)) * errors.camera_sd
-                    extrinsics = carm.cameras_off(extrinsics, off_mm, off_deg, rng)
+                    extrinsics = carm.cameras_off(extrinsics, off_mm, off_deg, rng, about_source=False)
                 document["scenes"].append(
                     {
                         "id": scene,

@@ -12,6 +12,7 @@ from experiments.patients.registering import Row
 from experiments.patients.workdir import Target
 from experiments.runtime.kept_programs import kept
 from radgs_jax import levels
+from radgs_jax import metrics
 from radgs_jax.geometry import rigid_host
 from radgs_jax.registration import confidence
 from radgs_jax.registration import joint
@@ -45,40 +46,46 @@ def spine(
     prepared = [load(row.target) for row in used]
     poses = [np.array(answers[row.name].get("as_calibrated", answers[row.name]["T"])) for row in used]
     together, vertebrae = pipeline.refine_spine(prepared, used[0].xrays, poses, camera_sd, kept), []
-    growth = 1.0 if prepared[0].rule is None else confidence.error_per_misfit(prepared[0].rule)
-    covariance = joint.covariance(together, growth)
+    rule = prepared[0].rule
+    growth, factor = (1.0, 1.0) if rule is None else (confidence.error_per_misfit(rule), rule.radius)
+    covariance, centres, surfaces = joint.covariance(together, growth), [], []
     for k, (row, ready) in enumerate(zip(used, prepared)):
         own = covariance[6 * k : 6 * k + 6, 6 * k : 6 * k + 6]
         centre, T = ready.vertebra.ct_from_box[:3, 3], together.world_from_ct[k]
         points = (ready.vertebra.points - centre) @ T[:3, :3].T
-        factor = 1.0 if ready.rule is None else ready.rule.radius
         vertebrae.append(
             {
                 "level": levels.level_name(row.target.label),
                 "world_from_ct": T.tolist(),
                 "rest_world_from_ct": together.world_from_ct[len(used) + k].tolist(),
+                "accepted": factor * confidence.spread_mm(own, points) <= metrics.SUCCESS_MM,
                 "uncertainty_mm": factor * confidence.spread_mm(own, points),
                 "covariance": own.tolist(),
             }
+        )
+        centres.append(T[:3, :3] @ centre + T[:3, 3])
+        surfaces.append(points)
+    segments = []
+    for k in range(len(used) - 1):
+        pair = slice(k, k + 2)
+        relative = joint.relative_covariance(covariance[6 * k : 6 * k + 12, 6 * k : 6 * k + 12], *centres[pair])
+        radius = {"uncertainty_mm": factor * confidence.spread_mm(relative, surfaces[k])}
+        segments.append(
+            _segment([row.target.label for row in used[pair]], prepared[pair], together.world_from_ct[pair]) | radius
         )
     last = 6 * len(together.motions)
     return {
         "format": FORMAT,
         "vertebrae": vertebrae,
-        "segments": [
-            _segment(
-                used[k].target.label, used[k + 1].target.label, prepared[k : k + 2], together.world_from_ct[k : k + 2]
-            )
-            for k in range(len(used) - 1)
-        ],
+        "segments": segments,
         "camera_motions": together.motions.tolist(),
         "camera_covariance": covariance[-last:, -last:].tolist(),
         "units": "mm, degrees; covariances: rad and mm",
     }
 
 
-def _segment(upper, lower, prepared, poses):
-    """How the upper vertebra has moved relative to the lower one since the CT, in the lower one's frame."""
+def _segment(labels, prepared, poses):
+    """How the upper of two vertebrae has moved relative to the lower one since the CT, in the lower one's frame."""
     box = prepared[1].vertebra.ct_from_box.astype(np.float64)
     relative = np.linalg.inv(poses[1]) @ poses[0]
     in_box = np.linalg.inv(box) @ relative @ box
@@ -86,8 +93,8 @@ def _segment(upper, lower, prepared, poses):
     twist = rigid_host.twist_about(centre, in_box)
     flexion, lateral, axial = (math.degrees(angle) for angle in twist[:3])
     return {
-        "upper": levels.level_name(upper),
-        "lower": levels.level_name(lower),
+        "upper": levels.level_name(labels[0]),
+        "lower": levels.level_name(labels[1]),
         "turn_deg": {"about_right": flexion, "about_front": lateral, "about_up": axial},
         "shift_mm": {"right": twist[3], "front": twist[4], "up": twist[5]},
     }

@@ -305,6 +305,8 @@ def read_manifest(workdir: pathlib.Path | str) -> dict[str, Any]:
       InputError: no manifest, another format, malformed fields, or another content than was written.
     """
     path = pathlib.Path(workdir) / "manifest.json"
+    if not path.exists():
+        errors.fail(workdir, "folder", "no manifest.json", "a workdir that `experiments.prepare` made")
     manifest = files.read_json(path)
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found in OLDER_FORMATS:
@@ -368,7 +370,7 @@ def load(workdir: pathlib.Path | str, target: Target, digests: ScanDigests) -> P
         errors.fail(
             workdir,
             f"label {target.label} of {target.ct}",
-            "not prepared",
+            f"not prepared; prepared of this scan: {manifest['scans'].get(digest) or 'none'}",
             "a vertebra that `experiments.prepare` was run for, with the same --labels",
         )
     if not models.model_exists(folder / "model"):

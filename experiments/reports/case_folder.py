@@ -36,10 +36,7 @@ def answer(outcome: Outcome) -> dict[str, Any]:
     if (together := outcome.together) is not None:
         last = 6 * len(together.motions)
         if (judged := outcome.confidence) is not None:
-            found |= {
-                "trusted": judged.trusted,
-                "relative_uncertainty_mm": judged.relative_mm if judged.trusted else None,
-            }
+            found["trusted"] = judged.trusted
         found["as_calibrated"] = outcome.as_calibrated.tolist()
         found["camera_motions"] = together.motions.tolist()
         found["camera_covariance"] = joint.covariance(together)[-last:, -last:].tolist()

@@ -114,7 +114,9 @@ def registration_picture(
     for pose_name in poses:
         style = {name.removesuffix("s"): value for name, value in STYLES[pose_name].items()}
         handles.append(matplotlib.lines.Line2D([], [], label=pose_name, **style))
-    body.legend(handles=handles, loc="upper right", ncols=len(poses), fontsize=11, frameon=False)
+    if any((np.asarray(xray.valid) & ~counted).any() for xray, counted in zip(xrays, outcome.counted)):
+        handles.append(Rectangle((0, 0), 1, 1, color=METAL, alpha=0.45, label="taken for metal, left out"))
+    body.legend(handles=handles, loc="upper right", ncols=len(handles), fontsize=11, frameon=False)
     save(figure, path)
 
 

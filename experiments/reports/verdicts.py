@@ -87,8 +87,8 @@ def verdict(outcome: Outcome, prepared: Prepared, xrays: Sequence[XRay]) -> Verd
         return Verdict(
             False,
             f"REFUSED in the world, where it is known to {rounded_up(judged.uncertainty_mm)} mm",
-            f"the cameras leave that open; relative to other bones of these X-rays, within {rounded_up(judged.relative_mm)} mm",
-            "use relative poses (--together), or calibrate the C-arm",
+            "the cameras leave that open; relative to other bones of these X-rays it may be used",
+            "use relative poses (--together), or calibrate the C-arm (--cameras)",
         )
     refused, advice, reasons = "REFUSED, do not use this pose", TRY, []
     if len(xrays) < confidence.MIN_VIEWS:
@@ -102,7 +102,7 @@ def verdict(outcome: Outcome, prepared: Prepared, xrays: Sequence[XRay]) -> Verd
     apart = float(refined.view_disagreement_mm)
     if apart > APART_MM:
         reasons.append(f"the views place it {rounded_up(apart)} mm apart")
-        advice = "check that the cameras belong to these X-rays and that the patient did not move between them"
+        advice = "check that the cameras are those of these X-rays, in their order, and that the patient did not move between them"
     names = [view_name(xray, outcome.trajectory[0]) for xray in xrays]
     support = ", ".join(f"{name} {value:.2f}" for name, value in zip(names, np.asarray(refined.support)))
     reasons.append(f"the vertebra explains too little of the X-rays (correlation {support}; 1 is all)")

@@ -152,6 +152,18 @@ class Patient:
         """The target of a label."""
         return Target(self.subject[0], self.ct, self.mask, label)
 
+    def with_mask_of(self, volume: cases.Volume) -> Prepared:
+        """The vertebra of a volume of a case file as if it had been prepared with that file's own mask."""
+        label, usual = volume.full_label, self.prepared[volume.full_label]
+        if volume.full_mask.resolve() == self.mask.resolve():
+            return usual
+        if (label, volume.full_mask) not in self._masked:
+            scan = scans.read_scan(self.ct, volume.full_mask, self.subject[0])
+            self._masked[label, volume.full_mask] = prepare_untrained(
+                usual.model, scan, label, usual.rule, usual.refine, usual.search, mask_path=volume.full_mask
+            )
+        return self._masked[label, volume.full_mask]
+
     def with_mask(self, label: int, kind: str) -> Prepared:
         """The vertebra of a label as if it had been prepared with a changed mask, one of MASKS."""
         if MASKS[kind] is None:
@@ -224,14 +236,16 @@ def _row(case, scene, points, truth, outcome, times, passes, metal):
     }
 
 
-def _given(patient, condition, label, scene, seed):
+def _given(patient, condition, volume, scene, seed):
     """The input of a registration under a condition, except for the start: a `Prepared` and a list of `XRay`."""
     xrays = cases.read_xrays(scene, condition.variant)
     off = carm.cameras_off(
         [x.camera.camera_from_world for x in xrays], condition.shift_mm, condition.turn_deg, np.random.default_rng(seed)
     )
     xrays = [dataclasses.replace(x, camera=x.camera.replace(camera_from_world=E)) for x, E in zip(xrays, off)]
-    return patient.with_mask(label, condition.mask), [xrays[i] for i in condition.views]
+    label, changed = volume.full_label, MASKS[condition.mask] is not None
+    prepared = patient.with_mask(label, condition.mask) if changed else patient.with_mask_of(volume)
+    return prepared, [xrays[i] for i in condition.views]
 
 
 def register_condition(
@@ -257,7 +271,7 @@ def register_condition(
             scene = case_file.scenes[case.scene]
             volume = case_file.volumes[scene.volume]
             given = (
-                *_given(patient, condition, volume.full_label, scene, [seed, number, CAMERA_STREAM]),
+                *_given(patient, condition, volume, scene, [seed, number, CAMERA_STREAM]),
                 case.world_from_ct,
             )
             with Stopwatch() as watch:
@@ -316,7 +330,7 @@ def failures(
         numbered = {case.name: (i, case) for i, case in enumerate(_chosen(case_file, condition))}
         number, case = numbered[name]
         scene = case_file.scenes[case.scene]
-        label, start = case_file.volumes[scene.volume].full_label, case.world_from_ct
-        given = _given(patient, condition, label, scene, [seed, number, CAMERA_STREAM])
+        volume, start = case_file.volumes[scene.volume], case.world_from_ct
+        given = _given(patient, condition, volume, scene, [seed, number, CAMERA_STREAM])
         outcome = pipeline.register(*given, start, pipeline.RegisterOptions(passes), kept)
         case_folder.write(folder, name, outcome, *given, start, cases.truth(case_file, scene))

@@ -107,7 +107,7 @@ class Confidence:
       uncertainty_mm: radius that holds the mTRE of about 95 in 100 cases.
       trusted: whether the pose may be used relative to other bones in the same X-rays. It differs from `accepted` where cameras
         are stated to be off by so much that the pose in the world is not known to `metrics.SUCCESS_MM`.
-      relative_mm: the radius without what the stated errors of the cameras leave open.
+      relative_mm: the radius without what the stated errors of the cameras leave open: what `trusted` is decided by.
     """
 
     chance: float

@@ -326,6 +326,18 @@ def refine_together(
     return Together(poses, motions, seen_normal, misfit, prior, moved_mm)
 
 
+def relative_covariance(
+    covariance: Float[Array, "12 12"], upper_centre: Float[Array, "3"], lower_centre: Float[Array, "3"]
+) -> Float[np.ndarray, "6 6"]:
+    """Covariance of the twist of one vertebra relative to another, about the first one's centre, rad and mm.
+
+    Args:
+      covariance: of the twists of both about their centres, the first one's first; upper_centre, lower_centre: world mm.
+    """
+    apart = np.concatenate([np.eye(6), -_carried(np.asarray(lower_centre), np.asarray(upper_centre))], 1)
+    return apart @ covariance @ apart.T
+
+
 def covariance(together: Together, growth: float = 1.0) -> Float[np.ndarray, "parameters parameters"]:
     """Covariance of all parameters, rad and mm: what pixels disagree about, and what the prior leaves open.
 

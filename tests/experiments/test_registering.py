@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from data_pipelines import cases
 from data_pipelines.io import files
 from experiments.patients import registering
+from experiments.patients import spines
 from experiments.patients.workdir import load
 from experiments.patients.workdir import ScanDigests
 from experiments.reports import pictures
@@ -69,6 +71,39 @@ def test_each_case_has_a_line_and_a_refused_one_no_radius(ready, rows, tmp_path)
     assert done.results[0]["accepted"] and 0 < done.results[0]["uncertainty_mm"] < 2
     assert np.shape(done.results[0]["covariance"]) == (6, 6)
     assert said[1].startswith("case_0 (L2): accepted, within 0.")
+
+
+def test_poses_that_cameras_leave_open_are_refused_and_trusted_relative_to_each_other(
+    ready, rows, trained, first_case, tmp_path
+):
+    """Two vertebrae, cameras off by some mm: the spine has a radius in the world, and a smaller one between them."""
+    target = dataclasses.replace(first_case[3], label=22)
+    pair = [rows[0], dataclasses.replace(rows[0], name="other", target=target)]
+    pair = [dataclasses.replace(row, xrays=row.xrays()) for row in pair]
+    options, said = dataclasses.replace(QUICK, camera_sd=(math.radians(1.0), 5.0)), []
+
+    def run(kind):
+        lower = load(trained[0] / "p3", target, ScanDigests())
+        by_label = {first_case[3].label: ready(kind), 22: dataclasses.replace(lower, rule=ready(kind).rule)}
+        loaded = lambda wanted: by_label[wanted.label]
+        extra = {"spine.json": lambda results: spines.spine(pair, loaded, results, options.camera_sd)}
+        registering.register_rows(
+            pair, loaded, tmp_path / kind, options, pictures=False, extra_files=extra, say=said.append
+        )
+        return files.read_json(tmp_path / kind / "results.json")["results"]
+
+    for result in run("accepting"):
+        assert result["trusted"] and not result["accepted"] and result["uncertainty_mm"] > 2.0
+        assert np.shape(result["camera_motions"]) == (2, 4, 4) and np.shape(result["as_calibrated"]) == (4, 4)
+    assert len(said) == 2 and all("REFUSED in the world" in line and "--together" in line for line in said)
+    spine = files.read_json(tmp_path / "accepting" / "spine.json")
+    assert [one["level"] for one in spine["vertebrae"]] == ["L2", "L3"]
+    (segment,) = spine["segments"]
+    for one in spine["vertebrae"]:
+        assert not one["accepted"] and 2.0 < one["uncertainty_mm"] and 0.0 < segment["uncertainty_mm"] < 2.0
+    for result in run("refusing"):
+        assert not result["trusted"] and result["uncertainty_mm"] is None
+    assert not (tmp_path / "refusing" / "spine.json").exists()
 
 
 def test_a_stopped_run_goes_on_with_what_it_has_finished(ready, rows, tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def test_wrong_masks_and_cameras_are_written_beside_the_true_cameras(stored, tmp
         assert a["views"] == b["views_true"] and a["T_gt"] == b["T_gt"]
         for true, given in zip(b["views_true"], b["views"]):
             assert true["K"] == given["K"]
-            motion = np.array(given["E"]) @ np.linalg.inv(true["E"])
+            motion = np.linalg.inv(true["E"]) @ np.array(given["E"])
             shift, turn = np.linalg.norm(motion[:3, 3]), np.degrees(np.arccos((np.trace(motion[:3, :3]) - 1) / 2))
             assert 0.0 < shift < 12.0 and 0.0 < turn < 2.0
     name = next(iter(right.volumes))

@@ -141,6 +141,24 @@ def test_the_covariance_holds_what_no_view_shows(spine):
     assert np.sqrt(np.trace(relative @ covariance @ relative.T)) < 0.3
 
 
+def test_the_relative_covariance_is_that_of_drawn_motions():
+    """Twists of two vertebrae about their own centres: how points of the first move in the frame of the second."""
+    rng = np.random.default_rng(2)
+    upper, lower = np.array([3.0, -2.0, 35.0]), np.array([-1.0, 4.0, 0.0])
+    root = rng.normal(size=(12, 12)) * np.tile([1e-4] * 3 + [0.01] * 3, 2)[:, None]
+    twists = rng.normal(size=(20000, 12)) @ root.T
+    point = upper + [10.0, -6.0, 4.0]
+    moved = []
+    for a, b in ((t[:6], t[6:]) for t in twists[:4000]):
+        relative = np.linalg.inv(rigid_host.motion_about(lower, b)) @ rigid_host.motion_about(upper, a)
+        moved.append((relative @ [*point, 1.0])[:3] - point)
+    covariance = joint.relative_covariance(root @ root.T, upper, lower)
+    x, y, z = point - upper
+    jacobian = np.concatenate([[[0, z, -y], [-z, 0, x], [y, -x, 0]], np.eye(3)], 1)
+    wanted = np.cov(np.array(moved).T)
+    np.testing.assert_allclose(jacobian @ covariance @ jacobian.T, wanted, atol=0.1 * np.abs(wanted).max())
+
+
 def test_near_the_truth_a_bodys_own_equations_ask_for_what_it_is_off_by(spine):
     parts, boxes, _, _ = spine
     bodies = joint.bodies_of(boxes, parts, [1, 1])
