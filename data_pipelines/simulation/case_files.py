@@ -39,8 +39,7 @@ class InputErrors:
 
     Attributes:
       mask_mm: each mask's border wanders by up to this or less (`crude_masks.wandering`); 0 leaves it.
-      camera_sd: root mean square shift, mm, and turn about the isocentre, degrees, of the cameras; one size for both, drawn for each
-        scene.
+      camera_sd: root mean square shift, mm, and turn about the isocentre, degrees, of the cameras.
     """
 
     mask_mm: float = 0.0

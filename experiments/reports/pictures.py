@@ -116,7 +116,7 @@ def registration_picture(
         handles.append(matplotlib.lines.Line2D([], [], label=pose_name, **style))
     if any((np.asarray(xray.valid) & ~counted).any() for xray, counted in zip(xrays, outcome.counted)):
         handles.append(Rectangle((0, 0), 1, 1, color=METAL, alpha=0.45, label="taken for metal, left out"))
-    body.legend(handles=handles, loc="upper right", ncols=len(handles), fontsize=11, frameon=False)
+    body.legend(handles=handles, loc="upper right", ncols=len(handles), fontsize=11, frameon=False, borderaxespad=0.0)
     save(figure, path)
 
 
@@ -133,7 +133,7 @@ def _banner(figure, name, verdict, vertebra, poses, xrays):
         fontweight="bold",
         va="center",
     )
-    lines = [f"{'' if name == 'case' else f'case {name}; '}{moved:.1f} mm from the start pose"]
+    lines = [f"{'' if name == 'case' else f'case {name}; '}moved {moved:.1f} mm from the start pose"]
     if "truth" in poses:
         lines[0] += f"; {metrics.mtre(vertebra.points, poses['estimate'], poses['truth']):.2f} mm from the true pose"
     if verdict.why or verdict.advice:

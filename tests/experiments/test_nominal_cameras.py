@@ -6,14 +6,13 @@ import re
 import subprocess
 import sys
 
+import nominal_views
 import numpy as np
 import pytest
-import xray_files
 
 from data_pipelines import cases
 from data_pipelines.ct import scans
 from data_pipelines.io import files
-from data_pipelines.simulation import carm
 from experiments import configs
 from experiments.patients import models
 from experiments.patients import preparing
@@ -25,40 +24,6 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 BENCH = REPOSITORY.parent / "shared" / "bench" / "cases" / "cases.json"
 OFF_MM, OFF_DEG = 5.0, 1.0
 RELATIVE_MM = 0.5
-PIXEL_MM, FULL = 0.6, 60000.0
-
-
-def _angles(camera_from_world):
-    """DICOM's primary and secondary angle, degrees, and the distance from source to isocentre, mm, of a camera without roll."""
-    z, distance = camera_from_world[2, :3], camera_from_world[2, 3]
-    b = -np.arcsin(z[2])
-    a = np.arctan2(z[0], -z[1])
-    np.testing.assert_allclose(carm.extrinsics(np.degrees(a), np.degrees(b), distance), camera_from_world, atol=1e-6)
-    return np.degrees(a) - 180.0, -np.degrees(b), distance
-
-
-def _write_view(path, xray, rng):
-    """An XA file of an X-ray, with each angle off by about 1 degree and each distance by about 5 mm."""
-    primary, secondary, distance = _angles(xray.camera.camera_from_world)
-    signal = np.round(FULL * np.exp(-np.maximum(xray.line_integrals, 0.0))).astype(np.uint16)
-    off = rng.choice([-1.0, 1.0], 4) * [OFF_DEG, OFF_DEG, OFF_MM, OFF_MM]
-    height, width = signal.shape
-    path.write_bytes(
-        xray_files.dicom(
-            Rows=height,
-            Columns=width,
-            BitsStored=16,
-            HighBit=15,
-            SOPInstanceUID=f"1.2.3.{rng.integers(1, 10**9)}",
-            # XA files are stored as an observer who faces the patient sees them.
-            PixelData=np.ascontiguousarray(signal[:, ::-1]).tobytes(),
-            ImagerPixelSpacing=[PIXEL_MM, PIXEL_MM],
-            DistanceSourceToDetector=float(xray.camera.intrinsics[0] * PIXEL_MM + off[2]),
-            DistanceSourceToPatient=float(distance + off[3]),
-            PositionerPrimaryAngle=float((primary + off[0] + 180.0) % 360.0 - 180.0),
-            PositionerSecondaryAngle=float(secondary + off[1]),
-        )
-    )
 
 
 def main(folder):
@@ -78,14 +43,19 @@ def main(folder):
         rng = np.random.default_rng([3, number])
         paths = [folder / f"{scene.name}_{view}.dcm" for view in ("ap", "lateral")]
         for path, xray in zip(paths, cases.read_xrays(scene, "real")):
-            _write_view(path, xray, rng)
+            path.write_bytes(nominal_views.xa(xray, rng, OFF_DEG, OFF_MM))
         case = [case for case in case_file.cases if case.scene == scene.name][number % 3]
         files.write_json(folder / "init.json", case.world_from_ct.tolist())
         command = [
             sys.executable,
             *("-m", "experiments.register", f"--ct={first.full_ct}", f"--mask={first.full_mask}", "--subject=bench"),
             *(f"--label={min(label, other)},{max(label, other)}", f"--xrays={paths[0]},{paths[1]}", "--together"),
-            *(f"--init={folder / 'init.json'}", f"--workdir={folder / 'workdir'}", "--air=60000", "--nopictures"),
+            *(
+                f"--init={folder / 'init.json'}",
+                f"--workdir={folder / 'workdir'}",
+                f"--air={nominal_views.AIR:g}",
+                "--nopictures",
+            ),
             f"--out={folder / scene.name}",
         ]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)

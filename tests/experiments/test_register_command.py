@@ -9,6 +9,7 @@ import sys
 import time
 
 import jax
+import nominal_views
 import numpy as np
 
 from data_pipelines import cases
@@ -187,6 +188,27 @@ def test_one_pair_of_xrays_by_flags_raw_xrays_and_points(trained, tmp_path, firs
     )
     saved = gaussians.from_arrays(dict(np.load(tmp_path / "a" / "L2" / "gaussians.npz")))
     assert saved.mean.shape == (4096, 3)
+
+
+def test_dicom_without_cameras_has_nominal_ones_that_are_corrected(trained, tmp_path, first_case, run_command):
+    _, case, scene, target = first_case
+    rng = np.random.default_rng(0)
+    for index, xray in enumerate(cases.read_xrays(scene, "artic")):
+        (tmp_path / f"{index}.dcm").write_bytes(nominal_views.xa(xray, rng, 0.5, 2.0))
+    files.write_json(tmp_path / "init.json", case.world_from_ct.tolist())
+    command = [
+        *(f"--ct={target.ct}", f"--mask={target.mask}", f"--label={target.label}", f"--init={tmp_path / 'init.json'}"),
+        *(f"--xrays={tmp_path / '0.dcm'},{tmp_path / '1.dcm'}", f"--air={nominal_views.AIR:g}", "--nopictures"),
+        *(f"--workdir={trained[0] / 'p3'}", "--passes=1"),
+    ]
+    done = run_command("register", *command, f"--out={tmp_path / 'nominal'}")
+    assert done.returncode == 0 and "DICOM's nominal ones, taken to be off by about 5 mm" in done.stderr, done.stderr
+    (result,) = files.read_json(tmp_path / "nominal" / "results.json")["results"]
+    assert np.shape(result["camera_motions"]) == (2, 4, 4)
+    assert files.read_json(tmp_path / "nominal" / "run.json")["warnings"]
+    done = run_command("register", *command, "--camera_sd=0,0", f"--out={tmp_path / 'trusted'}")
+    assert done.returncode == 0, done.stderr
+    assert "camera_motions" not in files.read_json(tmp_path / "trusted" / "results.json")["results"][0]
 
 
 def _spot(shape, uv, sigma):
