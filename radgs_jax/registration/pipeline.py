@@ -134,9 +134,7 @@ def register(
                 before = refined.world_from_box[:3, 3]
                 xrays, together = correct_cameras(prepared, given, refined, options.camera_sd, compile)
                 again = together.world_from_ct[0] @ vertebra.ct_from_box
-                # The wider searches have found what they can find the first time.
-                searches = confidence.SEARCHES if attempt == 0 else 0
-                refined, judged = refine_until_trusted(prepared, xrays, again, start_box, compile, together, searches)
+                refined, judged = refine_until_trusted(prepared, xrays, again, start_box, compile, together)
                 boxes += list(refined.trajectory)
                 # Cameras that were corrected at a pose that was left behind are corrected anew at the better one.
                 moved_mm = np.linalg.norm(refined.world_from_box[:3, 3] - before)
@@ -210,7 +208,6 @@ def refine_until_trusted(
     start: Float[Array, "4 4"],
     compile: Compile = jax.jit,
     together: Together | None = None,
-    most_searches: int = confidence.SEARCHES,
 ) -> tuple[Refined, Confidence | None]:
     """Refines a pose, with wider searches where the answer is not trusted.
 
@@ -218,13 +215,16 @@ def refine_until_trusted(
 
     Args:
       estimate, start: world_from_box, the network's and the one that it started from.
-      together: what corrected the cameras of the X-rays, whose error is then known; most_searches: number of wider searches.
+      together: what corrected the cameras of the X-rays, whose error is then known.
     """
     rule, vertebra = prepared.rule, prepared.vertebra
     parts = parts_in(prepared, xrays)
     seen = make_pyramid(xrays, [level.pixel_mm for level in prepared.refine.levels])
     judged, cameras = None, [xray.camera for xray in xrays]
-    of_cameras = None if together is None else joint.covariance(together)[:6, :6]
+    of_cameras = None
+    if together is not None and rule is not None:
+        # With what the pixels disagree about: a body that has bent is also taken for cameras that are off.
+        of_cameras = joint.covariance(together, confidence.error_per_misfit(rule))[:6, :6]
     found = searching.searches(
         programs_of(compile), parts, seen, estimate, start, prepared.refine, prepared.search, vertebra.label
     )
@@ -237,7 +237,7 @@ def refine_until_trusted(
         points = centred_points(refined, vertebra)
         judged = confidence.judge(refined, points, rule, count, angle, half_pixel_mm, of_cameras)
         # No pose from views of nearly one direction is accepted, however long it is searched for.
-        if judged.trusted or count == most_searches or (angle is not None and angle < confidence.MIN_VIEW_ANGLE_RAD):
+        if judged.trusted or (angle is not None and angle < confidence.MIN_VIEW_ANGLE_RAD):
             break
     return refined, judged
 
