@@ -13,9 +13,9 @@ from radgs_jax.registration import search
 @pytest.mark.parametrize(
     "preset, run, patient",
     [
-        ("base", "46a0ecf74ce3ddec", "4622198a4fe5e3fc"),
-        ("demo", "641cceaae2775e07", "4622198a4fe5e3fc"),
-        ("paper", "a0b0f900d3988bc2", "992baba3362d8012"),
+        ("base", "f7c92f147903fda5", "e819a603454427e3"),
+        ("demo", "fa00d2c1dfc025fc", "e819a603454427e3"),
+        ("paper", "38731d91630d04c9", "0f127401c1e1dd8a"),
     ],
 )
 def test_presets_keep_their_digests(preset, run, patient):

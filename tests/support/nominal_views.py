@@ -6,7 +6,7 @@ import xray_files
 from data_pipelines.simulation import carm
 from radgs_jax.geometry.xray import XRay
 
-PIXEL_MM, AIR = 0.6, 60000.0
+SOURCE_DETECTOR_MM, AIR = 1124.0, 60000.0
 
 
 def _angles(camera_from_world):
@@ -23,6 +23,7 @@ def xa(xray: XRay, rng: np.random.Generator, off_deg: float, off_mm: float) -> b
     signal = np.round(AIR * np.exp(-np.maximum(np.asarray(xray.line_integrals, np.float64), 0.0))).astype(np.uint16)
     off = rng.choice([-1.0, 1.0], 4) * [off_deg, off_deg, off_mm, off_mm]
     height, width = signal.shape
+    pixel_mm = float(SOURCE_DETECTOR_MM / xray.camera.intrinsics[0])
     return xray_files.dicom(
         Rows=height,
         Columns=width,
@@ -31,8 +32,8 @@ def xa(xray: XRay, rng: np.random.Generator, off_deg: float, off_mm: float) -> b
         SOPInstanceUID=f"1.2.3.{rng.integers(1, 10**9)}",
         # XA files are stored as an observer who faces the patient sees them.
         PixelData=np.ascontiguousarray(signal[:, ::-1]).tobytes(),
-        ImagerPixelSpacing=[PIXEL_MM, PIXEL_MM],
-        DistanceSourceToDetector=float(xray.camera.intrinsics[0] * PIXEL_MM + off[2]),
+        ImagerPixelSpacing=[pixel_mm, pixel_mm],
+        DistanceSourceToDetector=float(SOURCE_DETECTOR_MM + off[2]),
         DistanceSourceToPatient=float(distance + off[3]),
         PositionerPrimaryAngle=float((primary + off[0] + 180.0) % 360.0 - 180.0),
         PositionerSecondaryAngle=float(secondary + off[1]),
