@@ -37,8 +37,6 @@ MAX_CAMERA_MM, MAX_CAMERA_DEG = 20.0, 5.0
 """Largest errors of cameras that can be stated. Chosen by hand: beyond, the first refinement finds nothing to correct them by."""
 STRICT_STATUS = 3
 """Exit status where --strict is given and a pose is refused."""
-NOMINAL = ",".join(f"{value:g}" for value in view_geometry.NOMINAL_SD)
-"""Default of --camera_sd for DICOM's nominal cameras."""
 
 
 def define_flags() -> None:
@@ -97,7 +95,7 @@ def define_flags() -> None:
         "camera_sd",
         None,
         "How far the cameras are off, mm and degrees (root mean square), such as 1.0,0.3: they are then corrected; default: not at "
-        f"all, and {NOMINAL} where they are DICOM's nominal ones.",
+        f"all, and {','.join(f'{v:g}' for v in view_geometry.NOMINAL_SD)} where they are DICOM's nominal ones.",
     )
     flags.DEFINE_bool("together", False, "Also refine the trusted vertebrae of --label together, into spine.json.")
     flags.DEFINE_bool("strict", False, f"End with status {STRICT_STATUS} if a pose is refused.")
@@ -175,14 +173,13 @@ def _frames():
 
 def _camera_sd(rows):
     """--camera_sd as (radians, mm), or its default for the cameras of `rows`."""
-    given = flags.FLAGS.camera_sd
-    if given is None:
-        views = [] if callable(rows[0].xrays) else rows[0].xrays
-        given = ["0", "0"]
-        if flags.FLAGS.refine and any(view.origin["camera"] == view_geometry.NOMINAL for view in views):
-            given = NOMINAL.split(",")
-            logging.warning("cameras: DICOM's nominal ones, taken to be off by about %s mm and %s degrees", *given)
-    mm, degrees = cli.mm_and_degrees("--camera_sd", given, (MAX_CAMERA_MM, MAX_CAMERA_DEG))
+    mm, degrees = 0.0, 0.0
+    views = [] if callable(rows[0].xrays) else rows[0].xrays
+    if (given := flags.FLAGS.camera_sd) is not None:
+        mm, degrees = cli.mm_and_degrees("--camera_sd", given, (MAX_CAMERA_MM, MAX_CAMERA_DEG))
+    elif flags.FLAGS.refine and any(view.origin["camera"] == view_geometry.NOMINAL for view in views):
+        mm, degrees = view_geometry.NOMINAL_SD
+        logging.warning("cameras: DICOM's nominal ones, taken to be off by about %g mm and %g degrees", mm, degrees)
     if any((mm, degrees)) and not flags.FLAGS.refine:
         errors.fail("flags", "--camera_sd", "--norefine", "the refinement, which corrects cameras")
     return math.radians(degrees), mm

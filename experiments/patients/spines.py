@@ -53,13 +53,14 @@ def spine(
         own = covariance[6 * k : 6 * k + 6, 6 * k : 6 * k + 6]
         centre, T = ready.vertebra.ct_from_box[:3, 3], together.world_from_ct[k]
         points = (ready.vertebra.points - centre) @ T[:3, :3].T
+        radius_mm = factor * confidence.spread_mm(own, points)
         vertebrae.append(
             {
                 "level": levels.level_name(row.target.label),
                 "world_from_ct": T.tolist(),
                 "rest_world_from_ct": together.world_from_ct[len(used) + k].tolist(),
-                "accepted": factor * confidence.spread_mm(own, points) <= metrics.SUCCESS_MM,
-                "uncertainty_mm": factor * confidence.spread_mm(own, points),
+                "accepted": radius_mm <= metrics.SUCCESS_MM,
+                "uncertainty_mm": radius_mm,
                 "covariance": own.tolist(),
             }
         )

@@ -135,8 +135,9 @@ def kept(function: Callable, static_argnames: str | Sequence[str] = ()) -> Calla
 
     def lower(*args, **options):
         key, leaves = program(args, options)
+        ready = used(key)
         try:
-            lowered = None if used(key) else programs[key].lower(*leaves)
+            lowered = None if ready else programs[key].lower(*leaves)
         except Exception as error:
             if (path := paths.pop(key, None)) is None:
                 raise
@@ -149,15 +150,15 @@ def kept(function: Callable, static_argnames: str | Sequence[str] = ()) -> Calla
 
         def compile():
             if lowered is None:
-                return compiled[key]
-            ready = lowered.compile()
+                return ready
+            made = lowered.compile()
             with lock:
-                compiled[key] = ready
+                compiled[key] = made
                 while len(compiled) > MAX_LOADED:
+                    oldest, _ = compiled.popitem(last=False)
                     for held in (programs, paths):
-                        held.pop(next(iter(compiled)), None)
-                    compiled.popitem(last=False)
-            return ready
+                        held.pop(oldest, None)
+            return made
 
         return types.SimpleNamespace(compile=compile)
 

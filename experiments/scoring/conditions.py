@@ -81,6 +81,11 @@ class Condition:
     starts_mm: tuple[tuple[float, float], ...] = configs.STARTS_MM
     every_start: bool = False
 
+    def options(self, passes: int) -> pipeline.RegisterOptions:
+        """What its registrations are asked for, with a number of passes of the network."""
+        mm, degrees = self.camera_sd
+        return pipeline.RegisterOptions(passes, camera_sd=(math.radians(degrees), mm))
+
 
 def sweeps() -> list[Condition]:
     """The conditions of all sweeps."""
@@ -157,25 +162,23 @@ class Patient:
         label, usual = volume.full_label, self.prepared[volume.full_label]
         if volume.full_mask.resolve() == self.mask.resolve():
             return usual
-        if (label, volume.full_mask) not in self._masked:
-            scan = scans.read_scan(self.ct, volume.full_mask, self.subject[0])
-            self._masked[label, volume.full_mask] = prepare_untrained(
-                usual.model, scan, label, usual.rule, usual.refine, usual.search, mask_path=volume.full_mask
-            )
-        return self._masked[label, volume.full_mask]
+        read = lambda: scans.read_scan(self.ct, volume.full_mask, self.subject[0])
+        return self._prepared_again(label, volume.full_mask, read, volume.full_mask)
 
     def with_mask(self, label: int, kind: str) -> Prepared:
         """The vertebra of a label as if it had been prepared with a changed mask, one of MASKS."""
         if MASKS[kind] is None:
             return self.prepared[label]
-        if (label, kind) not in self._masked:
+        return self._prepared_again(label, kind, lambda: scan_with_mask(self.scan, label, kind), self.mask)
+
+    def _prepared_again(self, label, name, scan_of, mask_path):
+        """The vertebra prepared from another scan, once for each `name` of it."""
+        if (label, name) not in self._masked:
             usual = self.prepared[label]
-            scan = scan_with_mask(self.scan, label, kind)
-            made = prepare_untrained(
-                usual.model, scan, label, usual.rule, usual.refine, usual.search, mask_path=self.mask
+            self._masked[label, name] = prepare_untrained(
+                usual.model, scan_of(), label, usual.rule, usual.refine, usual.search, mask_path=mask_path
             )
-            self._masked[label, kind] = made
-        return self._masked[label, kind]
+        return self._masked[label, name]
 
 
 def scenes_of(patient: Patient, condition: Condition, count: int, seed: int, out: pathlib.Path) -> cases.CaseFile:
@@ -262,8 +265,7 @@ def register_condition(
     if path.exists():
         return files.read_json(path)
     case_file = scenes_of(patient, condition, count, seed, out)
-    mm, degrees = condition.camera_sd
-    rows, options = [], pipeline.RegisterOptions(passes, camera_sd=(math.radians(degrees), mm))
+    rows, options = [], condition.options(passes)
     metal = {one["id"]: one.get("metal", False) for one in case_file.raw["scenes"]}
     chosen = _chosen(case_file, condition)
     with progress.bar(len(chosen), f"{condition.group}: {condition.name}") as bar:
@@ -332,5 +334,5 @@ def failures(
         scene = case_file.scenes[case.scene]
         volume, start = case_file.volumes[scene.volume], case.world_from_ct
         given = _given(patient, condition, volume, scene, [seed, number, CAMERA_STREAM])
-        outcome = pipeline.register(*given, start, pipeline.RegisterOptions(passes), kept)
+        outcome = pipeline.register(*given, start, condition.options(passes), kept)
         case_folder.write(folder, name, outcome, *given, start, cases.truth(case_file, scene))

@@ -158,9 +158,14 @@ def _size_terms(misfit_mm):
     return np.array([1.0, np.log(max(misfit_mm, SMALLEST_MM))])
 
 
+def _size_mm(rule, misfit_mm):
+    """Size of the error of a pose whose misfit moves the vertebra's points by a root mean square of `misfit_mm`."""
+    return float(np.exp(np.clip(np.dot(rule.size, _size_terms(misfit_mm)), -5.0, 5.0)))
+
+
 def error_per_misfit(rule: AcceptanceRule) -> float:
     """Ratio of an error to its misfit, at a misfit of `TYPICAL_MM`."""
-    return float(np.exp(np.dot(rule.size, _size_terms(TYPICAL_MM)))) / TYPICAL_MM
+    return _size_mm(rule, TYPICAL_MM) / TYPICAL_MM
 
 
 def view_angle(camera_from_world: Float[Array, "views 4 4"], point: Float[Array, "3"]) -> float | None:
@@ -214,7 +219,7 @@ def judge(
     odds = float(np.dot(rule.chance, [1.0, *values]))
     chance = 1.0 / (1.0 + np.exp(-np.clip(odds, -50.0, 50.0)))
     misfit_mm = spread_mm(misfit, points)
-    size = float(np.exp(np.clip(np.dot(rule.size, _size_terms(misfit_mm)), -5.0, 5.0)))
+    size = _size_mm(rule, misfit_mm)
     camera_mm = math.hypot(ERROR_PER_DISAGREEMENT * float(refined.view_disagreement_mm), camera_error_mm)
     covariance = misfit * (size / misfit_mm) ** 2
     # Errors of the cameras may shift the pose in any direction. They are added as a variance, so that the radius is always

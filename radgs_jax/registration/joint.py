@@ -176,7 +176,7 @@ def linearised(
       camera_from_world: (V, 4, 4) corrected; at: (K, 4, 4) poses world_from_ct that windows are cut at, which stay the same from
         step to step; world_from_ct: (2 K, 4, 4) current poses; config: of one level, that of `views`.
     Returns:
-      normal matrices (K, V, 24, 24), right sides (K, V, 24), and what each square of pixels adds to these (K, V, B, 24), rad and
+      normal matrices (K, V, 24, 24), right sides (K, V, 24), and what each square of pixels adds to those (K, V, B, 24), rad and
       mm; bodies are the vertebra, the one above, the one below and the rest, and 0 where there is none.
     """
     (level,) = config.levels

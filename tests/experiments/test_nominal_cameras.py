@@ -1,11 +1,11 @@
 """X-rays as DICOM files whose geometry tags are off, without a calibration: the bench through `register`. Slow; needs the bench."""
 
-import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import fresh_python
 import nominal_views
 import numpy as np
 import pytest
@@ -85,19 +85,10 @@ def main(folder):
 
 @pytest.mark.slow
 def test_relative_poses_are_right_with_nominal_cameras(tmp_path):
-    """In a process of its own, with the compiler's ordinary settings: the tests' quick compilation makes slow programs."""
+    """In a process of its own: the tests' quick compilation makes slow programs."""
     if not BENCH.exists():
         pytest.skip("the bench is not there")
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    support = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests' / 'support'}"
-    printed = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
-        cwd=REPOSITORY,
-        env=environment | {"PYTHONPATH": support},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    printed = fresh_python.run_script(__file__, tmp_path)
     median_mm, held, count = re.search(r"relative ([\d.]+) mm, largest .*; (\d+) of (\d+) within", printed).groups()
     assert float(median_mm) < RELATIVE_MM and int(held) >= 0.9 * int(count), printed
 

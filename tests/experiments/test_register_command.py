@@ -30,6 +30,7 @@ from radgs_jax.localization import network
 from radgs_jax.localization.chain import Chain
 from radgs_jax.registration import confidence
 from radgs_jax.registration import pipeline
+from radgs_jax.registration.programs import programs_of
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -111,6 +112,8 @@ def test_a_refused_case_does_not_pay_for_the_programs_of_its_wider_searches(trai
         spent.append(time.perf_counter() - start)
         return outcome
 
+    # Another test may have loaded the programs of wider searches in this process.
+    programs_of.cache_clear()
     monkeypatch.setattr(jax.stages.Lowered, "compile", slow)
     monkeypatch.setattr(pipeline, "register", timed)
     row = registering.Row(case.name, target, cases.read_xrays(scene, "artic"), case.world_from_ct)

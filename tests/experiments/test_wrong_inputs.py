@@ -1,13 +1,12 @@
 """A hundred wrong inputs on the bench: none may come out accepted, and most must be told at once. Slow; needs the bench."""
 
 import dataclasses
-import os
 import pathlib
 import re
-import subprocess
 import sys
 import time
 
+import fresh_python
 import numpy as np
 import pytest
 
@@ -106,19 +105,10 @@ def main(folder):
 
 @pytest.mark.slow
 def test_none_of_a_hundred_wrong_inputs_is_accepted(tmp_path):
-    """In a process of its own, with the compiler's ordinary settings: the tests' quick compilation makes slow programs."""
+    """In a process of its own: the tests' quick compilation makes slow programs."""
     if not BENCH.exists():
         pytest.skip("the bench is not there")
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, __file__, str(tmp_path / "workdir")]
-    printed = subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        env=environment | {"PYTHONPATH": str(REPOSITORY)},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    printed = fresh_python.run_script(__file__, tmp_path / "workdir")
     count, median_s, accepted = re.fullmatch(
         r"(\d+) inputs, median ([\d.]+) s, .*accepted (.*)", printed.splitlines()[-1]
     ).groups()

@@ -1,5 +1,6 @@
 """Runs code in an interpreter of its own, in which nothing of ours has been imported yet."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -14,7 +15,19 @@ def run(code: str, **options: Any) -> str:
     Args:
       options: of `subprocess.run`, such as cwd or env.
     """
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, **{"cwd": REPOSITORY, **options})
+    return _printed(["-c", code], options)
+
+
+def run_script(script: pathlib.Path | str, *arguments: object) -> str:
+    """What a test file prints that is run as a script, with the compiler's ordinary settings instead of the tests' quick ones."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests" / "support")))
+    return _printed([str(script), *map(str, arguments)], {"env": environment})
+
+
+def _printed(arguments, options):
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, **{"cwd": REPOSITORY, **options}
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
