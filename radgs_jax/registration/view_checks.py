@@ -132,6 +132,15 @@ CHECKS = {
         "16-bit detector tells 11 apart, and simulated X-rays without noise reach 20. Noise alone has below 0.02. Half or twice "
         "still refuses empty images, intensities of 8 bits or more, and numbers that are off by 1000.",
     ),
+    "what is not noise": Bounds(
+        "",
+        (0.1, math.inf),
+        (0.3, math.inf),
+        "X-rays, in which neighbouring pixels are alike",
+        "Share of an image's variance that the means of squares of 4 x 4 pixels keep. Noise alone keeps 1/16; X-rays 0.9 and "
+        "more, at a thousand photons a pixel, too. Half lets noise pass; twice still refuses nothing but noise of six times the "
+        "body's variance.",
+    ),
     "angle between the views": Bounds(
         "degrees",
         ANY,

@@ -50,8 +50,14 @@ def camera(degrees=0.0, distance_mm=700.0, sdd_mm=1124.0, panel_mm=290.0, size=(
 
 
 def xrays(*cameras):
+    """X-rays whose squares of 8 pixels have random values."""
     rng = np.random.default_rng(1)
-    return [XRay(rng.normal(size=(c.height, c.width)), np.ones((c.height, c.width), bool), c) for c in cameras]
+    made = []
+    for c in cameras:
+        coarse = rng.normal(size=(-(-c.height // 8), -(-c.width // 8)))
+        image = np.kron(coarse, np.ones((8, 8)))[: c.height, : c.width]
+        made.append(XRay(image, np.ones((c.height, c.width), bool), c))
+    return made
 
 
 def start(place_mm=(12.0, -18.0, 9.0), turn=(0.1, -0.15, 0.2)):
@@ -316,6 +322,23 @@ def test_line_integrals_that_no_body_has_are_refused(change):
         errors.BadGeometry, match=r"X-rays: view 1: found line integrals from .*, wanted line integrals"
     ):
         plausibility.check(vertebra(), [first, changed], start())
+
+
+@pytest.mark.parametrize("structure, said", [(0.0, "refused"), (0.3, "noted"), (3.0, "taken")])
+def test_images_of_noise_are_told_from_noisy_ones(structure, said):
+    first, second = xrays(camera(), camera(90.0))
+    shape = second.line_integrals.shape
+    v, u = np.indices(shape) / max(shape)
+    noisy = 3.0 + structure * np.sin(9.0 * u + 5.0 * v) + np.random.default_rng(0).normal(0.0, 0.5, shape)
+    given = [first, XRay(noisy.astype(np.float32), second.valid, second.camera)]
+    if said == "refused":
+        with pytest.raises(
+            errors.BadGeometry, match=r"X-rays: view 1: found an image of which 6% is not noise, wanted"
+        ):
+            plausibility.check(vertebra(), given, start())
+    else:
+        notes = plausibility.check(vertebra(), given, start())
+        assert len(notes) == (said == "noted") and all("is not noise" in note for note in notes)
 
 
 def test_contrast_is_measured_where_pixels_count():
