@@ -47,8 +47,8 @@ def spine(
     poses = [np.array(answers[row.name].get("as_calibrated", answers[row.name]["T"])) for row in used]
     together, vertebrae = pipeline.refine_spine(prepared, used[0].xrays, poses, camera_sd, kept), []
     rule = prepared[0].rule
-    growth, factor = (1.0, 1.0) if rule is None else (confidence.error_per_misfit(rule), rule.radius)
-    covariance, centres, surfaces = joint.covariance(together, growth), [], []
+    factor = 1.0 if rule is None else rule.radius
+    covariance, centres, surfaces = joint.covariance(together), [], []
     for k, (row, ready) in enumerate(zip(used, prepared)):
         own = covariance[6 * k : 6 * k + 6, 6 * k : 6 * k + 6]
         centre, T = ready.vertebra.ct_from_box[:3, 3], together.world_from_ct[k]

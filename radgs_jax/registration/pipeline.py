@@ -223,8 +223,8 @@ def refine_until_trusted(
     judged, cameras = None, [xray.camera for xray in xrays]
     of_cameras = None
     if together is not None and rule is not None:
-        # With what the pixels disagree about: a body that has bent is also taken for cameras that are off.
-        of_cameras = joint.covariance(together, confidence.error_per_misfit(rule))[:6, :6]
+        # With what pixels and views disagree about: a body that has bent is also taken for cameras that are off.
+        of_cameras = joint.covariance(together)[:6, :6]
     found = searching.searches(
         programs_of(compile), parts, seen, estimate, start, prepared.refine, prepared.search, vertebra.label
     )
@@ -290,7 +290,10 @@ def _refined_together(prepared, xrays, starts, camera_sd, compile):
     between = [levels.steps(a, b, labels + [*range(a + 1, b)]) for a, b in zip(labels, labels[1:])]
     boxes, parts = [p.vertebra.ct_from_box for p in prepared], [parts_in(p, xrays) for p in prepared]
     bodies = joint.bodies_of(boxes, parts, between)
-    return joint.refine_together(programs_of(compile).linearised, bodies, seen, starts, camera_sd, config)
+    growth = 1.0 if prepared[0].rule is None else confidence.error_per_misfit(prepared[0].rule)
+    return joint.refine_together(
+        programs_of(compile).linearised, bodies, seen, starts, camera_sd, config, growth=growth
+    )
 
 
 def shows_bare_bone(xrays: Sequence[XRay], search: searching.SearchConfig) -> bool:

@@ -110,6 +110,10 @@ def _shift(shift_mm):
     return motion
 
 
+def _apart_mm(a, b):
+    return np.linalg.norm(a.world_from_box[:3, 3] - b.world_from_box[:3, 3])
+
+
 def _along_rays(world_from_box, camera_from_world, shifts_mm):
     """The pose shifted along each view's ray through its origin."""
     found = []
@@ -159,7 +163,7 @@ def refine_pose(
     for _ in range(search.max_walk if places_mm else 0):
         places = [refined.world_from_box @ _shift((0.0, 0.0, along)) for along in places_mm]
         other = run(places, glance(config, search))
-        away_mm = np.linalg.norm(other.world_from_box[:3, 3] - refined.world_from_box[:3, 3])
+        away_mm = _apart_mm(other, refined)
         if away_mm < gauss_newton.DISTINCT_MM:
             break
         margin = refined.fit[0] - other.fit[0]
@@ -168,7 +172,13 @@ def refine_pose(
             if margin < refined.margin:
                 refined = dataclasses.replace(refined, rival_mm=away_mm, margin=margin)
             break
-        other = settled(run(places, config.levels))
+        # Each by itself: at the coarsest level, the wrong one of two may fit better.
+        others = [settled(run([place] * 2, config.levels)) for place in places]
+        others = [o for o in others if _apart_mm(o, refined) >= gauss_newton.DISTINCT_MM]
+        if not others:
+            break
+        other = max(others, key=lambda o: o.fit[-1])
+        away_mm = _apart_mm(other, refined)
         better, worse = (other, refined) if other.fit[-1] > refined.fit[-1] else (refined, other)
         margin = better.fit[-1] - worse.fit[-1]
         refined = dataclasses.replace(better, rival_mm=away_mm, margin=min(margin, better.margin))

@@ -23,6 +23,7 @@ GIVEN[0, :3, :3] = [[-1, 0, 0], [0, 0, -1], [0, -1, 0]]
 GIVEN[1, :3, :3] = [[0, -1, 0], [0, 0, -1], [1, 0, 0]]
 GIVEN[:, 2, 3], GIVEN[:, 3, 3] = 700.0, 1.0
 PLACES = np.array([[-3.0, 2.0, 31.0], [0.0, 0.0, 0.0], [2.0, -1.0, -30.0]])
+NO_DISCREPANCY = ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
 linearised = jax.jit(joint.linearised, static_argnames="config")
 
 
@@ -109,7 +110,7 @@ def test_cameras_are_corrected_relative_to_each_other(spine):
     start, sd = np.stack([np.eye(4)] * 6), (math.radians(0.4), 1.5)
     bodies = joint.bodies_of(boxes, parts, [1, 1])
     blind = joint.refine_together(linearised, bodies, seen, start, (0.0, 0.0), CONFIG)
-    found = joint.refine_together(linearised, bodies, seen, start, sd, CONFIG)
+    found = joint.refine_together(linearised, bodies, seen, start, sd, CONFIG, NO_DISCREPANCY)
     relative = np.linalg.inv(off[1]) @ off[0]
     left = np.linalg.inv(found.motions[1]) @ found.motions[0] @ np.linalg.inv(relative)
     turn, shift = left[:3, :3], left[:3, 3]
@@ -123,6 +124,49 @@ def test_cameras_are_corrected_relative_to_each_other(spine):
     assert spread(found.world_from_ct) < 0.1 and spread(found.world_from_ct) < 0.5 * spread(blind.world_from_ct)
 
 
+def test_views_that_are_wrong_by_themselves_correct_cameras_by_no_more_than_they_know(spine):
+    """The first view sees another pose of all bodies than the second: by its camera's error, or by what the model lacks."""
+    parts, boxes, _, _ = spine
+    shown = np.stack([motion(0.006, 0.0, 0.004, 0.0, 0.0, 0.6)] * 4)
+    seen, other = xrays(spine, np.stack([np.eye(4)] * 4), GIVEN), xrays(spine, shown, GIVEN)
+    (views,) = seen.levels
+    seen = Pyramid([views.replace(images=[other.levels[0].images[0], views.images[1]])], seen.camera_from_world)
+    bodies, start, sd = joint.bodies_of(boxes, parts, [1, 1]), np.stack([np.eye(4)] * 6), (math.radians(0.1), 0.3)
+
+    def relative(discrepancy):
+        found = joint.refine_together(linearised, bodies, seen, start, sd, CONFIG, discrepancy)
+        twist = rigid_host.twist_about(np.zeros(3), np.linalg.inv(found.motions[1]) @ found.motions[0])
+        return np.abs(twist[[0, 5]]), joint.covariance(found)
+
+    (turn, height_mm), small = relative(NO_DISCREPANCY)
+    assert turn > 0.005 and height_mm > 0.5
+    (turn, height_mm), large = relative(((0.05, 1.0, 5.0), (0.05, 1.0, 5.0)))
+    assert turn < 0.001 and height_mm < 0.2
+    assert np.trace(large[-6:, -6:]) > np.trace(small[-6:, -6:])
+
+
+def test_errors_of_a_view_are_eliminated_as_further_unknowns():
+    """One vertebra in its rest, seen by two views with exact cameras, against the equations with the views' errors in them."""
+    rng, size = np.random.default_rng(4), 24
+    root = rng.normal(size=(1, 2, size, 40))
+    root[:, :, 6:18] = 0.0
+    normals, rights = root @ root.swapaxes(-1, -2), rng.normal(size=(1, 2, size))
+    rights[:, :, 6:18] = 0.0
+    discrepancy = ((0.1, 0.2, 0.5), (0.3, 0.4, 0.6))
+    errors = joint.errors_of_views(discrepancy, GIVEN)
+    blocks = rights[:, :, None]
+    normal, right, _ = joint.assembled([(-1, -1)], normals, rights, blocks, np.zeros((2, 3)), errors, 1.0)
+    there = [*range(6), *range(18, 24)]
+    wanted_normal, wanted_right = np.zeros((12, 12)), np.zeros(12)
+    for v in range(2):
+        N, r = normals[0, v][np.ix_(there, there)], rights[0, v][there]
+        free = np.linalg.inv(N + np.linalg.inv(errors[v][np.ix_(there, there)]))
+        wanted_normal += N - N @ free @ N
+        wanted_right += r - N @ free @ r
+    np.testing.assert_allclose(normal[:12, :12], wanted_normal, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(right[:12], wanted_right, rtol=1e-8, atol=1e-8)
+
+
 def test_the_covariance_holds_what_no_view_shows(spine):
     parts, boxes, _, _ = spine
     truth = np.stack([np.eye(4)] * 6)
@@ -132,7 +176,8 @@ def test_the_covariance_holds_what_no_view_shows(spine):
     covariance = joint.covariance(found)
     # Two cameras that are off by 1 mm move a body by 1 / sqrt(2) together, of which nothing is seen.
     assert np.sqrt(np.trace(covariance[9:12, 9:12])) > 0.8 / math.sqrt(2)
-    exact = joint.covariance(joint.refine_together(linearised, bodies, seen, truth, (0.0, 0.0), CONFIG))
+    right = joint.refine_together(linearised, bodies, seen, truth, (0.0, 0.0), CONFIG, NO_DISCREPANCY)
+    exact = joint.covariance(right)
     assert np.sqrt(np.trace(exact[9:12, 9:12])) < 0.05
     # What two vertebrae have in common with the cameras cancels in their relative motion.
     relative = np.zeros((3, len(covariance)))
