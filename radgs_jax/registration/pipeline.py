@@ -291,8 +291,9 @@ def _refined_together(prepared, xrays, starts, camera_sd, compile):
     boxes, parts = [p.vertebra.ct_from_box for p in prepared], [parts_in(p, xrays) for p in prepared]
     bodies = joint.bodies_of(boxes, parts, between)
     growth = 1.0 if prepared[0].rule is None else confidence.error_per_misfit(prepared[0].rule)
+    discrepancy = joint.DISCREPANCY if any(camera_sd) else joint.NO_DISCREPANCY
     return joint.refine_together(
-        programs_of(compile).linearised, bodies, seen, starts, camera_sd, config, growth=growth
+        programs_of(compile).linearised, bodies, seen, starts, camera_sd, config, discrepancy, growth
     )
 
 

@@ -23,7 +23,6 @@ GIVEN[0, :3, :3] = [[-1, 0, 0], [0, 0, -1], [0, -1, 0]]
 GIVEN[1, :3, :3] = [[0, -1, 0], [0, 0, -1], [1, 0, 0]]
 GIVEN[:, 2, 3], GIVEN[:, 3, 3] = 700.0, 1.0
 PLACES = np.array([[-3.0, 2.0, 31.0], [0.0, 0.0, 0.0], [2.0, -1.0, -30.0]])
-NO_DISCREPANCY = ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
 linearised = jax.jit(joint.linearised, static_argnames="config")
 
 
@@ -110,7 +109,7 @@ def test_cameras_are_corrected_relative_to_each_other(spine):
     start, sd = np.stack([np.eye(4)] * 6), (math.radians(0.4), 1.5)
     bodies = joint.bodies_of(boxes, parts, [1, 1])
     blind = joint.refine_together(linearised, bodies, seen, start, (0.0, 0.0), CONFIG)
-    found = joint.refine_together(linearised, bodies, seen, start, sd, CONFIG, NO_DISCREPANCY)
+    found = joint.refine_together(linearised, bodies, seen, start, sd, CONFIG, joint.NO_DISCREPANCY)
     relative = np.linalg.inv(off[1]) @ off[0]
     left = np.linalg.inv(found.motions[1]) @ found.motions[0] @ np.linalg.inv(relative)
     turn, shift = left[:3, :3], left[:3, 3]
@@ -138,7 +137,7 @@ def test_views_that_are_wrong_by_themselves_correct_cameras_by_no_more_than_they
         twist = rigid_host.twist_about(np.zeros(3), np.linalg.inv(found.motions[1]) @ found.motions[0])
         return np.abs(twist[[0, 5]]), joint.covariance(found)
 
-    (turn, height_mm), small = relative(NO_DISCREPANCY)
+    (turn, height_mm), small = relative(joint.NO_DISCREPANCY)
     assert turn > 0.005 and height_mm > 0.5
     (turn, height_mm), large = relative(((0.05, 1.0, 5.0), (0.05, 1.0, 5.0)))
     assert turn < 0.001 and height_mm < 0.2
@@ -176,7 +175,7 @@ def test_the_covariance_holds_what_no_view_shows(spine):
     covariance = joint.covariance(found)
     # Two cameras that are off by 1 mm move a body by 1 / sqrt(2) together, of which nothing is seen.
     assert np.sqrt(np.trace(covariance[9:12, 9:12])) > 0.8 / math.sqrt(2)
-    right = joint.refine_together(linearised, bodies, seen, truth, (0.0, 0.0), CONFIG, NO_DISCREPANCY)
+    right = joint.refine_together(linearised, bodies, seen, truth, (0.0, 0.0), CONFIG, joint.NO_DISCREPANCY)
     exact = joint.covariance(right)
     assert np.sqrt(np.trace(exact[9:12, 9:12])) < 0.05
     # What two vertebrae have in common with the cameras cancels in their relative motion.
