@@ -54,10 +54,10 @@ SETTLED_MM = 2e-3
 """Step of the vertebra that moves most at which a level ends, mm. Chosen by hand, a tenth of the best accuracy."""
 DISCREPANCY = ((math.radians(0.3), 0.1, 1.0), (math.radians(1.0), 0.6, 2.0))
 """Standard deviations of what each view by itself is wrong by about the pose of a window's vertebra, and of the other bodies there,
-which its border cuts: a turn, rad, a shift across the rays and one along them, mm. Crude masks, bent bodies and unknown pixel values cause it, in all pixels alike, so that no
-pixel shows it (Kennedy and O'Hagan 2001). Taken from 48 scenes of two patients of the rule's fit with every fault at random: views
-disagree about a vertebra by 0.3 to 0.5 degrees, 0.1 and 0.8 mm. At half, cameras are corrected by what is not theirs, and poses are
-as bad as without a correction; twice changes poses by a twentieth."""
+which its border cuts: a turn, rad, a shift across the rays and one along them, mm. Crude masks, bent bodies and unknown pixels
+cause it, in all pixels alike, so that no pixel shows it (Kennedy and O'Hagan 2001). Taken from 48 scenes of two patients of the
+rule's fit with every fault at random: views disagree about a vertebra by 0.3 to 0.5 degrees, 0.1 and 0.8 mm. At half, cameras are
+corrected by what is not theirs, and poses are as bad as without a correction; twice changes poses by a twentieth."""
 NO_DISCREPANCY = ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
 """Of views that are right: pixels alone decide. With right cameras it is the better model of a bent spine (docs/accuracy.md)."""
 LEAST_CURVATURE = 1e-6
