@@ -35,6 +35,8 @@ from radgs_jax.registration.pipeline import RegisterOptions
 
 MAX_CAMERA_MM, MAX_CAMERA_DEG = 20.0, 5.0
 """Largest errors of cameras that can be stated. Chosen by hand: beyond, the first refinement finds nothing to correct them by."""
+MAX_DISTORTION = 0.2
+"""Largest distortion that can be stated. Image intensifiers have up to 0.1; the same holds beyond twice that."""
 STRICT_STATUS = 3
 """Exit status where --strict is given and a pose is refused."""
 
@@ -96,6 +98,14 @@ def define_flags() -> None:
         None,
         "How far the cameras are off, mm and degrees (root mean square), such as 1.0,0.3: they are then corrected; default: not at "
         f"all, and {','.join(f'{v:g}' for v in view_geometry.NOMINAL_SD)} where they are DICOM's nominal ones.",
+    )
+    flags.DEFINE_float(
+        "distortion_sd",
+        0.0,
+        "How far the X-rays are stretched at their field's border, as a fraction of its radius, such as 0.03 of an image "
+        "intensifier: this is then fitted.",
+        lower_bound=0.0,
+        upper_bound=MAX_DISTORTION,
     )
     flags.DEFINE_bool("together", False, "Also refine the trusted vertebrae of --label together, into spine.json.")
     flags.DEFINE_bool("strict", False, f"End with status {STRICT_STATUS} if a pose is refused.")
@@ -180,8 +190,9 @@ def _camera_sd(rows):
     elif flags.FLAGS.refine and any(view.origin["camera"] == view_geometry.NOMINAL for view in views):
         mm, degrees = view_geometry.NOMINAL_SD
         logging.warning("cameras: DICOM's nominal ones, taken to be off by about %g mm and %g degrees", mm, degrees)
-    if any((mm, degrees)) and not flags.FLAGS.refine:
-        errors.fail("flags", "--camera_sd", "--norefine", "the refinement, which corrects cameras")
+    for flag, given in (("camera_sd", any((mm, degrees))), ("distortion_sd", flags.FLAGS.distortion_sd)):
+        if given and not flags.FLAGS.refine:
+            errors.fail("flags", f"--{flag}", "--norefine", "the refinement, which corrects views")
     return math.radians(degrees), mm
 
 
@@ -236,14 +247,14 @@ def main() -> None:
     extra_files = {}
     if reports:
         extra_files["detection.json"] = next(iter(reports.values())) if len(reports) == 1 else reports
-    options = RegisterOptions(given.passes, given.refine, _camera_sd(rows))
+    options = RegisterOptions(given.passes, given.refine, _camera_sd(rows), given.distortion_sd)
     variant = given.variant if given.cases else "xrays"
     if given.together:
         if given.cases or len(rows) < spines.MIN_VERTEBRAE:
             errors.fail(
                 "flags", "--together", f"{len(rows)} vertebra(e) of --label", "two or more, with --ct and --xrays"
             )
-        extra_files["spine.json"] = lambda results: spines.spine(rows, load, results, options.camera_sd)
+        extra_files["spine.json"] = lambda results: spines.spine(rows, load, results, options)
     # The last one, so that it has all warnings.
     extra_files["run.json"] = lambda results: record.finish(inputs, cli.warnings_said())
     done = registering.register_rows(

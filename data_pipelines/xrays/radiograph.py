@@ -27,6 +27,7 @@ from data_pipelines.xrays.read_options import VALUES as VALUES
 from radgs_jax import errors
 from radgs_jax.geometry.camera import Camera
 from radgs_jax.geometry.xray import XRay
+from radgs_jax.registration import view_checks
 
 LINE_INTEGRAL_RANGE = (-1.0, 12.0)
 """Line integrals are clamped to this range: ln(2^16) is 11.1, and a wrong air value rarely gives less than -1. Chosen by hand:
@@ -41,14 +42,6 @@ MIN_VALID = 0.01
 FEW_VALID = 0.25
 """Fraction of valid pixels below which an X-ray is remarked on. Chosen by hand: half misses X-rays that are mostly saturated, twice
 remarks on usual collimators."""
-NOISE_CORRELATION = 0.3
-"""Lowest correlation of neighbouring areas of an X-ray, along rows or columns. White noise of 500 areas has 0 +- 0.04, X-rays have
-more than 0.9. Chosen by hand: half or twice still parts them."""
-AREAS = 24
-"""Areas along the smaller side at which noise is looked for, whose means leave the noise of an X-ray behind. Chosen by hand: half
-has too few to judge, twice keeps more noise."""
-LARGEST_AREA_PX = 16
-"""Largest side of such an area, in pixels. Chosen by hand: half keeps more noise, twice blurs small X-rays."""
 MIN_FULL_SCALE = 1023
 """Smallest largest number, 2^10 - 1, that is taken as a saturated full scale where the bits are unknown. Chosen by hand: half would
 also take 9-bit maxima, twice would miss saturation of 10-bit panels."""
@@ -139,7 +132,7 @@ def _measured(path, stored, calibration, options):
     if valid.mean() < FEW_VALID:
         found_share = f"{valid.mean():.1%} usable: inside the collimator ({found}), with signal and not saturated"
         remarks.remark(path, "pixels", found_share, "only these count")
-    _check_areas(path, line, valid)
+    view_checks.refuse_noise(line, valid, path, "pixels")
 
     camera, moves, said = view_geometry.find_camera(path, stored, calibration, options.view, options.mirrored)
     line, valid = (np.ascontiguousarray(view_geometry.apply_moves(image, moves)) for image in (line, valid))
@@ -337,30 +330,6 @@ def _field(path, stored, values, numbers, signal, usable, options):
     else:
         border = collimator.find(np.where(usable | (signal > 0), signal, 0.0))
     return collimator.without_penumbra(border), f"{border.kind} found"
-
-
-def _check_areas(path, line, valid):
-    """Refuses an image whose neighbouring areas have nothing in common: noise."""
-    side = max(1, min(LARGEST_AREA_PX, min(line.shape) // AREAS))
-    height, width = (n // side for n in line.shape)
-    pixels, weights = np.where(valid, line, 0.0), valid.astype(np.float32)
-    sums, counts = (
-        x[: height * side, : width * side].reshape(height, side, width, side).sum((1, 3)) for x in (pixels, weights)
-    )
-    seen = counts > 0.5 * side * side
-    means = sums / np.maximum(counts, 1)
-    if seen.any():
-        # A few odd pixels must not outweigh all others.
-        means = np.clip(means, *np.quantile(means[seen], (0.02, 0.98)))
-    found = []
-    for first, second in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):
-        both = seen[first] & seen[second]
-        a, b = means[first][both], means[second][both]
-        if a.size >= AREAS * AREAS // 2 and a.std() > 0 and b.std() > 0:
-            found.append(float(np.corrcoef(a, b)[0, 1]))
-    if found and max(found) < NOISE_CORRELATION:
-        shown = f"areas that have nothing in common with their neighbours (correlation {max(found):.2f}), as in noise"
-        errors.fail(path, "pixels", shown, "an X-ray")
 
 
 def _line_integrals(path, numbers, signal, values, grows, options, references, usable, field):

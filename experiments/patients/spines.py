@@ -17,6 +17,7 @@ from radgs_jax.geometry import rigid_host
 from radgs_jax.registration import confidence
 from radgs_jax.registration import joint
 from radgs_jax.registration import pipeline
+from radgs_jax.registration.pipeline import RegisterOptions
 from radgs_jax.registration.prepared import Prepared
 
 FORMAT = "radgs-spine/1"
@@ -28,13 +29,13 @@ def spine(
     rows: Sequence[Row],
     load: Callable[[Target], Prepared],
     results: Sequence[dict[str, Any]],
-    camera_sd: tuple[float, float],
+    options: RegisterOptions,
 ) -> dict[str, Any] | None:
     """The trusted vertebrae of a run, refined together, as plain values for spine.json; None of fewer than `MIN_VERTEBRAE`.
 
     Args:
       rows: of one acquisition; load: as in `registering.register_rows`; results: their entries of results.json.
-      camera_sd: as in `RegisterOptions`.
+      options: of the registrations.
     """
     answers = {one["id"]: one for one in results if one.get("trusted", one.get("accepted"))}
     used = sorted((row for row in rows if row.name in answers), key=lambda row: levels.ORDER.index(row.target.label))
@@ -45,7 +46,7 @@ def spine(
         return None
     prepared = [load(row.target) for row in used]
     poses = [np.array(answers[row.name].get("as_calibrated", answers[row.name]["T"])) for row in used]
-    together, vertebrae = pipeline.refine_spine(prepared, used[0].xrays, poses, camera_sd, kept), []
+    together, vertebrae = pipeline.refine_spine(prepared, used[0].xrays, poses, options, kept), []
     rule = prepared[0].rule
     factor = 1.0 if rule is None else rule.radius
     covariance, centres, surfaces = joint.covariance(together), [], []
@@ -74,13 +75,14 @@ def spine(
         segments.append(
             _segment([row.target.label for row in used[pair]], prepared[pair], together.world_from_ct[pair]) | radius
         )
-    last = 6 * len(together.motions)
+    first = 12 * len(used)
+    of_cameras = slice(first, first + 6 * len(together.motions))
     return {
         "format": FORMAT,
         "vertebrae": vertebrae,
         "segments": segments,
         "camera_motions": together.motions.tolist(),
-        "camera_covariance": covariance[-last:, -last:].tolist(),
+        "camera_covariance": covariance[of_cameras, of_cameras].tolist(),
         "units": "mm, degrees; covariances: rad and mm",
     }
 

@@ -14,6 +14,7 @@ from radgs_jax.geometry import resample
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.levels import level_name
 from radgs_jax.registration import joint
+from radgs_jax.registration import pipeline
 from radgs_jax.registration import reconstruct
 from radgs_jax.registration.pipeline import Outcome
 from radgs_jax.registration.prepared import Prepared
@@ -34,12 +35,14 @@ def answer(outcome: Outcome) -> dict[str, Any]:
         if judged.trusted:
             found |= {"uncertainty_mm": judged.uncertainty_mm, "covariance": judged.covariance.tolist()}
     if (together := outcome.together) is not None:
-        last = 6 * len(together.motions)
+        of_cameras = slice(12, 12 + 6 * len(together.motions))
         if (judged := outcome.confidence) is not None:
             found["trusted"] = judged.trusted
         found["as_calibrated"] = outcome.as_calibrated.tolist()
         found["camera_motions"] = together.motions.tolist()
-        found["camera_covariance"] = joint.covariance(together)[-last:, -last:].tolist()
+        found["camera_covariance"] = joint.covariance(together)[of_cameras, of_cameras].tolist()
+        if together.distortions.any():
+            found["distortions"] = together.distortions.tolist()
     return found
 
 
@@ -71,7 +74,7 @@ def write(
 
     Args:
       outcome: result of `pipeline.register`.
-      prepared, xrays, start_world_from_ct: the arguments of that call.
+      prepared, xrays, start_world_from_ct: the arguments of that call; pictures show the X-rays as they were corrected.
       true_world_from_ct: (4, 4), mm, drawn in the picture; None if unknown.
     """
     # Imported here because matplotlib takes half a second, which a registration without pictures saves.
@@ -106,5 +109,7 @@ def write(
     poses = {"start": start_world_from_ct, "estimate": outcome.world_from_ct}
     if true_world_from_ct is not None:
         poses["truth"] = true_world_from_ct
+    if outcome.together is not None:
+        xrays = pipeline.corrected(xrays, outcome.together)
     pictures.registration_picture(folder / "picture.png", name, said, prepared, xrays, poses, outcome)
     pictures.network_picture(folder / "network.png", name, outcome, reconstruction, moved)

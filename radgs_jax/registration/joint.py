@@ -1,10 +1,10 @@
-"""Several vertebrae, the rest of the body and the errors of the cameras, refined together.
+"""Several vertebrae, the rest of the body and the errors of the views, refined together.
 
 Each vertebra moves by itself. Around each a window of every X-ray is modelled as the vertebra, its two neighbours and the rest of
 the body, which bends: in each window it is a rigid piece of its own, tied to those in the windows beside it. One Gauss-Newton step
 moves all bodies and all cameras, whose errors have a known size: what a camera sees depends on the bodies' poses relative to it, so
 that two views of one body show how the cameras are off relative to each other, and nothing shows how they are off together. That
-part stays in the covariance.
+part stays in the covariance. A view's radial distortion has a known size, too, and is fitted in the same way.
 
 The terms are those of `gauss_newton`, window by window: derivatives of images, gains, and t-distributed residuals.
 """
@@ -26,6 +26,7 @@ from radgs_jax.geometry import camera
 from radgs_jax.geometry import resample
 from radgs_jax.geometry import rigid
 from radgs_jax.geometry import rigid_host
+from radgs_jax.geometry.distortion import COEFFICIENTS
 from radgs_jax.registration import gauss_newton
 from radgs_jax.registration.edges import derivatives
 from radgs_jax.registration.gains import eliminate_gains
@@ -64,6 +65,14 @@ LEAST_CURVATURE = 1e-6
 """Added to the diagonal of the normal matrix, 1/mm^2 in the parameters' common scale, far below any prior: it keeps it solvable."""
 PARTS_SEEN = 4
 """Bodies in a window: the vertebra, the one above, the one below, the rest."""
+OF_BODIES, OF_WINDOW = 6 * PARTS_SEEN, 6 * PARTS_SEEN + COEFFICIENTS
+"""Parameters of a window in one view: twists of its bodies, then the view's distortion."""
+DISTORTION_SCALE = 0.01
+"""Change of a coefficient of distortion that moves pixels at the field's border by about 1 mm; it only scales the equations."""
+STRAIGHTENINGS = 2
+"""How often the levels are gone through where views are distorted. At half, 5 % at the border is still half a pixel off."""
+NO_DISTORTION = 1e-6
+"""Standard deviation of coefficients of views without distortion: small, and large enough to be divided by."""
 
 
 @flax.struct.dataclass
@@ -88,20 +97,37 @@ class Bodies:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stretched:
+    """What is known of the radial distortion of views.
+
+    Attributes:
+      sd: size of the relative displacement at the field's border.
+      fields: (V,) of `distortion.field`.
+      straightened: the X-rays, as in `refine_together`, with a distortion of coefficients (V, 3) taken out.
+    """
+
+    sd: float
+    fields: Sequence[float]
+    straightened: Callable[[Float[np.ndarray, "views 3"]], Pyramid]
+
+
+@dataclasses.dataclass(frozen=True)
 class Together:
-    """Poses and cameras that were refined together, float64; N = 12 K + 6 V parameters.
+    """Poses and views that were refined together, float64; N = 12 K + 9 V parameters.
 
     Attributes:
       world_from_ct: (2 K, 4, 4) of each vertebra, then of the rest around each, mm.
       motions: (V, 4, 4) of the world before each camera: a corrected camera_from_world is the given one times its motion.
+      distortions: (V, 3) coefficients of `distortion`.
       information: (N, N) of the views; doubt: (N, N) covariance of their right side; prior: (N, N). Parameters are twists in world
         axes, rad and mm, of the vertebrae and of the rest around each about the vertebrae's centres, and of the cameras about
-        their mean.
+        their mean; then the views' distortions.
       step_mm: length of the last step of the vertebra that moved most, rotations by their lever.
     """
 
     world_from_ct: Float[np.ndarray, "bodies 4 4"]
     motions: Float[np.ndarray, "views 4 4"]
+    distortions: Float[np.ndarray, "views 3"]
     information: Float[np.ndarray, "parameters parameters"]
     doubt: Float[np.ndarray, "parameters parameters"]
     prior: Float[np.ndarray, "parameters parameters"]
@@ -166,26 +192,40 @@ def _carried(centre, about):
     return found
 
 
+def _stretch(image, intrinsics, fields):
+    """Derivatives (V, S, S, 3) of images (V, S, S) by the coefficients of `distortion`, near none; fields: (V,) of its `field`."""
+    along_v, along_u = jnp.gradient(image, axis=(1, 2))
+    fx, fy, cx, cy = (part[:, None, None] for part in intrinsics.T)
+    place = jnp.arange(image.shape[-1], dtype=image.dtype)
+    u, v = place[None, None, :] - cx, place[None, :, None] - cy
+    square = ((u / fx) ** 2 + (v / fy) ** 2) / fields[:, None, None] ** 2
+    outwards = along_u * u + along_v * v
+    return jnp.stack([outwards * square ** (j + 1) for j in range(COEFFICIENTS)], -1)
+
+
 def linearised(
     bodies: Bodies,
     views: LevelViews,
     camera_from_world: Float[Array, "views 4 4"],
     at: Float[Array, "windows 4 4"],
     world_from_ct: Float[Array, "bodies 4 4"],
+    distortions: Float[Array, "views 3"],
+    fields: Float[Array, " views"],
     config: RefineConfig,
 ) -> tuple[
-    Float[jax.Array, "windows views 24 24"],
-    Float[jax.Array, "windows views 24"],
-    Float[jax.Array, "windows views blocks 24"],
+    Float[jax.Array, "windows views 27 27"],
+    Float[jax.Array, "windows views 27"],
+    Float[jax.Array, "windows views blocks 27"],
 ]:
     """Normal equations of each window in each view, over the twists of the bodies in it about their own centres.
 
     Args:
       camera_from_world: (V, 4, 4) corrected; at: (K, 4, 4) poses world_from_ct that windows are cut at, which stay the same from
-        step to step; world_from_ct: (2 K, 4, 4) current poses; config: of one level, that of `views`.
+        step to step; world_from_ct: (2 K, 4, 4) current poses; distortions: (V, 3), small; fields: (V,) of `distortion.field`;
+        config: of one level, that of `views`.
     Returns:
-      normal matrices (K, V, 24, 24), right sides (K, V, 24), and what each square of pixels adds to those (K, V, B, 24), rad and
-      mm; bodies are the vertebra, the one above, the one below and the rest, and 0 where there is none.
+      normal matrices (K, V, 27, 27), right sides (K, V, 27), and what each square of pixels adds to those (K, V, B, 27), rad and
+      mm; bodies are the vertebra, the one above, the one below and the rest, and 0 where there is none; then the distortion.
     """
     (level,) = config.levels
     count = len(bodies.neighbours)
@@ -215,7 +255,9 @@ def linearised(
             )
             images.append(image * there)
             motions.append(motion * there)
-        filtered = derivatives(jnp.concatenate([jnp.stack(images, -1), *motions], -1), config.blur_px)
+        total = jnp.sum(jnp.stack(images), 0)
+        stretch = _stretch(total, window.intrinsics, fields)
+        filtered = derivatives(jnp.concatenate([jnp.stack(images, -1), *motions, stretch], -1), config.blur_px)
         of_excess, of_rest = filtered[..., 0, :], jnp.sum(filtered[..., 1:PARTS_SEEN, :], -2)
         gain_rest, gain_excess, columns, gains, weights = fit_gains(
             window.target,
@@ -224,21 +266,24 @@ def linearised(
             window.edge_count,
             of_rest,
             of_excess,
-            jnp.sum(jnp.stack(images), 0),
+            total,
             config.gain_ridge,
         )
         own, others = filtered[..., PARTS_SEEN : PARTS_SEEN + 6, :], filtered[..., PARTS_SEEN + 6 :, :]
         jacobian = [own * gain_excess[..., None, None], others * gain_rest[..., None, None]]
-        residual = window.target - gain_rest[..., None] * of_rest - gain_excess[..., None] * of_excess
+        stretched = jnp.sum(filtered[..., -COEFFICIENTS:, :] * distortions[:, None, None, :, None], -2)
+        residual = window.target - gain_rest[..., None] * (of_rest + stretched) - gain_excess[..., None] * of_excess
         return eliminate_gains(columns, gains, jnp.concatenate(jacobian, -2), residual, weights, config.gain_ridge)
 
     return jax.lax.map(of_window, jnp.arange(count))
 
 
-def _prior(bodies, poses, centres, motions, camera_sd):
+def _prior(bodies, poses, centres, motions, distortions, camera_sd, distortion_sd):
     """Normal matrix (N, N) and right side (N,) of what is known beforehand, at the current poses."""
     count, middle = len(bodies.neighbours), centres.mean(0)
-    size = 12 * count + 6 * len(motions)
+    of_cameras = 12 * count
+    of_distortion = of_cameras + 6 * len(motions)
+    size = of_distortion + distortions.size
     normal, right = np.zeros((size, size)), np.zeros(size)
 
     def tie(i, j, sd, factor=1.0):
@@ -259,17 +304,21 @@ def _prior(bodies, poses, centres, motions, camera_sd):
     # The stated sizes are lengths; each of three axes has a third of the variance.
     variance = np.maximum(np.repeat(np.square(camera_sd) / 3.0, 3), np.square(NO_ERROR_MM * rigid.TWIST_SCALE))
     for v, motion in enumerate(motions):
-        place = slice(6 * (2 * count + v), 6 * (2 * count + v + 1))
+        place = slice(of_cameras + 6 * v, of_cameras + 6 * v + 6)
         normal[place, place] += np.diag(1.0 / variance)
         right[place] -= rigid_host.twist_about(middle, motion) / variance
+    # The stated size is that of all coefficients' sum, at the border.
+    precision = 1.0 / max(distortion_sd**2 / COEFFICIENTS, NO_DISTORTION**2)
+    normal[of_distortion:, of_distortion:] = precision * np.eye(distortions.size)
+    right[of_distortion:] = -precision * distortions.ravel()
     return normal, right
 
 
 def errors_of_views(
     discrepancy: Sequence[Sequence[float]], camera_from_world: Float[Array, "views 4 4"]
-) -> Float[np.ndarray, "views 24 24"]:
+) -> Float[np.ndarray, "views 27 27"]:
     """Covariances of each view's own errors of the bodies in a window, rad and mm, as `DISCREPANCY` has them."""
-    found = np.zeros((len(camera_from_world), 6 * PARTS_SEEN, 6 * PARTS_SEEN))
+    found = np.zeros((len(camera_from_world), OF_WINDOW, OF_WINDOW))
     for errors, R in zip(found, camera_from_world[:, :3, :3]):
         for part in range(PARTS_SEEN):
             turn, across_mm, along_mm = discrepancy[part > 0]
@@ -282,11 +331,11 @@ def errors_of_views(
 
 def assembled(
     neighbours: Sequence[tuple[int, int]],
-    normals: Float[Array, "windows views 24 24"],
-    rights: Float[Array, "windows views 24"],
-    blocks: Float[Array, "windows views blocks 24"],
+    normals: Float[Array, "windows views 27 27"],
+    rights: Float[Array, "windows views 27"],
+    blocks: Float[Array, "windows views blocks 27"],
     centres: Float[Array, "bodies 3"],
-    view_errors: Float[Array, "views 24 24"],
+    view_errors: Float[Array, "views 27 27"],
     growth: float,
 ) -> tuple[
     Float[np.ndarray, "parameters parameters"],
@@ -304,18 +353,21 @@ def assembled(
       view_errors: from `errors_of_views`; growth: as in `refine_together`.
     """
     count, views = normals.shape[:2]
-    size, middle = 6 * (2 * count + views), centres.mean(0)
+    of_distortion = 12 * count + 6 * views
+    size, middle = of_distortion + COEFFICIENTS * views, centres.mean(0)
     normal, right, doubt = np.zeros((size, size)), np.zeros(size), np.zeros((size, size))
     for k, (above, below) in enumerate(neighbours):
         for v in range(views):
-            matrix = np.zeros((6 * PARTS_SEEN, size))
+            matrix = np.zeros((OF_WINDOW, size))
+            first = of_distortion + COEFFICIENTS * v
+            matrix[OF_BODIES:, first : first + COEFFICIENTS] = np.eye(COEFFICIENTS)
             for part, body in enumerate((k, above, below, count + k)):
                 if body >= 0:
                     rows = slice(6 * part, 6 * part + 6)
                     matrix[rows, 6 * body : 6 * body + 6] = np.eye(6)
                     of_camera = slice(6 * (2 * count + v), 6 * (2 * count + v + 1))
                     matrix[rows, of_camera] = _carried(middle, centres[body])
-            weight = np.linalg.inv(np.eye(6 * PARTS_SEEN) + normals[k, v] @ view_errors[v])
+            weight = np.linalg.inv(np.eye(OF_WINDOW) + normals[k, v] @ view_errors[v])
             seen = weight @ normals[k, v]
             normal += matrix.T @ seen @ matrix
             right += matrix.T @ (weight @ rights[k, v])
@@ -333,8 +385,9 @@ def refine_together(
     config: RefineConfig,
     discrepancy: Sequence[Sequence[float]] = DISCREPANCY,
     growth: float = 1.0,
+    stretched: Stretched | None = None,
 ) -> Together:
-    """Refines the poses of all bodies and the cameras together.
+    """Refines the poses of all bodies and the views together.
 
     What the cameras have in common with all bodies is seen by nothing but the prior, which is a million times weaker than
     pixels: the equations are solved in float64, on the host.
@@ -344,18 +397,27 @@ def refine_together(
       world_from_ct: start poses of the K vertebrae, and of the rest around each.
       camera_sd: sizes of the cameras' errors: root mean square angle of turn, rad, and length of shift, mm; 0 for none.
       discrepancy: as `DISCREPANCY`; growth: ratio of an error to what squares of pixels say of it by their disagreement.
+      stretched: what is known of the views' distortion; None where there is none.
     """
     count, poses = len(bodies.neighbours), np.array(world_from_ct, np.float64)
     given = np.asarray(seen.camera_from_world, np.float64)
     motions = np.tile(np.eye(4), (len(given), 1, 1))
-    scale = np.tile(rigid.TWIST_SCALE, 2 * count + len(given))
+    distortions = np.zeros((len(given), COEFFICIENTS))
+    distortion_sd, fields = (0.0, np.ones(len(given))) if stretched is None else (stretched.sd, stretched.fields)
+    scale = _scale(count, len(given))
     view_errors = errors_of_views(discrepancy, given)
     seen_normal = doubt = prior = np.zeros(0)
     moved_mm = 0.0
-    for level, views in zip(config.levels, seen.levels):
+    # The equations know small distortions, so that the X-rays are straightened between levels.
+    for number in list(range(len(config.levels))) * (1 if stretched is None else STRAIGHTENINGS):
+        level = config.levels[number]
+        if stretched is not None:
+            seen = stretched.straightened(distortions)
+        views, taken_out = seen.levels[number], distortions.copy()
         one, at = dataclasses.replace(config, levels=(level,)), on_device(poses[:count])
         for _ in range(level.iterations):
-            arguments = bodies, views, on_device(given @ motions), at, on_device(poses)
+            left = on_device(distortions - taken_out)
+            arguments = bodies, views, on_device(given @ motions), at, on_device(poses), left, on_device(fields)
             found = jax.device_get(program(*arguments, config=one))
             normals, rights, blocks = (np.asarray(a, np.float64) for a in found)
             places = np.einsum("kij,kj->ki", poses[:count, :3, :3], bodies.centres) + poses[:count, :3, 3]
@@ -363,11 +425,12 @@ def refine_together(
             seen_normal, right, doubt = assembled(
                 bodies.neighbours, normals, rights, blocks, centres, view_errors, growth
             )
-            prior, prior_right = _prior(bodies, poses, centres, motions, camera_sd)
+            prior, prior_right = _prior(bodies, poses, centres, motions, distortions, camera_sd, distortion_sd)
             normal = (seen_normal + prior) * scale[:, None] * scale
             step = np.linalg.solve(normal + LEAST_CURVATURE * np.eye(len(normal)), (right + prior_right) * scale)
             step /= max(1.0, np.abs(step).max() / gauss_newton.STEP_MM)
-            twists = (step * scale).reshape(-1, 6)
+            distortions += (step * scale)[-distortions.size :].reshape(distortions.shape)
+            twists = (step * scale)[: -distortions.size].reshape(-1, 6)
             for i, (centre, twist) in enumerate(zip(centres, twists)):
                 poses[i] = rigid_host.motion_about(centre, twist) @ poses[i]
             for v, twist in enumerate(twists[2 * count :]):
@@ -375,7 +438,14 @@ def refine_together(
             moved_mm = float(np.linalg.norm(step[: 6 * count].reshape(-1, 6), axis=1).max())
             if moved_mm < SETTLED_MM:
                 break
-    return Together(poses, motions, seen_normal, doubt, prior, moved_mm)
+    return Together(poses, motions, distortions, seen_normal, doubt, prior, moved_mm)
+
+
+def _scale(vertebrae, views):
+    """Sizes (N,) of the parameters that move pixels by about 1 mm."""
+    return np.concatenate(
+        [np.tile(rigid.TWIST_SCALE, 2 * vertebrae + views), np.full(COEFFICIENTS * views, DISTORTION_SCALE)]
+    )
 
 
 def relative_covariance(
@@ -392,7 +462,7 @@ def relative_covariance(
 
 def covariance(together: Together) -> Float[np.ndarray, "parameters parameters"]:
     """Covariance of all parameters, rad and mm: what pixels and views disagree about, and what the prior leaves open."""
-    scale = np.tile(rigid.TWIST_SCALE, len(together.prior) // 6)
+    scale = _scale(len(together.world_from_ct) // 2, len(together.motions))
     scaled = lambda matrix: matrix * scale[:, None] * scale
     total = scaled(together.information + together.prior) + LEAST_CURVATURE * np.eye(len(scale))
     middle = scaled(together.doubt + together.prior) + LEAST_CURVATURE * np.eye(len(scale))

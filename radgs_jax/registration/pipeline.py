@@ -14,6 +14,7 @@ from kernels.common.types import Array
 from radgs_jax import gaussians
 from radgs_jax import levels
 from radgs_jax.gaussians import Gaussians
+from radgs_jax.geometry import distortion
 from radgs_jax.geometry import rigid_host
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.levels import FIRST_BONE
@@ -55,11 +56,18 @@ class RegisterOptions:
       refine: follow them by the refinement, without which nothing is judged.
       camera_sd: root mean square angle of turn, rad, and length of shift, mm, of the cameras' errors. With (0, 0) they are right;
         otherwise they are corrected from how the views disagree, and the rest of their error is in the covariance.
+      distortion_sd: size of the X-rays' radial distortion, as the relative displacement at the field's border; likewise fitted.
     """
 
     passes: int = 5
     refine: bool = True
     camera_sd: tuple[float, float] = (0.0, 0.0)
+    distortion_sd: float = 0.0
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the views are corrected."""
+        return any(self.camera_sd) or self.distortion_sd > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +82,8 @@ class Outcome:
       attention: (V, h', w') mean attention of that pass.
       refined: the refinement in numpy; None without one.
       confidence: the verdict; None without a refinement or without an acceptance rule.
-      together: the corrected cameras, and the pose again; None where they are taken for right.
-      as_calibrated: (4, 4) world_from_ct that was found with the cameras as they are given.
+      together: what the views were corrected by, and the pose again; None where they are taken for right.
+      as_calibrated: (4, 4) world_from_ct that was found with the views as they are given.
       counted: of each view, (H, W) bool, the pixels that were used: valid, and without metal.
     """
 
@@ -122,17 +130,18 @@ def register(
         estimate = result.world_from_box if vertebra.label <= FIRST_BONE else start_box
         if np.linalg.norm(estimate[:3, 3] - start_box[:3, 3]) > NETWORK_REACH_MM:
             estimate = start_box
-        # Cameras that are off refuse right poses, so that nothing is judged, or searched for any wider, before they are corrected.
-        first = dataclasses.replace(prepared, rule=None) if any(options.camera_sd) else prepared
+        # Views that are off refuse right poses, so that nothing is judged, or searched for any wider, before they are corrected.
+        first = dataclasses.replace(prepared, rule=None) if options.corrects else prepared
         refined, judged = refine_until_trusted(first, xrays, estimate, start_box, compile)
         boxes += list(refined.trajectory)
         calibrated = rigid_host.nearest_rigid(np.asarray(boxes[-1], np.float64)) @ box_from_ct
-        if any(options.camera_sd):
+        if options.corrects:
             given = xrays
             near_mm = gauss_newton.DISTINCT_MM + options.camera_sd[1]
             for attempt in range(MAX_CORRECTIONS):
                 before = refined.world_from_box[:3, 3]
-                xrays, together = correct_cameras(prepared, given, refined, options.camera_sd, compile)
+                together = correct_views(prepared, given, refined, options, compile)
+                xrays = corrected(given, together)
                 again = together.world_from_ct[0] @ vertebra.ct_from_box
                 refined, judged = refine_until_trusted(prepared, xrays, again, start_box, compile, together)
                 boxes += list(refined.trajectory)
@@ -242,58 +251,66 @@ def refine_until_trusted(
     return refined, judged
 
 
-def correct_cameras(
+def correct_views(
     prepared: Prepared,
     xrays: Sequence[XRay],
     refined: Refined,
-    camera_sd: tuple[float, float],
+    options: RegisterOptions,
     compile: Compile = jax.jit,
-) -> tuple[list[XRay], Together]:
-    """The X-rays with cameras that agree about the vertebra and the rest of the body, and what was refined for it.
-
-    Args:
-      refined: with the cameras as they are given; camera_sd: as in `RegisterOptions`.
-    """
+) -> Together:
+    """What makes the views agree about the vertebra and the rest of the body; refined: with the views as they are given."""
     box_from_ct = np.linalg.inv(prepared.vertebra.ct_from_box)
     starts = np.stack([refined.world_from_box @ box_from_ct, refined.world_from_rest @ box_from_ct])
-    together = _refined_together([prepared], xrays, starts, camera_sd, compile)
-    return [
-        dataclasses.replace(
-            xray, camera=dataclasses.replace(xray.camera, camera_from_world=xray.camera.camera_from_world @ motion)
-        )
-        for xray, motion in zip(xrays, together.motions)
-    ], together
+    return _refined_together([prepared], xrays, starts, options, compile)
+
+
+def corrected(xrays: Sequence[XRay], together: Together) -> list[XRay]:
+    """The X-rays with corrected cameras and without their distortion."""
+    made = []
+    for xray, motion in zip(_straightened(xrays, together.distortions), together.motions):
+        moved = dataclasses.replace(xray.camera, camera_from_world=xray.camera.camera_from_world @ motion)
+        made.append(dataclasses.replace(xray, camera=moved))
+    return made
+
+
+def _straightened(xrays, coefficients):
+    return [distortion.straightened(x, k) if k.any() else x for x, k in zip(xrays, coefficients)]
 
 
 def refine_spine(
     prepared: Sequence[Prepared],
     xrays: Sequence[XRay],
     world_from_ct: Sequence[Float[Array, "4 4"]],
-    camera_sd: tuple[float, float] = (0.0, 0.0),
+    options: RegisterOptions = RegisterOptions(),
     compile: Compile = jax.jit,
 ) -> Together:
-    """Refines the vertebrae of one scan in one acquisition together, with the rest of the body and, where asked, the cameras.
+    """Refines the vertebrae of one scan in one acquisition together, with the rest of the body and, where asked, the views.
 
     Args:
-      prepared: K vertebrae from head to feet; world_from_ct: K poses, within some mm; camera_sd: as in `RegisterOptions`.
+      prepared: K vertebrae from head to feet; world_from_ct: K poses, within some mm.
     """
     starts = np.stack([*world_from_ct, *world_from_ct])
-    return _refined_together(prepared, without_metal(prepared[0], xrays, compile), starts, camera_sd, compile)
+    return _refined_together(prepared, without_metal(prepared[0], xrays, compile), starts, options, compile)
 
 
-def _refined_together(prepared, xrays, starts, camera_sd, compile):
+def _refined_together(prepared, xrays, starts, options, compile):
     """`joint.refine_together` of K vertebrae, from poses (2 K, 4, 4) of them and of the rest, in X-rays without their metal."""
     refine = prepared[0].refine
-    config = dataclasses.replace(refine, levels=joint.fine_levels(refine, len(prepared), any(camera_sd)))
-    seen = make_pyramid(xrays, [level.pixel_mm for level in config.levels])
+    config = dataclasses.replace(refine, levels=joint.fine_levels(refine, len(prepared), options.corrects))
+    straightened = lambda k: make_pyramid(_straightened(xrays, k), [level.pixel_mm for level in config.levels])
+    seen, stretched = straightened(np.zeros((len(xrays), distortion.COEFFICIENTS))), None
+    if options.distortion_sd:
+        fields = [distortion.field(xray.camera) for xray in xrays]
+        stretched = joint.Stretched(options.distortion_sd, fields, straightened)
     labels = [p.vertebra.label for p in prepared]
     between = [levels.steps(a, b, labels + [*range(a + 1, b)]) for a, b in zip(labels, labels[1:])]
     boxes, parts = [p.vertebra.ct_from_box for p in prepared], [parts_in(p, xrays) for p in prepared]
     bodies = joint.bodies_of(boxes, parts, between)
     growth = 1.0 if prepared[0].rule is None else confidence.error_per_misfit(prepared[0].rule)
-    discrepancy = joint.DISCREPANCY if any(camera_sd) else joint.NO_DISCREPANCY
+    discrepancy = joint.DISCREPANCY if options.corrects else joint.NO_DISCREPANCY
+    program = programs_of(compile).linearised
     return joint.refine_together(
-        programs_of(compile).linearised, bodies, seen, starts, camera_sd, config, discrepancy, growth
+        program, bodies, seen, starts, options.camera_sd, config, discrepancy, growth, stretched
     )
 
 

@@ -29,9 +29,6 @@ SURFACE_POINTS = 200
 """Surface points of the vertebra that are projected. Chosen by hand: half still shows where it is, twice takes twice the time."""
 IMAGE_SAMPLES = 2**16
 """Pixels of two images that are compared, at most. Chosen by hand: half or twice changes nothing but the time, about 1 ms."""
-NOISE_SQUARE, LEAST_SQUARES = 4, 64
-"""Side, pixels, of the squares whose means show what is not noise, and how few of them are not looked at. Chosen by hand: half of
-the side tells noise less well, twice takes the spongy bone of small images for it."""
 FAR_MM = 25.0
 """Distance, mm, from which on another reading of the start pose is named after a refusal. Chosen by hand: nearer ones are within
 the search's reach, so that half names some that were searched, and twice misses some that were not."""
@@ -276,24 +273,6 @@ def _contrast(number, xray):
     return []
 
 
-def _not_noise(number, xray):
-    """Refuses images of noise alone; returns notes about those that are mostly noise."""
-    image, valid = np.asarray(xray.line_integrals), np.asarray(xray.valid)
-    height, width = (n - n % NOISE_SQUARE for n in image.shape)
-    squares = lambda a: a[:height, :width].reshape(height // NOISE_SQUARE, NOISE_SQUARE, -1, NOISE_SQUARE)
-    whole = squares(valid).all((1, 3))
-    if whole.sum() < LEAST_SQUARES:
-        return []
-    pixels = squares(image).swapaxes(1, 2)[whole].astype(np.float64)
-    if pixels.var() == 0:
-        return []
-    share = float(pixels.mean((1, 2)).var() / pixels.var())
-    bounds, found = view_checks.CHECKS["what is not noise"], f"an image of which {share:.0%} is not noise"
-    if view_checks.outside("what is not noise", share, "possible"):
-        errors.fail("X-rays", f"view {number}", found, bounds.wanted, errors.BadGeometry)
-    return [f"X-rays: view {number}: {found}"] if view_checks.outside("what is not noise", share, "usual") else []
-
-
 def _unlike(first, second):
     """1 minus the correlation of two X-rays of one size; None where they cannot be compared."""
     if first.line_integrals.shape != second.line_integrals.shape:
@@ -396,7 +375,7 @@ def check(
             )
     for number, xray in enumerate(xrays):
         notes += _contrast(number, xray)
-        notes += _not_noise(number, xray)
+        view_checks.refuse_noise(xray.line_integrals, np.asarray(xray.valid), "X-rays", f"view {number}")
     _copies(views, xrays, world, cameras_from)
     angle = confidence.view_angle(np.stack([view.E for view in views]), middle)
     if angle is None:

@@ -173,11 +173,11 @@ def refine_pose(
                 refined = dataclasses.replace(refined, rival_mm=away_mm, margin=margin)
             break
         # Each by itself: at the coarsest level, the wrong one of two may fit better.
-        others = [settled(run([place] * 2, config.levels)) for place in places]
+        others = [run([place] * 2, config.levels) for place in places]
         others = [o for o in others if _apart_mm(o, refined) >= gauss_newton.DISTINCT_MM]
         if not others:
             break
-        other = max(others, key=lambda o: o.fit[-1])
+        other = settled(max(others, key=lambda o: o.fit[-1]))
         away_mm = _apart_mm(other, refined)
         better, worse = (other, refined) if other.fit[-1] > refined.fit[-1] else (refined, other)
         margin = better.fit[-1] - worse.fit[-1]

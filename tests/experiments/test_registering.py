@@ -86,7 +86,7 @@ def test_poses_that_cameras_leave_open_are_refused_and_trusted_relative_to_each_
         lower = load(trained[0] / "p3", target, ScanDigests())
         by_label = {first_case[3].label: ready(kind), 22: dataclasses.replace(lower, rule=ready(kind).rule)}
         loaded = lambda wanted: by_label[wanted.label]
-        extra = {"spine.json": lambda results: spines.spine(pair, loaded, results, options.camera_sd)}
+        extra = {"spine.json": lambda results: spines.spine(pair, loaded, results, options)}
         registering.register_rows(
             pair, loaded, tmp_path / kind, options, pictures=False, extra_files=extra, say=said.append
         )

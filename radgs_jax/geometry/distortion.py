@@ -1,0 +1,68 @@
+"""Radial distortion: an image intensifier's picture is stretched towards its border, since its input screen is curved.
+
+A pixel at the distance r from the principal point, in units of the field's radius, would be at r (1 + k1 r^2 + k2 r^4 + k3 r^6) on
+a flat panel (Brown 1971). The field's radius is half the smaller side of the image.
+"""
+
+import dataclasses
+
+import numpy as np
+import scipy
+from jaxtyping import Float
+
+from kernels.common.types import Array
+from radgs_jax.geometry.camera import Camera
+from radgs_jax.geometry.xray import XRay
+
+COEFFICIENTS = 3
+"""Number of k1, k2, k3."""
+_NEWTON_STEPS = 10
+"""Steps that invert the polynomial. It is nearly linear, so that five reach float64; twice costs nothing."""
+
+
+def field(camera: Camera) -> float:
+    """Radius of a camera's field as the tangent of an angle: over the focal length."""
+    return 0.5 * min(camera.height, camera.width) / float(camera.intrinsics[0])
+
+
+def _factor(square, coefficients):
+    """1 + k1 r^2 + k2 r^4 + k3 r^6 of r^2."""
+    return 1.0 + sum(k * square ** (j + 1) for j, k in enumerate(coefficients))
+
+
+def _radii(xray):
+    """u and v of each pixel from the principal point, px, and its distance in units of the field's radius."""
+    camera = xray.camera
+    v, u = np.indices((camera.height, camera.width), np.float64)
+    fx, fy, cx, cy = np.asarray(camera.intrinsics, np.float64)
+    u, v = u - cx, v - cy
+    return u, v, np.hypot(u / fx, v / fy) / field(camera)
+
+
+def _sampled(xray, u, v):
+    """The X-ray's pixels at (u, v) from the principal point; valid where all four neighbours are."""
+    assert xray.valid is not None
+    at = np.stack([v + float(xray.camera.intrinsics[3]), u + float(xray.camera.intrinsics[2])])
+    sample = lambda image: scipy.ndimage.map_coordinates(np.asarray(image, np.float32), at, order=1, mode="nearest")
+    inside = np.all([(c >= 0) & (c <= n - 1) for c, n in zip(at, at.shape[1:])], 0)
+    return dataclasses.replace(
+        xray, line_integrals=sample(xray.line_integrals), valid=inside & (sample(xray.valid) > 0.999)
+    )
+
+
+def distorted(xray: XRay, coefficients: Float[Array, "3"]) -> XRay:
+    """A flat panel's X-ray as an image intensifier shows it."""
+    u, v, radius = _radii(xray)
+    factor = _factor(radius**2, coefficients)
+    return _sampled(xray, u * factor, v * factor)
+
+
+def straightened(xray: XRay, coefficients: Float[Array, "3"]) -> XRay:
+    """An image intensifier's X-ray as a flat panel would show it; the inverse of `distorted`, but for its interpolation."""
+    u, v, radius = _radii(xray)
+    seen = radius.copy()
+    for _ in range(_NEWTON_STEPS):
+        slope = 1.0 + sum((2 * j + 3) * k * seen ** (2 * j + 2) for j, k in enumerate(coefficients))
+        seen -= (seen * _factor(seen**2, coefficients) - radius) / slope
+    factor = seen / np.maximum(radius, 1e-12)
+    return _sampled(xray, u * factor, v * factor)
