@@ -110,6 +110,16 @@ def _shift(shift_mm):
     return motion
 
 
+def _turn(axis, angle):
+    return rigid_host.matrix(angle * axis, [0.0, 0.0, 0.0])
+
+
+def along_arcs(world_from_box: _Pose, along_mm: float, turns_rad: Sequence[float]) -> list[_Pose]:
+    """Poses of a neighbouring level, `along_mm` up the spine, for each turn that the spine bends forwards or back on the way."""
+    halves = [_turn(np.eye(3)[0], 0.5 * turn) for turn in turns_rad]
+    return [world_from_box @ half @ _shift((0.0, 0.0, along_mm)) @ half for half in halves]
+
+
 def _apart_mm(a, b):
     return np.linalg.norm(a.world_from_box[:3, 3] - b.world_from_box[:3, 3])
 
@@ -173,7 +183,8 @@ def refine_pose(
                 refined = dataclasses.replace(refined, rival_mm=away_mm, margin=margin)
             break
         # Each by itself: at the coarsest level, the wrong one of two may fit better.
-        others = [run([place] * 2, config.levels) for place in places]
+        turns = -search.turn_rad, search.turn_rad
+        others = [run(along_arcs(refined.world_from_box, along, turns), config.levels) for along in places_mm]
         others = [o for o in others if _apart_mm(o, refined) >= gauss_newton.DISTINCT_MM]
         if not others:
             break
@@ -208,7 +219,7 @@ def searches(
     """
     places_mm = neighbours_mm(label)
     angles = (-search.turn_rad, search.turn_rad)
-    turns = [rigid_host.matrix(angle * axis, [0.0, 0.0, 0.0]) for axis in np.eye(3) for angle in angles]
+    turns = [_turn(axis, angle) for axis in np.eye(3) for angle in angles]
     if not places_mm:
         starts = [estimate, start, *(start @ turn for turn in turns)]
         levels = twice(config, search.survivors)

@@ -48,7 +48,7 @@ def main(folder):
         files.write_json(folder / "init.json", case.world_from_ct.tolist())
         command = [
             sys.executable,
-            *("-m", "experiments.register", f"--ct={first.full_ct}", f"--mask={first.full_mask}", "--subject=bench"),
+            *("-m", "experiments.register", f"--ct={first.full_ct}", f"--mask={first.full_mask}"),
             *(f"--label={min(label, other)},{max(label, other)}", f"--xrays={paths[0]},{paths[1]}", "--together"),
             *(
                 f"--init={folder / 'init.json'}",

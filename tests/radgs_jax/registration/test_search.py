@@ -88,6 +88,18 @@ def test_an_answer_in_a_neighbours_place_is_given_up(spine, xrays, levels_off):
     assert 0.6 * PITCH_MM < found.rival_mm < 1.4 * PITCH_MM and 0.05 < found.margin < 2.0
 
 
+def test_arcs_lead_along_a_curved_spine():
+    """Vertebrae on a circle in the sagittal plane, each turned about its right axis against the one before."""
+    turn, chord_mm = np.radians(17.0), 33.0
+    radius_mm = chord_mm / (2.0 * np.sin(0.5 * turn))
+    on_circle = lambda angle: rigid_host.motion_about([0.0, -radius_mm, 0.0], np.array([angle, 0, 0, 0, 0, 0]))
+    below, above = TRUTH @ on_circle(0.0), TRUTH @ on_circle(turn)
+    forwards, back = search.along_arcs(below, chord_mm, (turn, -turn))
+    np.testing.assert_allclose(forwards, above, atol=1e-9)
+    assert np.linalg.norm(back[:3, 3] - above[:3, 3]) > 5.0
+    np.testing.assert_allclose(search.along_arcs(above, -chord_mm, (-turn,))[0], below, atol=1e-9)
+
+
 def test_neighbours_lie_further_off_down_the_spine():
     """As in published anatomy: about 19 mm in the upper thorax, 35 mm in the lumbar spine, each pair seen alike from both sides."""
     for label in range(2, 25):
