@@ -138,6 +138,10 @@ def _given(digests, load):
         mirrored=given.mirrored,
     )
     xrays = radiograph.read_views(given.xrays, given.cameras, options, given.flat, given.dark, _frames())
+    if not given.distortion_sd and any(x.origin["collimator"] == "circle found" for x in xrays):
+        logging.warning(
+            "X-rays: a round field; if it is an image intensifier's, fit its distortion: --distortion_sd=0.03"
+        )
     rows, reports = [], {}
     for target in targets:
         name = "case" if len(targets) == 1 else level_name(target.label)

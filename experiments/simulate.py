@@ -46,7 +46,7 @@ def simulate_cases(
       seed: of everything random.
       posture: one of `case_files.POSTURES`.
       photons: photons per pixel in the variant 'real'.
-      errors_of_input: of masks and cameras in the case file.
+      errors_of_input: of what the case file says.
     Raises:
       InputError: `out` exists already, or unreadable input.
     """
@@ -93,6 +93,9 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "camera_error", ["0", "0"], "Root mean square errors of the cameras in the case file: mm, degrees."
     )
+    flags.DEFINE_float(
+        "distortion", 0.0, "How far X-rays are stretched at their field's border, at most, relative to it.", 0.0, 0.2
+    )
     flags.DEFINE_string("out", None, "Case file to write; the X-ray files go next to it.", required=True)
 
 
@@ -112,7 +115,9 @@ def main() -> None:
         posture=given.posture,
         photons=given.photons,
         errors_of_input=case_files.InputErrors(
-            given.mask_error_mm, cli.mm_and_degrees("--camera_error", given.camera_error, MAX_CAMERA_ERROR)
+            given.mask_error_mm,
+            cli.mm_and_degrees("--camera_error", given.camera_error, MAX_CAMERA_ERROR),
+            given.distortion,
         ),
     )
     print(f"wrote {pathlib.Path(given.out)}")

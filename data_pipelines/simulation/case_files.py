@@ -22,7 +22,9 @@ from data_pipelines.simulation import crude_masks
 from data_pipelines.simulation import quick
 from radgs_jax import levels
 from radgs_jax.geometry import camera
+from radgs_jax.geometry import distortion
 from radgs_jax.geometry import rigid_host
+from radgs_jax.geometry.xray import XRay
 
 POSTURES = {"rigid": cases.VARIANTS, "bent": ("artic", "real")}
 """How a body may have moved since its CT, and the variants of X-rays that exist for each."""
@@ -40,10 +42,12 @@ class InputErrors:
     Attributes:
       mask_mm: each mask's border wanders by up to this or less (`crude_masks.wandering`); 0 leaves it.
       camera_sd: root mean square shift, mm, and turn about the isocentre, degrees, of the cameras.
+      distortion: X-rays are stretched, as an image intensifier's, by up to this or less at the field's border, relative to it.
     """
 
     mask_mm: float = 0.0
     camera_sd: tuple[float, float] = (0.0, 0.0)
+    distortion: float = 0.0
 
 
 def simulated_cases(
@@ -79,7 +83,7 @@ def simulated_cases(
         by itself, with the postures, implants and physics of `simulation.simulate`, and `faults` and `articulation` are
         unused.
       articulation: strength of `carm.sample_articulation` in a rigid posture.
-      errors: of what the case file says; a scene keeps its true cameras as `views_true`.
+      errors: of what the case file says; a scene keeps its true cameras as `views_true`, and `distortions` of its views.
       apart_deg: angle between the views, as in `carm.sample_views`.
       on_done: called after each scene.
 
@@ -131,6 +135,9 @@ def simulated_cases(
                 images, intrinsics, extrinsics, world_from_ct, more = acquire(
                     np.random.default_rng([seed, number, label, index])
                 )
+                if errors.distortion:
+                    rng = np.random.default_rng([seed, number, label, index, 3])
+                    images, more["distortions"] = _stretched(images, intrinsics, extrinsics, errors.distortion, rng)
                 xray_path = path.with_name(f"{path.stem}_{scene}.npz")
                 files.write_npz(xray_path, **{v: image.astype(np.float16) for v, image in images.items()})
                 if any(errors.camera_sd):
@@ -172,6 +179,18 @@ def _views(intrinsics, extrinsics, images):
         camera_files.camera_json(camera.Camera(K, E, *size), view)
         for K, E, view in zip(intrinsics, extrinsics, carm.VIEWS)
     ]
+
+
+def _stretched(images, intrinsics, extrinsics, most, rng):
+    """The images (V, H, W) of each variant, each view stretched by a pincushion of its own, and its coefficients."""
+    coefficients = [np.array([-most, most * rng.uniform(0.0, 0.3), 0.0]) * rng.uniform(0.5, 1.0) for _ in intrinsics]
+    stretch = lambda image, K, E, k: (
+        distortion.distorted(XRay(image, None, camera.Camera(K, E, *image.shape)), k).line_integrals
+    )
+    changed = {
+        v: np.stack(list(map(stretch, stack, intrinsics, extrinsics, coefficients))) for v, stack in images.items()
+    }
+    return changed, [k.tolist() for k in coefficients]
 
 
 def _write_crude_mask(path, scan, label, most_mm, rng):

@@ -10,6 +10,7 @@ from data_pipelines.ct import scans
 from data_pipelines.simulation import case_files
 from data_pipelines.simulation import quick
 from radgs_jax import errors
+from radgs_jax.geometry import distortion
 
 
 def test_an_unknown_variant_is_refused_before_anything_is_written(stored, tmp_path):
@@ -73,6 +74,19 @@ def test_wrong_masks_and_cameras_are_written_beside_the_true_cameras(stored, tmp
     assert max(bone[changed].max(), inside[changed].max()) < 3.0 + 3.5  # and the phantom's voxels of 3 mm
     others = (true.labels != 21) & (true.labels != 0)
     np.testing.assert_array_equal(true.labels[others], crude.labels[others])
+
+
+def test_stretched_xrays_are_those_of_the_same_scene(stored, tmp_path):
+    arguments = [stored], (21,), 1, ((0, 5),), 5, quick.PanelFaults(), ("artic",)
+    flat = cases.read(case_files.simulated_cases(tmp_path / "a" / "c.json", *arguments))
+    stretch = case_files.InputErrors(distortion=0.1)
+    stretched = cases.read(case_files.simulated_cases(tmp_path / "b" / "c.json", *arguments, errors=stretch))
+    (scene,), (raw,) = stretched.scenes.values(), stretched.raw["scenes"]
+    (wanted,) = (cases.read_xrays(s, "artic") for s in flat.scenes.values())
+    for shown, true, k in zip(cases.read_xrays(scene, "artic"), wanted, raw["distortions"]):
+        assert -0.1 <= k[0] <= -0.05 and 0.0 <= k[1] <= 0.03
+        error = lambda x: np.abs(x.line_integrals - true.line_integrals)[x.valid & true.valid].mean()
+        assert error(distortion.straightened(shown, np.array(k))) < 0.2 * error(shown)
 
 
 @pytest.mark.parametrize("posture", ["rigid", "bent"])
