@@ -104,7 +104,7 @@ def started_cases(
     for number, scene in enumerate(case_file.scenes.values()):
         volume = case_file.volumes[scene.volume]
         if volume.name not in prepared:
-            scan, whole = body(volume)
+            scan, whole = body(workdir.target_of(volume))
             vertebra = extraction.extract(scan, volume.full_label, CLOUD_GAUSSIANS, volume.full_mask)
             prepared[volume.name] = vertebra, on_device_parts(whole_body.moving_parts(whole, vertebra))
         vertebra, parts = prepared[volume.name]

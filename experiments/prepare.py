@@ -66,8 +66,7 @@ def targets() -> list[workdir.Target]:
         errors.fail(
             "flags", "--cases", "also --ct, --mask, --label, --labels or --bone", "either a case file or one scan"
         )
-    volumes = cases.read(given.cases).volumes.values()
-    return [workdir.Target(v.patient, v.full_ct, v.full_mask, v.full_label) for v in volumes]
+    return [workdir.target_of(volume) for volume in cases.read(given.cases).volumes.values()]
 
 
 def generic_localizer(chosen: Sequence[workdir.Target], base: pathlib.Path | str) -> pathlib.Path | None:

@@ -1,10 +1,11 @@
-"""Registers cases with a prepared workdir.
+"""Registers vertebrae of a CT in X-rays.
 
-A case file: `python -m experiments.register --cases=C.json --variant=full --workdir=W --out=OUT`. One acquisition: `--ct --mask
---label=20,21 --workdir --xrays=ap.npy,lat.npy --cameras=cameras.json --out=OUT`. The start pose is found by the workdir's
-localizer, read from --init, or made of --points (a vertebra's centre in each view) and the CT's own orientation. The function
-behind this command is `experiments.patients.registering.register_rows`. The exit status is 0 if every case was registered, 1 if
-some could not be, 2 if none could, and with --strict 3 if a pose was refused.
+A case file: `python -m experiments.register --cases=C.json --variant=full --out=OUT`. One acquisition: `--ct --mask --label=20,21
+--xrays=ap.npy,lat.npy --cameras=cameras.json --out=OUT`. The network is the shipped one, or with `--workdir=W` that of a prepared
+workdir, where nothing is read from the CT. The start pose is found by a localizer, read from --init, or made of --points (a
+vertebra's centre in each view) and the CT's own orientation. The function behind this command is
+`experiments.patients.registering.register_rows`. The exit status is 0 if every case was registered, 1 if some could not be, 2 if
+none could, and with --strict 3 if a pose was refused.
 """
 
 import functools
@@ -31,12 +32,17 @@ from experiments.runtime import input_flags
 from experiments.runtime.kept_programs import kept
 from radgs_jax import errors
 from radgs_jax.levels import level_name
+from radgs_jax.registration import plausibility
+from radgs_jax.registration.gauss_newton import RefineConfig
 from radgs_jax.registration.pipeline import RegisterOptions
 
 MAX_CAMERA_MM, MAX_CAMERA_DEG = 20.0, 5.0
 """Largest errors of cameras that can be stated. Chosen by hand: beyond, the first refinement finds nothing to correct them by."""
 MAX_DISTORTION = 0.2
 """Largest distortion that can be stated. Image intensifiers have up to 0.1; the same holds beyond twice that."""
+LEAST_SHARE = 0.5
+"""Share of a vertebra that each X-ray shows, for --label=all. Half registers vertebrae that are cut; twice leaves out all that
+touch the frame."""
 STRICT_STATUS = 3
 """Exit status where --strict is given and a pose is refused."""
 
@@ -89,7 +95,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_bool("collimator", True, "Search for the collimator's border where the file gives none.")
     flags.DEFINE_bool("mirrored", False, "The X-rays and cameras show the mirror image of what the source sees.")
-    flags.DEFINE_string("workdir", None, "Folder that `experiments.prepare` made.", required=True)
+    flags.DEFINE_string(
+        "workdir", None, "Folder that `experiments.prepare` made; default: the CT is read, with the shipped network."
+    )
     flags.DEFINE_string("out", None, "New folder for the results.", required=True)
     flags.DEFINE_integer("passes", RegisterOptions().passes, "Passes of the network.", lower_bound=1, upper_bound=50)
     flags.DEFINE_bool("refine", True, "Refine the network's pose against the X-rays themselves.")
@@ -115,6 +123,22 @@ def define_flags() -> None:
     flags.DEFINE_bool("pictures", True, "Also write each case's picture, volumes and transform, not only results.json.")
 
 
+def _loader(digests):
+    """A function from a target to its `Prepared`: of --workdir, or extracted from the CT."""
+    if (workdir := flags.FLAGS.workdir) is not None:
+        return lambda target: workdirs.load(workdir, target, digests)
+    base, refine = models.base_folder(), RefineConfig()
+    return workdirs.untrained_loader(models.load_model(base), refine, workdirs.base_rule(base, refine))
+
+
+def _in_view(row, load):
+    """Whether every X-ray shows most of a row's vertebra at its start pose."""
+    shown = plausibility.least_share(load(row.target).vertebra, row.xrays, row.start) >= LEAST_SHARE
+    if not shown:
+        logging.warning("%s: an X-ray does not show it: left out", level_name(row.target.label))
+    return shown
+
+
 def _given(digests, load):
     """A `Row` for each label of the flags, and the localizer's reports: row name -> report."""
     given = flags.FLAGS
@@ -127,6 +151,8 @@ def _given(digests, load):
         errors.fail("flags", "--axis", "no --points", "the bone's centre with it")
     if given.points and len(targets) > 1:
         errors.fail("flags", "--points", f"{len(targets)} vertebrae", "one --label with it")
+    if given.label == [input_flags.ALL] and not given.init:
+        errors.fail("flags", "--label", "all, without --init", "the start pose, which says what the X-rays show")
     options = radiograph.ReadOptions(
         values=given["values"].value or ("intensity" if given.raw else None),
         sign=given.sign,
@@ -160,6 +186,10 @@ def _given(digests, load):
                 start, reports[name] = _found(digests, target, xrays, vertebra)
         sources = given.cameras or "cameras", given.init or ("--points" if given.points else "the localizer")
         rows.append(Row(name, target, xrays, start, None, *sources))
+    if given.label == [input_flags.ALL]:
+        rows = [row for row in rows if _in_view(row, load)]
+        if not rows:
+            errors.fail("flags", "--label", "all, of which no X-ray shows one", "a start pose in the X-rays' field")
     return rows, reports
 
 
@@ -219,7 +249,9 @@ def _digests(digests):
     single = {name: getattr(given, name) for name in ("cases", "cameras", "init") if getattr(given, name)}
     found = {name: [files.sha256(path) for path in paths] for name, paths in lists.items() if paths}
     found |= {name: files.sha256(path) for name, path in single.items()}
-    found["workdir"] = files.sha256(pathlib.Path(given.workdir) / "manifest.json")
+    found["workdir" if given.workdir else "base"] = files.sha256(
+        pathlib.Path(given.workdir or models.base_folder()) / "manifest.json"
+    )
     if given.ct:
         found["scan"] = digests.of(input_flags.targets()[0])
     return found
@@ -242,7 +274,7 @@ def main() -> None:
     out = pathlib.Path(given.out)
     files.check_new(out)
     digests = workdirs.ScanDigests()
-    load = functools.cache(lambda target: workdirs.load(given.workdir, target, digests))
+    load = functools.cache(_loader(digests))
     if given.cases:
         rows, reports = registering.rows_of_cases(given.cases, given.variant), {}
     else:

@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
-from absl import logging
 
 from data_pipelines.ct import extraction
 from data_pipelines.ct import scans
@@ -19,12 +18,12 @@ from experiments import configs
 from experiments.localizers import localizer_files
 from experiments.localizers import training
 from experiments.patients import models
+from experiments.patients.workdir import base_rule
 from experiments.patients.workdir import CALIBRATION
 from experiments.patients.workdir import claim
 from experiments.patients.workdir import is_sealed
 from experiments.patients.workdir import localizer_path
 from experiments.patients.workdir import prepared_names
-from experiments.patients.workdir import read_rule
 from experiments.patients.workdir import REFINE_FILE
 from experiments.patients.workdir import renew
 from experiments.patients.workdir import save_vertebra
@@ -38,8 +37,6 @@ from experiments.training import loop
 from radgs_jax import errors
 from radgs_jax import levels
 from radgs_jax.registration.confidence import AcceptanceRule
-from radgs_jax.registration.confidence import method_digest
-from radgs_jax.registration.search import SearchConfig
 from radgs_jax.training import objectives
 
 SEED_OFFSET = 7
@@ -84,7 +81,7 @@ def prepare(
     for target in targets:
         groups.setdefault(digests.of(target), {})[target.label] = target
     model = models.load_model(base)
-    rule = rule or _own_rule(base, config.refine)
+    rule = rule or base_rule(base, config.refine)
     document = {
         "format": WORKDIR_FORMAT,
         "base": models.model_hash(model),
@@ -121,15 +118,6 @@ def prepare(
                 first = next(iter(group.values()))
                 training.make_patient_localizer(workdir / digest, first.ct, first.mask, generic, adapting, first.labels)
                 seal(workdir, [name])
-
-
-def _own_rule(base, refine):
-    """The base's acceptance rule, or None where it has none for this refinement."""
-    rule, wanted = read_rule(pathlib.Path(base) / CALIBRATION), method_digest(refine, SearchConfig())
-    if rule is not None and rule.fitted_for != wanted:
-        logging.warning("%s: its acceptance rule is for another refinement, so that poses are not judged", base)
-        return None
-    return rule
 
 
 def _missing(workdir, groups):

@@ -18,6 +18,7 @@ from data_pipelines import cases
 from data_pipelines.io import camera_files
 from data_pipelines.io import files
 from experiments.patients.workdir import Target
+from experiments.patients.workdir import target_of
 from experiments.reports import case_folder
 from experiments.reports import verdicts
 from experiments.runtime import progress
@@ -86,7 +87,7 @@ def rows_of_cases(path: str | pathlib.Path, variant: str) -> list[Row]:
     for case in case_file.cases:
         scene = case_file.scenes[case.scene]
         volume = case_file.volumes[scene.volume]
-        target = Target(volume.patient, volume.full_ct, volume.full_mask, volume.full_label)
+        target = target_of(volume)
         xrays = functools.partial(read, scene.name)
         sources = f"{path}: scene {scene.name}", f"{path}: case {case.name}"
         rows.append(Row(case.name, target, xrays, case.world_from_ct, _truth_for_pictures(scene), *sources))

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from typing import Any
 
+from absl import logging
+
 from data_pipelines import cases
 from data_pipelines.ct import extraction
 from data_pipelines.ct import hounsfield
@@ -76,6 +78,11 @@ class Target:
     mask: pathlib.Path
     label: int
     labels: str | None = None
+
+
+def target_of(volume: cases.Volume) -> Target:
+    """The vertebra of a case file's volume."""
+    return Target(volume.patient, volume.full_ct, volume.full_mask, volume.full_label)
 
 
 class ScanDigests:
@@ -147,37 +154,34 @@ def prepare_untrained(
     return Prepared(model, vertebra, fine_cloud(vertebra), parts, refine, search, metal_files.read_base(), rule)
 
 
-def body_reader() -> Callable[[cases.Volume], tuple[scans.Scan, whole_body.WholeBody]]:
-    """A function that reads the scan of a case file's volume; it caches the latest scan and raises as `scans.read_scan`."""
+def body_reader() -> Callable[[Target], tuple[scans.Scan, whole_body.WholeBody]]:
+    """A function that reads a target's scan; it caches the latest scan and raises as `scans.read_scan`."""
 
     @functools.lru_cache(1)
-    def read(ct, mask, patient):
-        scan = scans.read_scan(ct, mask, patient)
+    def read(ct, mask, patient, labels):
+        scan = scans.read_scan(ct, mask, patient, labels)
         return scan, whole_body.WholeBody(scan, whole_body.BODY_MM)
 
-    return lambda volume: read(volume.full_ct, volume.full_mask, volume.patient)
+    return lambda target: read(target.ct, target.mask, target.patient, target.labels)
 
 
-def untrained_loader(model: Model, refine: RefineConfig) -> Callable[[cases.Volume], Prepared]:
-    """A function from a case file's volume to the result of `prepare_untrained`; it raises as that and `scans.read_scan`."""
+def untrained_loader(
+    model: Model, refine: RefineConfig, rule: confidence.AcceptanceRule | None = None
+) -> Callable[[Target], Prepared]:
+    """A function from a target to the result of `prepare_untrained`; it raises as that and `scans.read_scan`."""
     body = body_reader()
 
-    def of_volume(volume):
-        scan, whole = body(volume)
-        return prepare_untrained(model, scan, volume.full_label, refine=refine, whole=whole, mask_path=volume.full_mask)
+    def of_target(target):
+        scan, whole = body(target)
+        return prepare_untrained(model, scan, target.label, rule, refine, whole=whole, mask_path=target.mask)
 
-    return of_volume
+    return of_target
 
 
-def loader(workdir: pathlib.Path | str) -> Callable[[cases.Volume], Prepared]:
-    """A function from a case file's volume to its `Prepared` in `workdir`; it raises as `load`."""
+def loader(workdir: pathlib.Path | str) -> Callable[[Target], Prepared]:
+    """A function from a target to its `Prepared` in `workdir`; it raises as `load`."""
     digests = ScanDigests()
-
-    def of_volume(volume):
-        target = Target(volume.patient, volume.full_ct, volume.full_mask, volume.full_label)
-        return load(workdir, target, digests)
-
-    return of_volume
+    return lambda target: load(workdir, target, digests)
 
 
 def read_refine(path: pathlib.Path) -> RefineConfig:
@@ -222,6 +226,15 @@ def read_rule(path: pathlib.Path) -> confidence.AcceptanceRule | None:
         errors.fail(path, "fitted_for", repr(fitted_for)[:SHOWN_CHARACTERS], "a digest of refinement and search")
     numbers = (tuple(map(float, value[field])) for field in ("chance", "thresholds", "size"))
     return confidence.AcceptanceRule(*numbers, float(value["radius"]), fitted_for)
+
+
+def base_rule(base: pathlib.Path | str, refine: RefineConfig) -> confidence.AcceptanceRule | None:
+    """The base's acceptance rule; None, with a warning, where it has none for this refinement. Raises as `read_rule`."""
+    rule, wanted = read_rule(pathlib.Path(base) / CALIBRATION), confidence.method_digest(refine, SearchConfig())
+    if rule is not None and rule.fitted_for != wanted:
+        logging.warning("%s: its acceptance rule is for another refinement, so that poses are not judged", base)
+        return None
+    return rule
 
 
 def claim(workdir: pathlib.Path, document: dict[str, Any]) -> None:
@@ -330,20 +343,22 @@ def localizer_path(workdir: pathlib.Path | str, digest: str) -> pathlib.Path:
 
 
 def load_localizer(
-    workdir: pathlib.Path | str, target: Target, digests: ScanDigests, generic: pathlib.Path | str
+    workdir: pathlib.Path | str | None, target: Target, digests: ScanDigests, generic: pathlib.Path | str
 ) -> tuple[Localizer, bool]:
     """The localizer for a target's vertebra.
 
     Args:
-      generic: file of the localizer to use where the workdir was prepared without one.
+      workdir: of the target's scan; None for none.
+      generic: file of the localizer to use where there is no workdir, or one that was prepared without a localizer.
     Returns:
       the localizer, and whether it is adapted to the patient.
     Raises:
       InputError: no localizer, an unfinished preparation, or a damaged file.
     """
-    path, generic = localizer_path(workdir, digests.of(target)), pathlib.Path(generic)
-    manifest = read_manifest(workdir)
-    if "detector" in manifest:
+    generic = pathlib.Path(generic)
+    manifest = {} if workdir is None else read_manifest(workdir)
+    if workdir is not None and "detector" in manifest:
+        path = localizer_path(workdir, digests.of(target))
         if not path.exists():
             wanted = "a finished one: run `experiments.prepare` again to go on"
             errors.fail(workdir, "detector", "an unfinished preparation", wanted)
@@ -352,7 +367,7 @@ def load_localizer(
         return localizer_files.read_localizer(path), True
     if not generic.exists():
         wanted = "--init, --points, or a workdir with a detector: run `experiments.prepare --detector` on it"
-        errors.fail(workdir, "start pose", "nothing to find the vertebra with", wanted)
+        errors.fail(workdir or generic, "start pose", "nothing to find the vertebra with", wanted)
     return localizer_files.read_localizer(generic), False
 
 

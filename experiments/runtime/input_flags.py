@@ -1,13 +1,19 @@
 """Flags that several commands share: a scan with its label map, and X-rays with their cameras."""
 
+import functools
 import pathlib
 
 from absl import flags
 
 from data_pipelines.ct import numbering
+from data_pipelines.ct import segmentation
 from experiments.patients.workdir import Target
 from experiments.runtime import cli
 from radgs_jax import errors
+from radgs_jax import levels
+
+ALL = "all"
+"""Value of --label that means every whole vertebra."""
 
 # `--help` of a command lists these flags as its own.
 flags.disclaim_key_flags()
@@ -21,12 +27,21 @@ def define_numbering() -> None:
     flags.register_validator("labels", lambda text: text is None or bool(numbering.parse_labels(text)))
 
 
+@functools.cache
+def _complete(mask, label_map):
+    """VerSe numbers, from head to feet, of the vertebrae in a mask that its border does not cut."""
+    labels, _ = segmentation.read_labels(mask, label_map)
+    boxes = segmentation.boxes(labels)
+    whole = [n for n, box in boxes.items() if segmentation.border_axis(box, labels.shape) is None]
+    return [n for n in levels.VERTEBRAE if n in whole] or errors.fail(mask, "labels", sorted(boxes), "a whole vertebra")
+
+
 def define_scan() -> None:
     """Defines --ct, --mask, --labels, --label and --bone: a scan and its bones, for commands that take --cases instead."""
     flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder), instead of --cases.")
     flags.DEFINE_string("mask", None, "Label map on the CT's grid, or TotalSegmentator's folder of masks, with --ct.")
     define_numbering()
-    flags.DEFINE_list("label", None, "Name (L1) or VerSe number (20) of the vertebra, or several, with --ct.")
+    flags.DEFINE_list("label", None, "Name (L1) or VerSe number (20) of the vertebra, several, or `all`; with --ct.")
     flags.DEFINE_list("bone", None, "Instead of --label, a bone beyond the spine: its value in the mask, or several.")
 
 
@@ -44,9 +59,12 @@ def targets() -> list[Target]:
         errors.fail("flags", "--label, --bone", "both" if given.bone else "neither", "one of the two")
     if given.bone and given.labels:
         errors.fail("flags", "--labels", f"{given.labels!r} with --bone", "no numbering: --bone is a value of the mask")
-    labels = cli.bone_labels(given.bone) if given.bone else cli.label_numbers(given.label)
     ct, mask = pathlib.Path(given.ct), pathlib.Path(given.mask)
     label_map = numbering.BONES if given.bone else given.labels
+    if given.bone:
+        labels = cli.bone_labels(given.bone)
+    else:
+        labels = _complete(mask, label_map) if given.label == [ALL] else cli.label_numbers(given.label)
     return [Target(ct.name, ct, mask, label, label_map) for label in labels]
 
 

@@ -12,6 +12,8 @@ from data_pipelines import cases
 from data_pipelines.io import files
 from data_pipelines.simulation import quick
 from experiments.patients.workdir import loader
+from experiments.patients.workdir import Target
+from experiments.patients.workdir import target_of
 from experiments.patients.workdir import untrained_loader
 from experiments.reports import case_folder
 from experiments.reports import plots
@@ -105,7 +107,7 @@ def _registered(case_file, case_list, variant, passes, prepare, refine=True):
         scene = case_file.scenes[case.scene]
         volume, xrays = case_file.volumes[scene.volume], cases.read_xrays(scene, variant)
         if volume.name not in prepared:
-            prepared[volume.name] = prepare(volume)
+            prepared[volume.name] = prepare(target_of(volume))
             pipeline.warm_up(prepared[volume.name], xrays, options, kept)
         ready = prepared[volume.name]
         with Stopwatch() as watch:
@@ -116,7 +118,7 @@ def _registered(case_file, case_list, variant, passes, prepare, refine=True):
 def evaluate(
     case_file: cases.CaseFile,
     variant: str,
-    prepare: Callable[[cases.Volume], Prepared],
+    prepare: Callable[[Target], Prepared],
     passes: int,
     picture_folder: pathlib.Path | None = None,
     score_volumes: bool = True,
@@ -127,7 +129,7 @@ def evaluate(
     Args:
       case_file: cases with true poses and points.
       variant: array of the X-ray files.
-      prepare: prepares a volume, such as `workdir.loader(...)`; called once per volume.
+      prepare: prepares a target, such as `workdir.loader(...)`; called once per volume.
       passes, refine: as in `RegisterOptions`.
       picture_folder: where to write the files of each vertebra's first case; None writes none.
       score_volumes: also score the reconstructions, which takes longer than registering.

@@ -328,6 +328,13 @@ def hint(vertebra: Vertebra, xrays: Sequence[XRay], start: Float[Array, "4 4"]) 
     return ""
 
 
+def least_share(vertebra: Vertebra, xrays: Sequence[XRay], start: Float[Array, "4 4"]) -> float:
+    """Smallest share, 0 to 1, of the vertebra's surface inside the frame of an X-ray; arguments as in `check`."""
+    points, centre = (view_checks.moved(np.asarray(start, np.float64), p) for p in _surface(vertebra))
+    views = [view_checks.view_of(xray.camera) for xray in xrays]
+    return min(view_checks.measure(view, points, centre)["share in the image"] for view in views)
+
+
 def _surface(vertebra):
     """Some of the vertebra's surface points (n, 3), and its centre (3,), CT mm."""
     step = max(1, len(vertebra.points) // SURFACE_POINTS)

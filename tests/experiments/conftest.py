@@ -14,7 +14,7 @@ import tiny
 from data_pipelines import cases
 from data_pipelines.simulation import carm
 from experiments import train
-from experiments.patients.workdir import Target
+from experiments.patients.workdir import target_of
 from radgs_jax.localization.chain import Found
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -55,7 +55,7 @@ def first_case(trained):
     case = case_file.cases[0]
     scene = case_file.scenes[case.scene]
     volume = case_file.volumes[scene.volume]
-    target = Target(volume.patient, volume.full_ct, volume.full_mask, volume.full_label)
+    target = target_of(volume)
     return case_file, case, scene, target
 
 

@@ -51,7 +51,7 @@ def test_reading_a_workdir_and_registering_import_no_training():
 def test_a_missing_flag_is_one_line(run_command):
     for command, line in (
         ("prepare", "flags: --workdir: found nothing, wanted a value"),
-        ("register", "flags: --workdir, --out: found nothing, wanted a value for each"),
+        ("register", "flags: --out: found nothing, wanted a value"),
     ):
         done = run_command(command)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {line}\n")

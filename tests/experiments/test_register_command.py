@@ -214,6 +214,32 @@ def test_dicom_without_cameras_has_nominal_ones_that_are_corrected(trained, tmp_
     assert "camera_motions" not in files.read_json(tmp_path / "trusted" / "results.json")["results"][0]
 
 
+def test_every_vertebra_that_the_xrays_show_without_a_workdir(tmp_path, first_case, run_command):
+    """With the shipped network, from the CT alone; by the network's first pass, since this is about what is registered."""
+    _, case, scene, target = first_case
+    for i, xray in enumerate(cases.read_xrays(scene, "artic")):
+        np.save(tmp_path / f"{i}.npy", xray.line_integrals)
+    # As if the images ended some levels above the vertebra.
+    intrinsics = [view.intrinsics - np.array([0, 0, 0, 0.35 * view.height]) for view in scene.cameras]
+    cameras = [
+        {"K": [[k[0], 0, k[2]], [0, k[1], k[3]], [0, 0, 1]], "E": view.camera_from_world.tolist()}
+        for k, view in zip(intrinsics, scene.cameras)
+    ]
+    files.write_json(tmp_path / "cameras.json", [{k: np.array(v).tolist() for k, v in c.items()} for c in cameras])
+    files.write_json(tmp_path / "init.json", case.world_from_ct.tolist())
+    command = [
+        *(f"--ct={target.ct}", f"--mask={target.mask}", "--label=all", f"--cameras={tmp_path / 'cameras.json'}"),
+        *(f"--xrays={tmp_path / '0.npy'},{tmp_path / '1.npy'}", "--norefine", "--passes=1", "--nopictures"),
+    ]
+    done = run_command("register", *command, f"--init={tmp_path / 'init.json'}", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    found = [one["id"] for one in files.read_json(tmp_path / "out" / "results.json")["results"]]
+    left_out = [line for line in done.stderr.splitlines() if "an X-ray does not show it: left out" in line]
+    assert "L2" in found and left_out and not any(f"{name}: an X-ray" in line for name in found for line in left_out)
+    done = run_command("register", *command, f"--out={tmp_path / 'none'}")
+    assert done.returncode == 2 and "--label: found all, without --init" in done.stderr
+
+
 def _spot(shape, uv, sigma):
     v, u = np.mgrid[: shape[0], : shape[1]]
     return 3.0 * np.exp(-0.5 * ((u - uv[0]) ** 2 + (v - uv[1]) ** 2) / sigma**2)

@@ -60,10 +60,11 @@ WRONG = {
 def _prepare(folder):
     """The bench's case file and a function that loads its vertebrae, prepared without training."""
     case_file = cases.read(BENCH)
-    targets = [workdir.Target(v.patient, v.full_ct, v.full_mask, v.full_label) for v in case_file.volumes.values()]
+    targets = [workdir.target_of(volume) for volume in case_file.volumes.values()]
     if not folder.exists():
         preparing.prepare(configs.DEMO, folder, targets, models.base_folder(), minutes=0.0)
-    return case_file, workdir.loader(folder)
+    load = workdir.loader(folder)
+    return case_file, lambda volume: load(workdir.target_of(volume))
 
 
 def _register(prepared, xrays, start):

@@ -93,7 +93,7 @@ def workdir(tmp_path_factory):
     stage = configs.StageConfig(pairs=1, ct_pairs=1, steps=(0, 0, 0), learning_rate=1e-4)
     config = dataclasses.replace(configs.DEMO, p3=stage, batch=2)
     volumes = cases.read(BENCH).volumes.values()
-    targets = [workdirs.Target(v.patient, v.full_ct, v.full_mask, v.full_label) for v in volumes]
+    targets = [workdirs.target_of(volume) for volume in volumes]
     folder = tmp_path_factory.mktemp("golden") / "workdir"
     rule = workdirs.read_rule(models.base_folder() / workdirs.CALIBRATION)
     preparing.prepare(config, folder, targets, models.base_folder(), rule=rule)
