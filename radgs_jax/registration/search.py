@@ -189,6 +189,9 @@ def refine_pose(
         if not others:
             break
         other = settled(max(others, key=lambda o: o.fit[-1]))
+        if other.fit[-1] > refined.fit[-1]:
+            # Once more in windows that are cut where it ended, far from where it started.
+            other = settled(run([other.world_from_box] * 2, config.levels))
         away_mm = _apart_mm(other, refined)
         better, worse = (other, refined) if other.fit[-1] > refined.fit[-1] else (refined, other)
         margin = better.fit[-1] - worse.fit[-1]
