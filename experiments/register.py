@@ -31,6 +31,7 @@ from experiments.runtime import cli
 from experiments.runtime import input_flags
 from experiments.runtime.kept_programs import kept
 from radgs_jax import errors
+from radgs_jax.geometry import distortion
 from radgs_jax.levels import level_name
 from radgs_jax.registration import plausibility
 from radgs_jax.registration.gauss_newton import RefineConfig
@@ -38,11 +39,9 @@ from radgs_jax.registration.pipeline import RegisterOptions
 
 MAX_CAMERA_MM, MAX_CAMERA_DEG = 20.0, 5.0
 """Largest errors of cameras that can be stated. Chosen by hand: beyond, the first refinement finds nothing to correct them by."""
-MAX_DISTORTION = 0.2
-"""Largest distortion that can be stated. Image intensifiers have up to 0.1; the same holds beyond twice that."""
 LEAST_SHARE = 0.5
-"""Share of a vertebra that each X-ray shows, for --label=all. Half registers vertebrae that are cut; twice leaves out all that
-touch the frame."""
+"""Share of a vertebra that each X-ray shows, for --label=all. Chosen by hand: half registers vertebrae that are cut; twice leaves
+out all that touch the frame."""
 STRICT_STATUS = 3
 """Exit status where --strict is given and a pose is refused."""
 
@@ -113,7 +112,7 @@ def define_flags() -> None:
         "How far the X-rays are stretched at their field's border, as a fraction of its radius, such as 0.03 of an image "
         "intensifier: this is then fitted.",
         lower_bound=0.0,
-        upper_bound=MAX_DISTORTION,
+        upper_bound=distortion.MOST,
     )
     flags.DEFINE_bool("together", False, "Also refine the trusted vertebrae of --label together, into spine.json.")
     flags.DEFINE_bool("strict", False, f"End with status {STRICT_STATUS} if a pose is refused.")
@@ -135,7 +134,7 @@ def _in_view(row, load):
     """Whether every X-ray shows most of a row's vertebra at its start pose."""
     shown = plausibility.least_share(load(row.target).vertebra, row.xrays, row.start) >= LEAST_SHARE
     if not shown:
-        logging.warning("%s: an X-ray does not show it: left out", level_name(row.target.label))
+        logging.warning("%s: an X-ray shows less than half of it: left out", level_name(row.target.label))
     return shown
 
 
@@ -215,8 +214,8 @@ def _frames():
     return given and [int(text) for text in given]
 
 
-def _camera_sd(rows):
-    """--camera_sd as (radians, mm), or its default for the cameras of `rows`."""
+def _options(rows):
+    """What the flags ask for; --camera_sd has a default for the cameras of `rows`."""
     mm, degrees = 0.0, 0.0
     views = [] if callable(rows[0].xrays) else rows[0].xrays
     if (given := flags.FLAGS.camera_sd) is not None:
@@ -224,10 +223,12 @@ def _camera_sd(rows):
     elif flags.FLAGS.refine and any(view.origin["camera"] == view_geometry.NOMINAL for view in views):
         mm, degrees = view_geometry.NOMINAL_SD
         logging.warning("cameras: DICOM's nominal ones, taken to be off by about %g mm and %g degrees", mm, degrees)
-    for flag, given in (("camera_sd", any((mm, degrees))), ("distortion_sd", flags.FLAGS.distortion_sd)):
-        if given and not flags.FLAGS.refine:
-            errors.fail("flags", f"--{flag}", "--norefine", "the refinement, which corrects views")
-    return math.radians(degrees), mm
+    given = flags.FLAGS
+    options = RegisterOptions(given.passes, given.refine, (math.radians(degrees), mm), given.distortion_sd)
+    if options.corrects and not given.refine:
+        flag = "--camera_sd" if any(options.camera_sd) else "--distortion_sd"
+        errors.fail("flags", flag, "--norefine", "the refinement, which corrects views")
+    return options
 
 
 def _pixels(flag, count):
@@ -283,7 +284,7 @@ def main() -> None:
     extra_files = {}
     if reports:
         extra_files["detection.json"] = next(iter(reports.values())) if len(reports) == 1 else reports
-    options = RegisterOptions(given.passes, given.refine, _camera_sd(rows), given.distortion_sd)
+    options = _options(rows)
     variant = given.variant if given.cases else "xrays"
     if given.together:
         if given.cases or len(rows) < spines.MIN_VERTEBRAE:

@@ -77,12 +77,14 @@ def spine(
         )
     first = 12 * len(used)
     of_cameras = slice(first, first + 6 * len(together.motions))
+    stretched = {"distortions": together.distortions.tolist()} if options.distortion_sd else {}
     return {
         "format": FORMAT,
         "vertebrae": vertebrae,
         "segments": segments,
         "camera_motions": together.motions.tolist(),
         "camera_covariance": covariance[of_cameras, of_cameras].tolist(),
+        **stretched,
         "units": "mm, degrees; covariances: rad and mm",
     }
 

@@ -29,11 +29,12 @@ def define_numbering() -> None:
 
 @functools.cache
 def _complete(mask, label_map):
-    """VerSe numbers, from head to feet, of the vertebrae in a mask that its border does not cut."""
-    labels, _ = segmentation.read_labels(mask, label_map)
-    boxes = segmentation.boxes(labels)
-    whole = [n for n, box in boxes.items() if segmentation.border_axis(box, labels.shape) is None]
-    return [n for n in levels.VERTEBRAE if n in whole] or errors.fail(mask, "labels", sorted(boxes), "a whole vertebra")
+    """VerSe numbers, from head to feet, of the vertebrae in a mask that its border does not cut; InputError without any."""
+    whole = segmentation.complete_labels(segmentation.read_labels(mask, label_map)[0])
+    found = [label for label in levels.VERTEBRAE if label in whole]
+    if not found:
+        errors.fail(mask, "labels", sorted(whole), "a whole vertebra")
+    return found
 
 
 def define_scan() -> None:

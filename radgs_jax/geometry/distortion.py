@@ -17,12 +17,19 @@ from radgs_jax.geometry.xray import XRay
 COEFFICIENTS = 3
 """Number of k1, k2, k3."""
 _NEWTON_STEPS = 10
-"""Steps that invert the polynomial. It is nearly linear, so that five reach float64; twice costs nothing."""
+"""Steps that invert the polynomial. It is nearly linear within the field, where five reach float64; twice changes nothing."""
+MOST = 0.1
+"""Largest relative displacement at the field's border that is considered. Image intensifiers have some percent (IEC
+61262-4 says how it is measured); half excludes strong ones, and at twice, pixels near an image's corners would have two places."""
+_WHOLE = 0.999
+"""Share of a sampled pixel's neighbours, by their weights, from which it is valid: all, but for float32."""
+_CLOSE = 1e-6
+"""Relative error up to which a pixel's place counts as found: far below a pixel. Half or twice parts the same pixels."""
 
 
 def field(camera: Camera) -> float:
-    """Radius of a camera's field as the tangent of an angle: over the focal length."""
-    return 0.5 * min(camera.height, camera.width) / float(camera.intrinsics[0])
+    """Radius of a camera's field, half the smaller side of its image, as the tangent of an angle."""
+    return 0.5 * min(camera.width / float(camera.intrinsics[0]), camera.height / float(camera.intrinsics[1]))
 
 
 def _factor(square, coefficients):
@@ -39,30 +46,36 @@ def _radii(xray):
     return u, v, np.hypot(u / fx, v / fy) / field(camera)
 
 
-def _sampled(xray, u, v):
-    """The X-ray's pixels at (u, v) from the principal point; valid where all four neighbours are."""
+def _sampled(xray, u, v, there=True):
+    """The X-ray's pixels at (u, v) from the principal point; valid where it is `there`, and all four neighbours are."""
     assert xray.valid is not None
     at = np.stack([v + float(xray.camera.intrinsics[3]), u + float(xray.camera.intrinsics[2])])
     sample = lambda image: scipy.ndimage.map_coordinates(np.asarray(image, np.float32), at, order=1, mode="nearest")
     inside = np.all([(c >= 0) & (c <= n - 1) for c, n in zip(at, at.shape[1:])], 0)
     return dataclasses.replace(
-        xray, line_integrals=sample(xray.line_integrals), valid=inside & (sample(xray.valid) > 0.999)
+        xray, line_integrals=sample(xray.line_integrals), valid=inside & there & (sample(xray.valid) > _WHOLE)
     )
 
 
 def distorted(xray: XRay, coefficients: Float[Array, "3"]) -> XRay:
-    """A flat panel's X-ray as an image intensifier shows it."""
+    """A flat panel's X-ray as an image intensifier shows it. Pixels that come from outside the image are invalid."""
     u, v, radius = _radii(xray)
     factor = _factor(radius**2, coefficients)
     return _sampled(xray, u * factor, v * factor)
 
 
 def straightened(xray: XRay, coefficients: Float[Array, "3"]) -> XRay:
-    """An image intensifier's X-ray as a flat panel would show it; the inverse of `distorted`, but for its interpolation."""
+    """An image intensifier's X-ray as a flat panel would show it; the inverse of `distorted`, but for its interpolation.
+
+    Pixels that come from outside the image are invalid, and those that no place of the image shows: in the corners, where a strong
+    pincushion folds over.
+    """
     u, v, radius = _radii(xray)
     seen = radius.copy()
     for _ in range(_NEWTON_STEPS):
         slope = 1.0 + sum((2 * j + 3) * k * seen ** (2 * j + 2) for j, k in enumerate(coefficients))
         seen -= (seen * _factor(seen**2, coefficients) - radius) / slope
-    factor = seen / np.maximum(radius, 1e-12)
-    return _sampled(xray, u * factor, v * factor)
+    slope = 1.0 + sum((2 * j + 3) * k * seen ** (2 * j + 2) for j, k in enumerate(coefficients))
+    there = (np.abs(seen * _factor(seen**2, coefficients) - radius) <= _CLOSE) & (seen >= 0) & (slope > 0)
+    factor = np.where(there, seen / np.maximum(radius, 1e-12), 1.0)
+    return _sampled(xray, u * factor, v * factor, there)

@@ -206,7 +206,8 @@ def judge(
       view_angle_rad: `view_angle` at the vertebra; None, for one view or where it is unknown, changes nothing.
       camera_error_mm: what is known of errors of the cameras, as a distance of the vertebra: it joins the radius as one more
         independent error.
-      camera_covariance: what the stated errors of the cameras leave uncertain of the vertebra's twist, rad and mm; None for none.
+      camera_covariance: what the stated errors of the views leave uncertain of the vertebra's twist, rad and mm, with what pixels
+        and views disagree about, so that the radius is rather too large; None for none.
     """
     information, misfit = (np.asarray(m, np.float64) for m in (refined.information, refined.misfit))
     values = features(refined)

@@ -45,11 +45,11 @@ of the Spine", 1990, table 2-5). Half ties spines that bend; twice leaves verteb
 NO_ERROR_MM = 1e-3
 """Standard deviation of an error that is stated to be 0, mm, of turns by their lever: small, and large enough to be divided by."""
 WIDE = ((128, 12), (112, 6))
-"""Pixels along the windows, and most steps, of the last two levels where one vertebra has to correct cameras. Chosen by hand: the
+"""Pixels along the windows, and most steps, of the last two levels where one vertebra has to correct views. Chosen by hand: the
 first window shows 190 mm of the body, since a camera's depth shows only in how the picture grows from its middle to its border;
 half of it leaves more of that error."""
 NARROW = (96, 5)
-"""The same of the last level, where vertebrae with right cameras are near their places already. Chosen by hand on the bent scenes
+"""The same of the last level, where vertebrae in right views are near their places already. Chosen by hand on the bent scenes
 of the operating room (docs/accuracy.md): larger windows show more of what has bent by itself, smaller ones less of the vertebra."""
 SETTLED_MM = 2e-3
 """Step of the vertebra that moves most at which a level ends, mm. Chosen by hand, a tenth of the best accuracy."""
@@ -68,11 +68,14 @@ PARTS_SEEN = 4
 OF_BODIES, OF_WINDOW = 6 * PARTS_SEEN, 6 * PARTS_SEEN + COEFFICIENTS
 """Parameters of a window in one view: twists of its bodies, then the view's distortion."""
 DISTORTION_SCALE = 0.01
-"""Change of a coefficient of distortion that moves pixels at the field's border by about 1 mm; it only scales the equations."""
+"""Change of a coefficient of distortion that moves pixels at the field's border by about 1 mm. It makes a step of a coefficient as
+long as one of a pose; half or twice changes how far a first step goes."""
 STRAIGHTENINGS = 2
-"""How often the levels are gone through where views are distorted. At half, 5 % at the border is still half a pixel off."""
+"""How often the levels are gone through where views are distorted. At half, 5 % at the border is still half a pixel off; twice
+takes twice the time and changes nothing."""
 NO_DISTORTION = 1e-6
-"""Standard deviation of coefficients of views without distortion: small, and large enough to be divided by."""
+"""Standard deviation of coefficients of views without distortion: a thousandth of a pixel, and large enough to be divided by; half
+or twice does not matter."""
 
 
 @flax.struct.dataclass
@@ -119,9 +122,9 @@ class Together:
       world_from_ct: (2 K, 4, 4) of each vertebra, then of the rest around each, mm.
       motions: (V, 4, 4) of the world before each camera: a corrected camera_from_world is the given one times its motion.
       distortions: (V, 3) coefficients of `distortion`.
-      information: (N, N) of the views; doubt: (N, N) covariance of their right side; prior: (N, N). Parameters are twists in world
-        axes, rad and mm, of the vertebrae and of the rest around each about the vertebrae's centres, and of the cameras about
-        their mean; then the views' distortions.
+      information: (N, N) normal matrix of the views, with their own errors eliminated; doubt: (N, N) covariance of its right
+        side; prior: (N, N), likewise a normal matrix. Parameters are twists in world axes, rad and mm, of the vertebrae and of
+        the rest around each about the vertebrae's centres, and of the cameras about their mean; then the views' distortions.
       step_mm: length of the last step of the vertebra that moved most, rotations by their lever.
     """
 
@@ -172,10 +175,10 @@ def _stacked(volumes):
     return np.stack([np.pad(v, [(0, n - m) for n, m in zip(shape, v.shape)]) for v in volumes])
 
 
-def fine_levels(config: RefineConfig, vertebrae: int, cameras_off: bool) -> tuple[Level, ...]:
-    """The levels of a joint refinement: the last two of a single one's, or the last where the cameras are right."""
+def fine_levels(config: RefineConfig, vertebrae: int, corrects: bool) -> tuple[Level, ...]:
+    """The levels of a joint refinement: the last two of a single one's where it corrects the views, the last where not."""
     last = config.levels[-len(WIDE) :]
-    if not cameras_off:
+    if not corrects:
         size, iterations = NARROW
         return (dataclasses.replace(last[-1], size=min(size, last[-1].size), iterations=iterations),)
     if vertebrae > 1:
@@ -217,7 +220,7 @@ def linearised(
     Float[jax.Array, "windows views 27"],
     Float[jax.Array, "windows views blocks 27"],
 ]:
-    """Normal equations of each window in each view, over the twists of the bodies in it about their own centres.
+    """Normal equations of each window in each view, over the twists of its bodies about their own centres and its distortion.
 
     Args:
       camera_from_world: (V, 4, 4) corrected; at: (K, 4, 4) poses world_from_ct that windows are cut at, which stay the same from
@@ -225,7 +228,8 @@ def linearised(
         config: of one level, that of `views`.
     Returns:
       normal matrices (K, V, 27, 27), right sides (K, V, 27), and what each square of pixels adds to those (K, V, B, 27), rad and
-      mm; bodies are the vertebra, the one above, the one below and the rest, and 0 where there is none; then the distortion.
+      mm; bodies are the vertebra, the one above, the one below and the rest, and 0 where there is none; then the distortion's
+      coefficients, which have no unit.
     """
     (level,) = config.levels
     count = len(bodies.neighbours)
@@ -258,7 +262,9 @@ def linearised(
         total = jnp.sum(jnp.stack(images), 0)
         stretch = _stretch(total, window.intrinsics, fields)
         filtered = derivatives(jnp.concatenate([jnp.stack(images, -1), *motions, stretch], -1), config.blur_px)
-        of_excess, of_rest = filtered[..., 0, :], jnp.sum(filtered[..., 1:PARTS_SEEN, :], -2)
+        # What the distortion moves is mostly the rest's, and has its gain.
+        stretched = jnp.sum(filtered[..., -COEFFICIENTS:, :] * distortions[:, None, None, :, None], -2)
+        of_excess, of_rest = filtered[..., 0, :], jnp.sum(filtered[..., 1:PARTS_SEEN, :], -2) + stretched
         gain_rest, gain_excess, columns, gains, weights = fit_gains(
             window.target,
             window.inside,
@@ -271,8 +277,7 @@ def linearised(
         )
         own, others = filtered[..., PARTS_SEEN : PARTS_SEEN + 6, :], filtered[..., PARTS_SEEN + 6 :, :]
         jacobian = [own * gain_excess[..., None, None], others * gain_rest[..., None, None]]
-        stretched = jnp.sum(filtered[..., -COEFFICIENTS:, :] * distortions[:, None, None, :, None], -2)
-        residual = window.target - gain_rest[..., None] * (of_rest + stretched) - gain_excess[..., None] * of_excess
+        residual = window.target - gain_rest[..., None] * of_rest - gain_excess[..., None] * of_excess
         return eliminate_gains(columns, gains, jnp.concatenate(jacobian, -2), residual, weights, config.gain_ridge)
 
     return jax.lax.map(of_window, jnp.arange(count))
@@ -317,7 +322,11 @@ def _prior(bodies, poses, centres, motions, distortions, camera_sd, distortion_s
 def errors_of_views(
     discrepancy: Sequence[Sequence[float]], camera_from_world: Float[Array, "views 4 4"]
 ) -> Float[np.ndarray, "views 27 27"]:
-    """Covariances of each view's own errors of the bodies in a window, rad and mm, as `DISCREPANCY` has them."""
+    """Covariances of each view's own errors of the bodies in a window, rad and mm; of its distortion there is none.
+
+    Args:
+      discrepancy: as `DISCREPANCY`; camera_from_world: (V, 4, 4), whose third axis is the ray.
+    """
     found = np.zeros((len(camera_from_world), OF_WINDOW, OF_WINDOW))
     for errors, R in zip(found, camera_from_world[:, :3, :3]):
         for part in range(PARTS_SEEN):
@@ -351,6 +360,8 @@ def assembled(
       neighbours: as in `Bodies`; normals, rights, blocks: from `linearised`.
       centres: of the vertebrae and of the rest around each, world mm.
       view_errors: from `errors_of_views`; growth: as in `refine_together`.
+    Returns:
+      (N, N) normal matrix, (N,) right side and (N, N) covariance of that, of the parameters of `Together`.
     """
     count, views = normals.shape[:2]
     of_distortion = 12 * count + 6 * views
@@ -409,8 +420,8 @@ def refine_together(
     seen_normal = doubt = prior = np.zeros(0)
     moved_mm = 0.0
     # The equations know small distortions, so that the X-rays are straightened between levels.
-    for number in list(range(len(config.levels))) * (1 if stretched is None else STRAIGHTENINGS):
-        level = config.levels[number]
+    rounds = 1 if stretched is None else STRAIGHTENINGS
+    for number, level in list(enumerate(config.levels)) * rounds:
         if stretched is not None:
             seen = stretched.straightened(distortions)
         views, taken_out = seen.levels[number], distortions.copy()
@@ -429,7 +440,8 @@ def refine_together(
             normal = (seen_normal + prior) * scale[:, None] * scale
             step = np.linalg.solve(normal + LEAST_CURVATURE * np.eye(len(normal)), (right + prior_right) * scale)
             step /= max(1.0, np.abs(step).max() / gauss_newton.STEP_MM)
-            distortions += (step * scale)[-distortions.size :].reshape(distortions.shape)
+            if stretched is not None:
+                distortions += (step * scale)[-distortions.size :].reshape(distortions.shape)
             twists = (step * scale)[: -distortions.size].reshape(-1, 6)
             for i, (centre, twist) in enumerate(zip(centres, twists)):
                 poses[i] = rigid_host.motion_about(centre, twist) @ poses[i]
@@ -442,7 +454,7 @@ def refine_together(
 
 
 def _scale(vertebrae, views):
-    """Sizes (N,) of the parameters that move pixels by about 1 mm."""
+    """Sizes (N,) of parameters that move what is seen by about 1 mm."""
     return np.concatenate(
         [np.tile(rigid.TWIST_SCALE, 2 * vertebrae + views), np.full(COEFFICIENTS * views, DISTORTION_SCALE)]
     )

@@ -42,7 +42,7 @@ NETWORK_REACH_MM = 40.0
 network that is thrown off ends 70 to 110 mm away. Half would not follow it from distant starts; twice follows some of those."""
 
 MAX_CORRECTIONS = 3
-"""How often cameras are corrected at most: once more where the pose has moved away from where they were corrected."""
+"""How often views are corrected at most: once more where the pose has moved away from where they were corrected."""
 MEDIAN_PIXELS = 50_000
 """About how many pixels of an X-ray its median is taken of; a tenth or ten times as many give the same answer."""
 
@@ -145,7 +145,7 @@ def register(
                 again = together.world_from_ct[0] @ vertebra.ct_from_box
                 refined, judged = refine_until_trusted(prepared, xrays, again, start_box, compile, together)
                 boxes += list(refined.trajectory)
-                # Cameras that were corrected at a pose that was left behind are corrected anew at the better one.
+                # Views that were corrected at a pose that was left behind are corrected anew at the better one.
                 moved_mm = np.linalg.norm(refined.world_from_box[:3, 3] - before)
                 if moved_mm < near_mm or attempt == MAX_CORRECTIONS - 1:
                     break
@@ -224,7 +224,7 @@ def refine_until_trusted(
 
     Args:
       estimate, start: world_from_box, the network's and the one that it started from.
-      together: what corrected the cameras of the X-rays, whose error is then known.
+      together: what corrected the X-rays, whose errors are then known.
     """
     rule, vertebra = prepared.rule, prepared.vertebra
     parts = parts_in(prepared, xrays)

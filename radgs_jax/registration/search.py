@@ -39,7 +39,8 @@ class SearchConfig:
 
     Attributes:
       turn_rad: by how much starts are turned against a refused answer about each of its axes. Most answers that are wrong by
-        less than 5 mm sit in a wrong orientation; at half the turn they stay there, at twice they find a neighbour.
+        less than 5 mm sit in a wrong orientation; at half the turn they stay there, at twice they find a neighbour. The places of
+        neighbouring levels lie along arcs of this turn, to the front and back: at twice, straight spines are missed.
       wide_along_mm: shifts along the spine tried first, from where it started: up to the neighbours' places and between.
       depth_mm: shifts along the rays of each view tried with them: where one view fits, it fits in other depths as well.
       far_across_mm, far_along_mm: shifts across and along the spine tried last, in all combinations. Their spacing is about
@@ -160,13 +161,16 @@ def refine_pose(
         arguments, options = refine_arguments(parts, seen, poses, config, levels)
         return jax.device_get(programs.refine(*arguments, **options))
 
+    def again(refined):
+        # The same pose twice reuses the program that is compiled for two starts. The rival stays the same.
+        rival = {name: getattr(refined, name) for name in ("rival_mm", "margin")}
+        return dataclasses.replace(run([refined.world_from_box] * 2, config.levels), **rival)
+
     def settled(refined):
         for _ in range(search.max_settlings):
             if not refined.step_mm > search.settled_mm:
                 break
-            # The same pose twice reuses the program that is compiled for two starts. The rival stays the same.
-            rival = {name: getattr(refined, name) for name in ("rival_mm", "margin")}
-            refined = dataclasses.replace(run([refined.world_from_box] * 2, config.levels), **rival)
+            refined = again(refined)
         return refined
 
     refined = settled(run(starts, levels))
@@ -191,8 +195,10 @@ def refine_pose(
         other = settled(max(others, key=lambda o: o.fit[-1]))
         if other.fit[-1] > refined.fit[-1]:
             # Once more in windows that are cut where it ended, far from where it started.
-            other = settled(run([other.world_from_box] * 2, config.levels))
+            other = max(other, settled(again(other)), key=lambda o: o.fit[-1])
         away_mm = _apart_mm(other, refined)
+        if away_mm < gauss_newton.DISTINCT_MM:
+            break
         better, worse = (other, refined) if other.fit[-1] > refined.fit[-1] else (refined, other)
         margin = better.fit[-1] - worse.fit[-1]
         refined = dataclasses.replace(better, rival_mm=away_mm, margin=min(margin, better.margin))

@@ -234,7 +234,7 @@ def test_every_vertebra_that_the_xrays_show_without_a_workdir(tmp_path, first_ca
     done = run_command("register", *command, f"--init={tmp_path / 'init.json'}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     found = [one["id"] for one in files.read_json(tmp_path / "out" / "results.json")["results"]]
-    left_out = [line for line in done.stderr.splitlines() if "an X-ray does not show it: left out" in line]
+    left_out = [line for line in done.stderr.splitlines() if "an X-ray shows less than half of it: left out" in line]
     assert "L2" in found and left_out and not any(f"{name}: an X-ray" in line for name in found for line in left_out)
     done = run_command("register", *command, f"--out={tmp_path / 'none'}")
     assert done.returncode == 2 and "--label: found all, without --init" in done.stderr

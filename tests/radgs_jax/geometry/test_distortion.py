@@ -26,13 +26,23 @@ def test_a_pixel_shows_what_the_polynomial_says():
     u, v = pixels()
     shown = distortion.distorted(XRay(smooth(u, v), None, CAMERA), COEFFICIENTS)
     fx, fy, cx, cy = CAMERA.intrinsics
-    field = 0.5 * HEIGHT / fx
+    field = 0.5 * HEIGHT / fy
     for row, column in ((10, 20), (51, 60), (80, 100), (30, 118)):
         x, y = (column - cx) / fx, (row - cy) / fy
         square = (x * x + y * y) / field**2
         factor = 1.0 + 0.05 * square - 0.02 * square**2 + 0.01 * square**3
         wanted = smooth(cx + fx * x * factor, cy + fy * y * factor)
         assert shown.line_integrals[row, column] == pytest.approx(wanted, abs=3e-3)
+
+
+def test_places_that_a_strong_pincushion_folds_over_are_invalid():
+    """With k1 = -0.2 a flat panel's pixels beyond 0.86 field radii are shown nowhere."""
+    given = XRay(np.ones((HEIGHT, WIDTH)), None, CAMERA)
+    straight = distortion.straightened(given, np.array([-0.2, 0.0, 0.0]))
+    fx, fy, cx, cy = CAMERA.intrinsics
+    u, v = pixels()
+    radius = np.hypot((u - cx) / fx, (v - cy) / fy) / distortion.field(CAMERA)
+    assert not straight.valid[radius > 0.87].any() and straight.valid[radius < 0.7].all()
 
 
 def test_straightening_inverts_it_where_pixels_stay_in_the_image():
