@@ -125,6 +125,7 @@ def define_flags() -> None:
 def _loader(digests):
     """A function from a target to its `Prepared`: of --workdir, or extracted from the CT."""
     if (workdir := flags.FLAGS.workdir) is not None:
+        workdirs.read_manifest(workdir)
         return lambda target: workdirs.load(workdir, target, digests)
     base, refine = models.base_folder(), RefineConfig()
     return workdirs.untrained_loader(models.load_model(base), refine, workdirs.base_rule(base, refine))
@@ -199,7 +200,10 @@ def _found(digests, target, xrays, vertebra):
     if not adapted:
         weaker = "this localizer is generic, and weaker: `experiments.prepare --detector` adapts it to the patient"
         logging.warning("%s", weaker)
-    start, located = starts.start_from_localizer(localizer, xrays, vertebra)
+    try:
+        start, located = starts.start_from_localizer(localizer, xrays, vertebra)
+    except errors.InputError as error:
+        raise errors.InputError(f"{error}; or a start pose by --init or --points") from error
     report, level = located.report, level_name(target.label)
     apart = f"the views' rays pass {report['apart_mm'][level]:.1f} mm apart"
     print(f"start from the X-rays: {level} with probability {report['probability']:.3f}, {apart}")
@@ -287,6 +291,8 @@ def main() -> None:
     options = _options(rows)
     variant = given.variant if given.cases else "xrays"
     if given.together:
+        if not given.refine:
+            errors.fail("flags", "--together", "--norefine", "the refinement")
         if given.cases or len(rows) < spines.MIN_VERTEBRAE:
             errors.fail(
                 "flags", "--together", f"{len(rows)} vertebra(e) of --label", "two or more, with --ct and --xrays"

@@ -1,6 +1,8 @@
 """Settings shared by all tests: quick compilation, a persistent compilation cache, and a fixture for float64."""
 
+import gc
 import os
+import pathlib
 
 # The tests compile far longer than they compute: LLVM's cheapest level halves their time. Before jax is imported, and in
 # the environment, so that the programs that tests start do the same.
@@ -26,6 +28,21 @@ LONGEST = ("test_training_runs.py", "test_models.py")
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no process ends with one while the other is idle."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+MAPS = pathlib.Path("/proc/self/maps")
+MOST_MAPS = 30_000
+"""Memory areas from which compiled programs are dropped. Linux allows a process 65,530, and XLA crashes at the limit; a test file
+takes some thousands."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_programs():
+    """Each loaded program takes some dozens of memory areas, so that they are dropped between files."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -99,7 +99,8 @@ def find_label(scan: Scan, label: int, path: pathlib.Path | str) -> tuple[slice,
     """
     box = scan.boxes.get(label)
     if box is None:
-        errors.fail(path, "label", sorted(scan.boxes), f"{label} among them")
+        found = ", ".join(map(levels.level_name, sorted(scan.boxes))) or "nothing"
+        errors.fail(path, "label", found, f"{levels.level_name(label)} among them")
     return box
 
 

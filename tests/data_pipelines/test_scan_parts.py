@@ -72,7 +72,7 @@ def test_the_body_goes_on_where_the_scan_stops(scan):
 
 
 def test_a_cut_vertebra_an_absent_label_and_a_mask_over_air_are_refused(scan):
-    with pytest.raises(errors.InputError, match="mask: label: found .* wanted 9 among them"):
+    with pytest.raises(errors.InputError, match="mask: label: found .* wanted T2 among them"):
         extraction.extract(scan, 9, 64)
     top = np.argwhere(scan.labels == 22)[:, 2].max()
     cut = dataclasses.replace(scan, hu=scan.hu[:, :, :top], labels=scan.labels[:, :, :top])

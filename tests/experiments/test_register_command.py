@@ -337,7 +337,7 @@ def test_bad_input_is_one_line_status_2_and_no_output(trained, tmp_path, first_c
         "label": (
             "prepare",
             [f"--ct={target.ct}", f"--mask={target.mask}", "--label=9", f"--workdir={tmp_path / 'o'}", base],
-            "wanted 9 among them",
+            "wanted T2 among them",
         ),
         "no base": (
             "prepare",

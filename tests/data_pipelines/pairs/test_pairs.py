@@ -142,7 +142,7 @@ def test_a_cut_record_file_is_one_clear_line(stored, tmp_path):
 
 
 def test_a_cut_vertebra_is_found_before_any_pair_is_made(stored, tmp_path):
-    with pytest.raises(errors.InputError, match="wanted 9 among them"):
+    with pytest.raises(errors.InputError, match="wanted T2 among them"):
         _simulated(stored, tmp_path, labels=(21, 9))
     assert not list(tmp_path.glob("*/pairs"))
 
