@@ -220,14 +220,13 @@ def _frames():
 
 def _options(rows):
     """What the flags ask for; --camera_sd has a default for the cameras of `rows`."""
-    mm, degrees = 0.0, 0.0
+    given, mm, degrees = flags.FLAGS, 0.0, 0.0
     views = [] if callable(rows[0].xrays) else rows[0].xrays
-    if (given := flags.FLAGS.camera_sd) is not None:
-        mm, degrees = cli.mm_and_degrees("--camera_sd", given, (MAX_CAMERA_MM, MAX_CAMERA_DEG))
-    elif flags.FLAGS.refine and any(view.origin["camera"] == view_geometry.NOMINAL for view in views):
+    if given.camera_sd is not None:
+        mm, degrees = cli.mm_and_degrees("--camera_sd", given.camera_sd, (MAX_CAMERA_MM, MAX_CAMERA_DEG))
+    elif given.refine and any(view.origin["camera"] == view_geometry.NOMINAL for view in views):
         mm, degrees = view_geometry.NOMINAL_SD
         logging.warning("cameras: DICOM's nominal ones, taken to be off by about %g mm and %g degrees", mm, degrees)
-    given = flags.FLAGS
     options = RegisterOptions(given.passes, given.refine, (math.radians(degrees), mm), given.distortion_sd)
     if options.corrects and not given.refine:
         flag = "--camera_sd" if any(options.camera_sd) else "--distortion_sd"

@@ -14,7 +14,7 @@ from experiments import configs
 from experiments.runtime import cli
 from experiments.runtime import progress
 from radgs_jax import errors
-from radgs_jax.geometry.distortion import MOST
+from radgs_jax.geometry import distortion
 
 MAX_CAMERA_ERROR = (50.0, 10.0)
 """Largest errors of cameras that are simulated, mm and degrees: far more than any C-arm that is in use."""
@@ -95,7 +95,11 @@ def define_flags() -> None:
         "camera_error", ["0", "0"], "Root mean square errors of the cameras in the case file: mm, degrees."
     )
     flags.DEFINE_float(
-        "distortion", 0.0, "How far X-rays are stretched at their field's border, at most, relative to it.", 0.0, MOST
+        "distortion",
+        0.0,
+        "How far X-rays are stretched at their field's border, at most, relative to it.",
+        0.0,
+        distortion.MOST,
     )
     flags.DEFINE_string("out", None, "Case file to write; the X-ray files go next to it.", required=True)
 

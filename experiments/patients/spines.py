@@ -10,6 +10,7 @@ from absl import logging
 
 from experiments.patients.registering import Row
 from experiments.patients.workdir import Target
+from experiments.reports import case_folder
 from experiments.runtime.kept_programs import kept
 from radgs_jax import levels
 from radgs_jax import metrics
@@ -75,16 +76,11 @@ def spine(
         segments.append(
             _segment([row.target.label for row in used[pair]], prepared[pair], together.world_from_ct[pair]) | radius
         )
-    first = 12 * len(used)
-    of_cameras = slice(first, first + 6 * len(together.motions))
-    stretched = {"distortions": together.distortions.tolist()} if options.distortion_sd else {}
     return {
         "format": FORMAT,
         "vertebrae": vertebrae,
         "segments": segments,
-        "camera_motions": together.motions.tolist(),
-        "camera_covariance": covariance[of_cameras, of_cameras].tolist(),
-        **stretched,
+        **case_folder.corrections(together, covariance),
         "units": "mm, degrees; covariances: rad and mm",
     }
 

@@ -356,8 +356,7 @@ def load_localizer(
       InputError: no localizer, an unfinished preparation, or a damaged file.
     """
     generic = pathlib.Path(generic)
-    manifest = {} if workdir is None else read_manifest(workdir)
-    if workdir is not None and "detector" in manifest:
+    if workdir is not None and "detector" in (manifest := read_manifest(workdir)):
         path = localizer_path(workdir, digests.of(target))
         if not path.exists():
             wanted = "a finished one: run `experiments.prepare` again to go on"

@@ -16,6 +16,7 @@ from radgs_jax.levels import level_name
 from radgs_jax.registration import joint
 from radgs_jax.registration import pipeline
 from radgs_jax.registration import reconstruct
+from radgs_jax.registration.joint import Together
 from radgs_jax.registration.pipeline import Outcome
 from radgs_jax.registration.prepared import Prepared
 
@@ -35,15 +36,21 @@ def answer(outcome: Outcome) -> dict[str, Any]:
         if judged.trusted:
             found |= {"uncertainty_mm": judged.uncertainty_mm, "covariance": judged.covariance.tolist()}
     if (together := outcome.together) is not None:
-        of_cameras = slice(12, 12 + 6 * len(together.motions))
         if (judged := outcome.confidence) is not None:
             found["trusted"] = judged.trusted
         found["as_calibrated"] = outcome.as_calibrated.tolist()
-        found["camera_motions"] = together.motions.tolist()
-        found["camera_covariance"] = joint.covariance(together)[of_cameras, of_cameras].tolist()
-        if together.distortions.any():
-            found["distortions"] = together.distortions.tolist()
+        found |= corrections(together, joint.covariance(together))
     return found
+
+
+def corrections(together: Together, covariance: np.ndarray) -> dict[str, Any]:
+    """What the views were corrected by, as entries of a result file; covariance: (N, N) of all parameters."""
+    of_cameras = together.of_cameras
+    found = {
+        "camera_motions": together.motions.tolist(),
+        "camera_covariance": covariance[of_cameras, of_cameras].tolist(),
+    }
+    return found | ({"distortions": together.distortions.tolist()} if together.distortions.any() else {})
 
 
 def itk_transform(world_from_ct: np.ndarray) -> str:

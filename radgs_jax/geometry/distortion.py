@@ -37,6 +37,11 @@ def _factor(square, coefficients):
     return 1.0 + sum(k * square ** (j + 1) for j, k in enumerate(coefficients))
 
 
+def _slope(square, coefficients):
+    """Derivative of r (1 + k1 r^2 + k2 r^4 + k3 r^6) by r, of r^2."""
+    return 1.0 + sum((2 * j + 3) * k * square ** (j + 1) for j, k in enumerate(coefficients))
+
+
 def _radii(xray):
     """u and v of each pixel from the principal point, px, and its distance in units of the field's radius."""
     camera = xray.camera
@@ -73,9 +78,8 @@ def straightened(xray: XRay, coefficients: Float[Array, "3"]) -> XRay:
     u, v, radius = _radii(xray)
     seen = radius.copy()
     for _ in range(_NEWTON_STEPS):
-        slope = 1.0 + sum((2 * j + 3) * k * seen ** (2 * j + 2) for j, k in enumerate(coefficients))
-        seen -= (seen * _factor(seen**2, coefficients) - radius) / slope
-    slope = 1.0 + sum((2 * j + 3) * k * seen ** (2 * j + 2) for j, k in enumerate(coefficients))
-    there = (np.abs(seen * _factor(seen**2, coefficients) - radius) <= _CLOSE) & (seen >= 0) & (slope > 0)
+        seen -= (seen * _factor(seen**2, coefficients) - radius) / _slope(seen**2, coefficients)
+    found = np.abs(seen * _factor(seen**2, coefficients) - radius) <= _CLOSE
+    there = found & (seen >= 0) & (_slope(seen**2, coefficients) > 0)
     factor = np.where(there, seen / np.maximum(radius, 1e-12), 1.0)
     return _sampled(xray, u * factor, v * factor, there)

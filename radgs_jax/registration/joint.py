@@ -136,6 +136,24 @@ class Together:
     prior: Float[np.ndarray, "parameters parameters"]
     step_mm: float
 
+    @property
+    def of_cameras(self) -> slice:
+        """Where the cameras' twists are among the parameters."""
+        first = _place_of_camera(len(self.world_from_ct) // 2, 0).start
+        return slice(first, first + 6 * len(self.motions))
+
+
+def _place_of_camera(vertebrae, view):
+    """Where the twist of a view's camera is among the parameters of `Together`."""
+    first = 12 * vertebrae + 6 * view
+    return slice(first, first + 6)
+
+
+def _place_of_distortion(vertebrae, views, view):
+    """Where the coefficients of a view's distortion are among them."""
+    first = _place_of_camera(vertebrae, views).start + COEFFICIENTS * view
+    return slice(first, first + COEFFICIENTS)
+
 
 def bodies_of(
     ct_from_box: Sequence[Float[Array, "4 4"]], parts: Sequence[Parts], levels_between: Sequence[int]
@@ -286,9 +304,8 @@ def linearised(
 def _prior(bodies, poses, centres, motions, distortions, camera_sd, distortion_sd):
     """Normal matrix (N, N) and right side (N,) of what is known beforehand, at the current poses."""
     count, middle = len(bodies.neighbours), centres.mean(0)
-    of_cameras = 12 * count
-    of_distortion = of_cameras + 6 * len(motions)
-    size = of_distortion + distortions.size
+    views = len(motions)
+    size = _place_of_distortion(count, views, views).start
     normal, right = np.zeros((size, size)), np.zeros(size)
 
     def tie(i, j, sd, factor=1.0):
@@ -309,13 +326,15 @@ def _prior(bodies, poses, centres, motions, distortions, camera_sd, distortion_s
     # The stated sizes are lengths; each of three axes has a third of the variance.
     variance = np.maximum(np.repeat(np.square(camera_sd) / 3.0, 3), np.square(NO_ERROR_MM * rigid.TWIST_SCALE))
     for v, motion in enumerate(motions):
-        place = slice(of_cameras + 6 * v, of_cameras + 6 * v + 6)
+        place = _place_of_camera(count, v)
         normal[place, place] += np.diag(1.0 / variance)
         right[place] -= rigid_host.twist_about(middle, motion) / variance
     # The stated size is that of all coefficients' sum, at the border.
     precision = 1.0 / max(distortion_sd**2 / COEFFICIENTS, NO_DISTORTION**2)
-    normal[of_distortion:, of_distortion:] = precision * np.eye(distortions.size)
-    right[of_distortion:] = -precision * distortions.ravel()
+    for v, coefficients in enumerate(distortions):
+        place = _place_of_distortion(count, views, v)
+        normal[place, place] = precision * np.eye(COEFFICIENTS)
+        right[place] = -precision * coefficients
     return normal, right
 
 
@@ -364,20 +383,17 @@ def assembled(
       (N, N) normal matrix, (N,) right side and (N, N) covariance of that, of the parameters of `Together`.
     """
     count, views = normals.shape[:2]
-    of_distortion = 12 * count + 6 * views
-    size, middle = of_distortion + COEFFICIENTS * views, centres.mean(0)
+    size, middle = _place_of_distortion(count, views, views).start, centres.mean(0)
     normal, right, doubt = np.zeros((size, size)), np.zeros(size), np.zeros((size, size))
     for k, (above, below) in enumerate(neighbours):
         for v in range(views):
             matrix = np.zeros((OF_WINDOW, size))
-            first = of_distortion + COEFFICIENTS * v
-            matrix[OF_BODIES:, first : first + COEFFICIENTS] = np.eye(COEFFICIENTS)
+            matrix[OF_BODIES:, _place_of_distortion(count, views, v)] = np.eye(COEFFICIENTS)
             for part, body in enumerate((k, above, below, count + k)):
                 if body >= 0:
                     rows = slice(6 * part, 6 * part + 6)
                     matrix[rows, 6 * body : 6 * body + 6] = np.eye(6)
-                    of_camera = slice(6 * (2 * count + v), 6 * (2 * count + v + 1))
-                    matrix[rows, of_camera] = _carried(middle, centres[body])
+                    matrix[rows, _place_of_camera(count, v)] = _carried(middle, centres[body])
             weight = np.linalg.inv(np.eye(OF_WINDOW) + normals[k, v] @ view_errors[v])
             seen = weight @ normals[k, v]
             normal += matrix.T @ seen @ matrix
@@ -422,7 +438,7 @@ def refine_together(
     # The equations know small distortions, so that the X-rays are straightened between levels.
     rounds = 1 if stretched is None else STRAIGHTENINGS
     for number, level in list(enumerate(config.levels)) * rounds:
-        if stretched is not None:
+        if stretched is not None and distortions.any():
             seen = stretched.straightened(distortions)
         views, taken_out = seen.levels[number], distortions.copy()
         one, at = dataclasses.replace(config, levels=(level,)), on_device(poses[:count])

@@ -31,8 +31,6 @@ OTHER_SIZE, OTHER_FROM = 0.02, 1.4
 """A camera for another image size is recognised by two scales that agree to this relative difference, and differ from 1 by this
 factor. Chosen by hand: principal points off the middle make such differences. Half the first or twice the second names fewer such
 cameras; the other way round, unrelated mistakes are taken for them. Nothing is refused for it that lies inside its image."""
-
-
 AREAS = 24
 """Areas along the smaller side at which noise is looked for, whose means leave the noise of an X-ray behind. Chosen by hand: half
 has too few to judge, twice keeps more noise."""
