@@ -1,11 +1,15 @@
-# `make train` and `make test` do all their own set-up; they need python3.11 or newer and nothing else.
+# `make demo`, `make train` and `make test` do all their own set-up; they need python3.11 or newer and nothing else.
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/demo
+FIRST ?= runs/first
 COMPILERS ?= .compilers
 BIN := $(VENV)/bin
 
-.PHONY: train test compile-check lint setup
+.PHONY: demo train test compile-check lint setup
+
+demo: setup
+	$(BIN)/python -m experiments.demo --out=$(FIRST)
 
 train: setup
 	$(BIN)/python -m experiments.train --stage=full --workdir=$(WORKDIR)

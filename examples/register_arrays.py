@@ -8,6 +8,7 @@ from data_pipelines.phantom.generate import PhantomConfig
 from data_pipelines.simulation import carm
 from data_pipelines.simulation import quick
 from experiments.patients import models
+from experiments.patients import untrained
 from experiments.patients import workdir
 from radgs_jax import attenuation
 from radgs_jax import Camera
@@ -19,7 +20,7 @@ from radgs_jax.geometry import rigid_host
 phantom = make_phantom(7, PhantomConfig(spacing_mm=(1.5, 1.5, 2.0), levels=(20, 21, 22, 23, 24)))
 scan = Scan("phantom", phantom.hu.astype(np.float32), phantom.mask, phantom.affine)
 base = models.base_folder()
-prepared = workdir.prepare_untrained(
+prepared = untrained.prepare_untrained(
     models.load_model(base), scan, label=22, rule=workdir.read_rule(base / workdir.CALIBRATION)
 )
 

@@ -17,6 +17,7 @@ from data_pipelines.io import files
 from experiments import configs
 from experiments import data_stages
 from experiments.patients import models
+from experiments.patients import untrained
 from experiments.patients import workdir
 from experiments.runtime import cli
 from experiments.scoring import evaluate
@@ -90,7 +91,7 @@ def _prepare_of(config, folder, stage, phases):
     if stage == "p3":
         data_stages.p3(config, folder, objectives.PHASES)
         return workdir.loader(folder / "p3")
-    return workdir.untrained_loader(model, config.refine)
+    return untrained.untrained_loader(model, config.refine)
 
 
 def score_row(

@@ -1,12 +1,12 @@
 """Fits the acceptance rule: `python -m experiments.calibrate --cases=C.json,D.json --out=base/calibration.json`.
 
-Each scene gives a case for each size of `--starts_mm`. A case is refined from two poses, as in `register`: one that is wrong by
-about that size, in place of the network's, and a start pose that is wrong by up to 25 mm. The `confidence.AcceptanceRule` is
-fitted to how wrong the results are, and cases that it refuses are searched for again, as in `register`. No network is needed,
-because the features that a refinement reports do not depend on where its start came from.
+Each scene gives a case for each size of `--starts_mm`. A case is refined as in `register`, from a start pose that is wrong by about
+that size. The `confidence.AcceptanceRule` is fitted to how wrong the results are, and cases that it refuses are searched for again,
+as in `register`. No network is needed, because the features that a refinement reports do not depend on where its start came from.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from data_pipelines.io import checksums
 from data_pipelines.io import files
 from data_pipelines.simulation import carm
 from experiments.patients import metal_files
+from experiments.patients import untrained
 from experiments.patients import workdir
 from experiments.runtime import cli
 from experiments.runtime import progress
@@ -40,11 +41,9 @@ from radgs_jax.registration.pyramid import make_pyramid
 
 FITTED_REFINE, FITTED_SEARCH = RefineConfig(), search.SearchConfig()
 """The refinement and search that a rule is fitted for; it carries their digest and is refused with others."""
-ESTIMATE_FACTORS = (0.5, 1.5)
-"""Range of the estimate's error as a multiple of the nominal size, chosen by hand: it spreads sizes over the gaps of
-`--starts_mm`. A narrower range leaves gaps; a wider one blurs which size a case has."""
-START_MM = (0.0, 25.0)
-"""Range of the second start's error, mTRE in mm: the range of starts that scores are given for (`configs.STARTS_MM`)."""
+START_FACTORS = (0.5, 1.5)
+"""Range of a start's error as a multiple of the nominal size, chosen by hand: it spreads sizes over the gaps of `--starts_mm`. A
+narrower range leaves gaps; a wider one blurs which size a case has."""
 CLOUD_GAUSSIANS = 64
 """Number of Gaussians in the vertebra's coarse cloud. The refinement does not use that cloud, so a small number saves time."""
 
@@ -95,11 +94,11 @@ def started_cases(
     """A case for every scene and start size, none of them refined yet.
 
     Args:
-      variant: array of the X-ray files; sizes_mm: nominal errors of the estimates, mTRE; seed: of the starts.
+      variant: array of the X-ray files; sizes_mm: nominal errors of the starts, mTRE; seed: of the starts.
     Raises:
       InputError: unreadable input, or a scene without its true pose.
     """
-    body, prepared, found = workdir.body_reader(), {}, []
+    body, prepared, found = untrained.body_reader(), {}, []
     programs, finder = programs_of(kept), metal_files.read_base()
     for number, scene in enumerate(case_file.scenes.values()):
         volume = case_file.volumes[scene.volume]
@@ -114,9 +113,12 @@ def started_cases(
         rng = np.random.default_rng([seed, number])
         centre = vertebra.ct_from_box[:3, 3]
         for size in sizes_mm:
-            sizes = size * rng.uniform(*ESTIMATE_FACTORS), rng.uniform(*START_MM)
-            poses = [carm.start_of_mtre(rng, truth, centre, vertebra.points, s) @ vertebra.ct_from_box for s in sizes]
-            searches = search.searches(programs, parts, seen, *poses, FITTED_REFINE, FITTED_SEARCH, volume.full_label)
+            size_mm = size * rng.uniform(*START_FACTORS)
+            start = carm.start_of_mtre(rng, truth, centre, vertebra.points, size_mm) @ vertebra.ct_from_box
+            wider = functools.partial(pipeline.wide_starts, programs, parts, xrays, start, FITTED_REFINE, FITTED_SEARCH)
+            searches = search.searches(
+                programs, parts, seen, start, wider, FITTED_REFINE, FITTED_SEARCH, volume.full_label
+            )
             found.append(CalibrationCase(searches, vertebra, truth))
     return found
 

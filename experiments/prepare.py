@@ -1,26 +1,22 @@
 """Prepares patients: `python -m experiments.prepare --cases=C.json --workdir=W`, or `--ct --mask --label`.
 
-Trains data stage P3 on each patient's CT, starting from the base model, and adapts the base's vertebra localizer, with which
-`register` finds a start pose. Of a case file only `volumes` is read. The function behind this command is
-`experiments.patients.preparing.prepare`.
+Extracts each vertebra from its CT. With --train or --minutes also trains data stage P3 on the CT, starting from the base model. Of
+a case file only `volumes` is read. The function behind this command is `experiments.patients.preparing.prepare`.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 
 from absl import flags
 
 from data_pipelines import cases
 from experiments import configs
-from experiments.localizers import localizer_files
 from experiments.patients import models
 from experiments.patients import preparing
 from experiments.patients import workdir
 from experiments.runtime import cli
 from experiments.runtime import input_flags
 from radgs_jax import errors
-from radgs_jax.levels import level_name
 from radgs_jax.registration.gauss_newton import levels_of
 from radgs_jax.registration.gauss_newton import RefineConfig
 
@@ -36,10 +32,10 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "minutes",
         None,
-        "Training time per scan in minutes, without the time to make the pairs; 0, the default with --bone: none; default: "
-        "the preset's steps.",
+        "Training time per scan in minutes, without the time to make the pairs; default: none.",
         lower_bound=0.0,
     )
+    flags.DEFINE_bool("train", False, "Train for the preset's steps, where --minutes does not say how long.")
     flags.DEFINE_list(
         "levels_mm",
         None,
@@ -48,8 +44,8 @@ def define_flags() -> None:
     flags.DEFINE_enum("preset", "demo", sorted(configs.PRESETS), "Training configuration.")
     flags.DEFINE_bool(
         "detector",
-        None,
-        "Adapt the localizer BASE/detector.npz to each scan, which takes ten minutes; default: with --ct, if that file exists.",
+        False,
+        "Adapt the localizer BASE/detector.npz to each scan, with which `register` then finds start poses; ten minutes.",
     )
 
 
@@ -69,41 +65,18 @@ def targets() -> list[workdir.Target]:
     return [workdir.target_of(volume) for volume in cases.read(given.cases).volumes.values()]
 
 
-def generic_localizer(chosen: Sequence[workdir.Target], base: pathlib.Path | str) -> pathlib.Path | None:
-    """Path of the localizer to adapt to the scans of the targets, or None where none is to be adapted.
-
-    With --ct and without --[no]detector that is the base's localizer, where it exists and knows all levels of the targets.
-
-    Args:
-      chosen: the targets; base: folder of the base model.
-    Raises:
-      InputError: a file that is not a localizer.
-    """
-    path = pathlib.Path(base) / "detector.npz"
-    if flags.FLAGS.detector is not None:
-        return path if flags.FLAGS.detector else None
-    if flags.FLAGS.cases or flags.FLAGS.bone:
-        return None
-    why = None if path.exists() else f"{path} is not there"
-    if why is None:
-        levels = localizer_files.read_localizer(path).config.levels
-        beyond = sorted({level_name(t.label) for t in chosen if t.label not in levels})
-        why = f"{path} does not know {', '.join(beyond)}" if beyond else None
-    if why is None:
-        return path
-    print(f"no vertebra localizer is adapted: {why}")
-    return None
-
-
 def main() -> None:
-    """Prepares what the flags name; raises as `targets`, `generic_localizer` and `preparing.prepare`."""
+    """Prepares what the flags name; raises as `targets` and `preparing.prepare`."""
     given = flags.FLAGS
     chosen, base = targets(), given.base or models.base_folder()
     config = configs.PRESETS[given.preset]
     if given.levels_mm:
         config = dataclasses.replace(config, refine=RefineConfig(levels=levels_of(_levels_mm(given.levels_mm))))
-    minutes = 0.0 if given.bone and given.minutes is None else given.minutes
-    preparing.prepare(config, given.workdir, chosen, base, minutes, localizer=generic_localizer(chosen, base))
+    if given.train and given.minutes == 0:
+        errors.fail("flags", "--train, --minutes", "--minutes=0 with --train", "one of the two")
+    minutes = given.minutes if given.train or given.minutes else 0.0
+    localizer = pathlib.Path(base) / "detector.npz" if given.detector else None
+    preparing.prepare(config, given.workdir, chosen, base, minutes, localizer=localizer)
     print(f"prepared: {given.workdir}")
 
 

@@ -2,10 +2,10 @@
 
 A case file: `python -m experiments.register --cases=C.json --variant=full --out=OUT`. One acquisition: `--ct --mask --label=20,21
 --xrays=ap.npy,lat.npy --cameras=cameras.json --out=OUT`. The network is the shipped one, or with `--workdir=W` that of a prepared
-workdir, where nothing is read from the CT. The start pose is found by a localizer, read from --init, or made of --points (a
-vertebra's centre in each view) and the CT's own orientation. The function behind this command is
-`experiments.patients.registering.register_rows`. The exit status is 0 if every case was registered, 1 if some could not be, 2 if
-none could, and with --strict 3 if a pose was refused.
+workdir, where nothing is read from the CT. The start pose is read from --init, made of --points (a vertebra's centre in each view)
+and the CT's own orientation, found by the workdir's localizer where it has one, or else by looking for the whole body. The function
+behind this command is `experiments.patients.registering.register_rows`. The exit status is 0 if every case was registered, 1 if
+some could not be, 2 if none could, and with --strict 3 if a pose was refused.
 """
 
 import functools
@@ -24,6 +24,7 @@ from experiments.patients import models
 from experiments.patients import registering
 from experiments.patients import spines
 from experiments.patients import starts
+from experiments.patients import untrained
 from experiments.patients import workdir as workdirs
 from experiments.patients.registering import Row
 from experiments.reports import run_record
@@ -32,6 +33,7 @@ from experiments.runtime import input_flags
 from experiments.runtime.kept_programs import kept
 from radgs_jax import errors
 from radgs_jax.geometry import distortion
+from radgs_jax.levels import FIRST_BONE
 from radgs_jax.levels import level_name
 from radgs_jax.registration import plausibility
 from radgs_jax.registration.gauss_newton import RefineConfig
@@ -39,6 +41,9 @@ from radgs_jax.registration.pipeline import RegisterOptions
 
 MAX_CAMERA_MM, MAX_CAMERA_DEG = 20.0, 5.0
 """Largest errors of cameras that can be stated. Chosen by hand: beyond, the first refinement finds nothing to correct them by."""
+LOOKED_FOR = 4
+"""Without a start pose, the body is looked for around every such vertebra of --label. Chosen by hand: the surroundings of one hold
+three more to each side; half takes twice as long, twice leaves gaps."""
 LEAST_SHARE = 0.5
 """Share of a vertebra that each X-ray shows, for --label=all. Chosen by hand: half registers vertebrae that are cut; twice leaves
 out all that touch the frame."""
@@ -97,8 +102,12 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "workdir", None, "Folder that `experiments.prepare` made; default: the CT is read, with the shipped network."
     )
+    flags.DEFINE_bool("cache", True, "Keep what is extracted from the CT in the user's cache, and take it from there.")
     flags.DEFINE_string("out", None, "New folder for the results.", required=True)
     flags.DEFINE_integer("passes", RegisterOptions().passes, "Passes of the network.", lower_bound=1, upper_bound=50)
+    flags.DEFINE_bool(
+        "reconstruct", False, "Also reconstruct the vertebra with the network, at the pose that was found."
+    )
     flags.DEFINE_bool("refine", True, "Refine the network's pose against the X-rays themselves.")
     flags.DEFINE_list(
         "camera_sd",
@@ -128,7 +137,8 @@ def _loader(digests):
         workdirs.read_manifest(workdir)
         return lambda target: workdirs.load(workdir, target, digests)
     base, refine = models.base_folder(), RefineConfig()
-    return workdirs.untrained_loader(models.load_model(base), refine, workdirs.base_rule(base, refine))
+    rule = workdirs.base_rule(base, refine)
+    return untrained.untrained_loader(models.load_model(base), refine, rule, digests if flags.FLAGS.cache else None)
 
 
 def _in_view(row, load):
@@ -151,8 +161,6 @@ def _given(digests, load):
         errors.fail("flags", "--axis", "no --points", "the bone's centre with it")
     if given.points and len(targets) > 1:
         errors.fail("flags", "--points", f"{len(targets)} vertebrae", "one --label with it")
-    if given.label == [input_flags.ALL] and not given.init:
-        errors.fail("flags", "--label", "all, without --init", "the start pose, which says what the X-rays show")
     options = radiograph.ReadOptions(
         values=given["values"].value or ("intensity" if given.raw else None),
         sign=given.sign,
@@ -169,10 +177,18 @@ def _given(digests, load):
             "X-rays: a round field; if it is an image intensifier's, fit its distortion: --distortion_sd=0.03"
         )
     rows, reports = [], {}
+    localized = bool(given.workdir) and "detector" in workdirs.read_manifest(given.workdir)
+    if not (given.init or given.points or localized):
+        if targets[0].label > FIRST_BONE:
+            errors.fail("flags", "--init, --points", "neither", "one of them, for a bone beyond the spine")
+        found, reports["body"] = starts.start_from_body([load(t) for t in targets[::LOOKED_FOR]], xrays, kept)
+        print(f"start from the whole body in the X-rays: fit {reports['body']['fit']:.2f}")
     for target in targets:
         name = "case" if len(targets) == 1 else level_name(target.label)
         if given.init:
             start = pose_files.read_pose(given.init)
+        elif not (given.points or localized):
+            start = found
         else:
             vertebra = load(target).vertebra
             if given.points:
@@ -184,7 +200,8 @@ def _given(digests, load):
                 print(f"start from --points: the rays miss each other by {miss:.2f} mm")
             else:
                 start, reports[name] = _found(digests, target, xrays, vertebra)
-        sources = given.cameras or "cameras", given.init or ("--points" if given.points else "the localizer")
+        made_from = "--points" if given.points else "the localizer" if localized else "the body"
+        sources = given.cameras or "cameras", given.init or made_from
         rows.append(Row(name, target, xrays, start, None, *sources))
     if given.label == [input_flags.ALL]:
         rows = [row for row in rows if _in_view(row, load)]
@@ -195,11 +212,9 @@ def _given(digests, load):
 
 def _found(digests, target, xrays, vertebra):
     """Start pose and report of the vertebra that a localizer finds."""
-    generic = models.base_folder() / "detector.npz"
-    localizer, adapted = workdirs.load_localizer(flags.FLAGS.workdir, target, digests, generic)
-    if not adapted:
-        weaker = "this localizer is generic, and weaker: `experiments.prepare --detector` adapts it to the patient"
-        logging.warning("%s", weaker)
+    localizer, adapted = workdirs.load_localizer(
+        flags.FLAGS.workdir, target, digests, models.base_folder() / "detector.npz"
+    )
     try:
         start, located = starts.start_from_localizer(localizer, xrays, vertebra)
     except errors.InputError as error:
@@ -227,7 +242,9 @@ def _options(rows):
     elif given.refine and any(view.origin["camera"] == view_geometry.NOMINAL for view in views):
         mm, degrees = view_geometry.NOMINAL_SD
         logging.warning("cameras: DICOM's nominal ones, taken to be off by about %g mm and %g degrees", mm, degrees)
-    options = RegisterOptions(given.passes, given.refine, (math.radians(degrees), mm), given.distortion_sd)
+    options = RegisterOptions(
+        given.passes, given.refine, given.reconstruct, (math.radians(degrees), mm), given.distortion_sd
+    )
     if options.corrects and not given.refine:
         flag = "--camera_sd" if any(options.camera_sd) else "--distortion_sd"
         errors.fail("flags", flag, "--norefine", "the refinement, which corrects views")

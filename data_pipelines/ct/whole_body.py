@@ -1,5 +1,7 @@
 """The body without one vertebra at a coarse resolution, and the two rigid parts that an X-ray is modelled with."""
 
+from collections.abc import Callable
+
 import numpy as np
 import scipy
 
@@ -21,10 +23,12 @@ twice blurs the neighbours' edges over more than a pixel."""
 PART_REACH_MM = 130.0
 """Length in mm of the surroundings above and below a vertebra that rays through its window may cross. Chosen by hand: half cuts off
 rays of steep views, twice doubles the memory."""
-SHAPE_MULTIPLE = 16
-"""Shapes of parts are padded to multiples of this number of voxels, so that few programs are compiled. Chosen by hand: half
-compiles more programs, twice pads more."""
+EXCESS_MULTIPLE, REST_MULTIPLE = 64, 16
+"""Shapes of parts are padded to multiples of these numbers of voxels, so that nearly all vertebrae share their programs. Chosen by
+hand: half compiles more programs; twice takes more memory, but hardly any time, since rays end where there are only zeros."""
 
+SLAB = 16
+"""Coarse slices that are averaged at a time; half or twice takes half or twice the memory, some ten megabytes."""
 ROUND_MM = 6.0
 """How far from a bone tissue is looked for, mm. Chosen by hand: half may lie within blurred borders of the bone, twice takes a thin
 arm's surroundings for air."""
@@ -45,8 +49,9 @@ class WholeBody:
 
     def __init__(self, scan: scans.Scan, spacing_mm: float):
         self._spacing_mm, self._grid = spacing_mm, scan.ct_from_index
-        mu = attenuation.from_hounsfield(scan.hu)
-        self._mu, self.ct_from_index, self._repeat = coarse_body(mu, scan.ct_from_index, spacing_mm)
+        self._mu, self.ct_from_index, self._repeat = coarse_body(
+            scan.hu, scan.ct_from_index, spacing_mm, attenuation.from_hounsfield
+        )
 
     def without(self, vertebra: prepared.Vertebra) -> np.ndarray:
         """Attenuation (X, Y, Z) in 1/mm on the grid `ct_from_index`, with muscle in place of the vertebra.
@@ -85,17 +90,28 @@ class WholeBody:
         return mu.size > 0 and mu.mean() < TISSUE * attenuation.from_hounsfield(np.zeros(1, np.float32))[0]
 
 
-def coarse_body(array: np.ndarray, ct_from_index: np.ndarray, spacing_mm: float) -> tuple[np.ndarray, np.ndarray, int]:
+def coarse_body(
+    array: np.ndarray,
+    ct_from_index: np.ndarray,
+    spacing_mm: float,
+    values: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Averages a scan's array (X, Y, Z) over blocks (`resample.block_average`) and repeats its end slices for END_MM.
 
+    Args:
+      values: what is averaged, as a function of a part of the array: a whole CT of floats would take gigabytes more.
     Returns:
       The array, its affine (4, 4) in mm, and the number of times that each end slice was repeated.
     """
     # The last block is completed with the end slice. Padded with zeros, its mean would be too low, and it is the one
     # that is repeated.
-    fill = -array.shape[2] % resample.block_factors(ct_from_index, spacing_mm)[2]
-    array = np.pad(array, ((0, 0), (0, 0), (0, fill)), mode="edge")
-    array, affine = resample.block_average(array, ct_from_index, spacing_mm)
+    factor, slices = int(resample.block_factors(ct_from_index, spacing_mm)[2]), array.shape[2]
+    parts = []
+    for first in range(0, slices, SLAB * factor):
+        part = values(array[:, :, first : first + SLAB * factor])
+        part = np.pad(part, ((0, 0), (0, 0), (0, -part.shape[2] % factor)), mode="edge")
+        parts.append(resample.block_average(part, ct_from_index, spacing_mm))
+    array, affine = np.concatenate([part for part, _ in parts], 2), parts[0][1]
     # The axis along the body is the last one, since axes are nearest to RAS+.
     repeat = int(round(END_MM / np.linalg.norm(affine[:3, 2])))
     affine[:3, 3] -= affine[:3, 2] * repeat
@@ -113,8 +129,13 @@ def moving_parts(whole: WholeBody, vertebra: prepared.Vertebra) -> Parts:
     middle = resample.apply_affine(np.linalg.inv(grid), vertebra.ct_from_box[None, :3, 3])[0, 2]
     first = max(0, int(middle - PART_REACH_MM / along))
     rest = rest[:, :, first : int(middle + PART_REACH_MM / along) + 2]
+    # As long wherever in the scan a vertebra lies.
+    rest = np.pad(rest, [(0, 0), (0, 0), (0, max(0, int(2.0 * PART_REACH_MM / along) + 3 - rest.shape[2]))])
     ct_from_rest = resample.part_from_index(grid, [0, 0, first])
-    arrays = [np.pad(a, [(0, -n % SHAPE_MULTIPLE) for n in a.shape]).astype(np.float16) for a in (excess, rest)]
+    arrays = [
+        np.pad(part, [(0, -n % multiple) for n in part.shape]).astype(np.float16)
+        for part, multiple in ((excess, EXCESS_MULTIPLE), (rest, REST_MULTIPLE))
+    ]
     return Parts(arrays[0], box_from_ct @ ct_from_excess, arrays[1], box_from_ct @ ct_from_rest)
 
 

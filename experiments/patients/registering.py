@@ -11,6 +11,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -203,7 +204,8 @@ def _register_one(row, prepared, options, warm):
     xrays = row.xrays() if callable(row.xrays) else row.xrays
     for note in plausibility.check(prepared.vertebra, xrays, row.start, row.cameras_from, row.start_from):
         logging.warning("%s: %s", _shown(row), note)
-    shapes = (row.target, *(x.line_integrals.shape for x in xrays))
+    arrays = [*jax.tree.leaves((prepared.parts, prepared.vertebra.cloud)), *(x.line_integrals for x in xrays)]
+    shapes = (prepared.refine, prepared.model.config, *(a.shape for a in arrays))
     if shapes not in warm:
         pipeline.warm_up(prepared, xrays, options, kept)
         warm.add(shapes)

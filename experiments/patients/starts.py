@@ -2,8 +2,8 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
-import jax
 import numpy as np
 
 from radgs_jax import errors
@@ -12,8 +12,9 @@ from radgs_jax.geometry import triangulation
 from radgs_jax.geometry.camera import Camera
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.localization import locate
-from radgs_jax.registration import search as searching
-from radgs_jax.registration.pipeline import parts_in
+from radgs_jax.registration import gauss_newton
+from radgs_jax.registration import overview
+from radgs_jax.registration import pipeline
 from radgs_jax.registration.prepared import Prepared
 from radgs_jax.registration.prepared import Vertebra
 from radgs_jax.registration.programs import Compile
@@ -23,6 +24,9 @@ from radgs_jax.registration.pyramid import make_pyramid
 TURNS = 24
 """Turns about a bone's axis that are tried: 15 degrees apart, which is about what a refinement recovers. Half leaves gaps, twice
 takes twice as long."""
+BODY_REACH_MM = 150.0
+"""How far from where the X-rays' centres meet a vertebra is looked for along each axis, mm: half leaves out the edges of large
+pictures; twice takes three times as long and is beyond them."""
 MIN_AXIS_MM = 5.0
 """Shortest distance of the two points that give an axis, mm. Chosen by hand: clicks are off by a millimetre, which turns so short
 an axis by 10 degrees; half turns it by 20, twice refuses small bones."""
@@ -58,6 +62,39 @@ def _meeting_point(cameras, pixels, flag, wanted):
     away = point - sources
     miss = away - (away * directions).sum(1, keepdims=True) * directions
     return point, float(np.sqrt((miss**2).sum(1).mean()))
+
+
+def start_from_body(
+    prepared: Sequence[Prepared], xrays: Sequence[XRay], compile: Compile
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """A start pose from the whole body, which is looked for around where the X-rays' centres meet, near the CT's own orientation.
+
+    Which level is which follows from the CT's labels.
+
+    Args:
+      prepared: vertebrae of one scan; the body is looked for around each of them, and the best place is taken.
+      compile: as in `pipeline.register`.
+    Returns:
+      world_from_ct (4, 4), mm, and what was found.
+    Raises:
+      InputError: a single view, views whose centres do not meet, or X-rays that show nothing of the body.
+    """
+    cameras = [xray.camera for xray in xrays]
+    middles = [(0.5 * (camera.width - 1), 0.5 * (camera.height - 1)) for camera in cameras]
+    centre, _ = _meeting_point(cameras, middles, "--init, --points", "a start pose, or X-rays whose centres meet")
+    best = None
+    for one in prepared:
+        guess = np.eye(4)
+        guess[:3, :3], guess[:3, 3] = one.vertebra.ct_from_box[:3, :3], centre
+        program, seen = programs_of(compile).best_shifts, pipeline.without_metal(one, xrays, compile)
+        parts, config = pipeline.parts_in(one, seen), one.search.overview
+        poses, fits = overview.candidates(program, parts, seen, guess, config, one.refine, 1, BODY_REACH_MM)
+        if poses and (best is None or fits[0] > best[0]):
+            best = fits[0], poses[0] @ np.linalg.inv(one.vertebra.ct_from_box)
+    if best is None:
+        errors.fail("X-rays", "content", "nothing of the CT's body", "a start pose by --init or --points")
+    found = {"found": "the body", "fit": best[0], "start_world_from_ct": best[1].tolist()}
+    return rigid_host.nearest_rigid(best[1]), found
 
 
 def start_from_axis(
@@ -106,8 +143,10 @@ def start_from_axis(
         dataclasses.replace(level, keep=1 if index == last else max(2, TURNS // 2 ** (index + 1)))
         for index, level in enumerate(prepared.refine.levels)
     ]
-    arguments, options = searching.refine_arguments(parts_in(prepared, xrays), seen, poses, prepared.refine, levels)
-    found = jax.device_get(programs_of(compile).refine(*arguments, **options))
+    program, parts = programs_of(compile).refine_level, pipeline.parts_in(prepared, xrays)
+    found = gauss_newton.refine(
+        program, parts, seen.levels, seen.camera_from_world, np.stack(poses), prepared.refine, levels
+    )
     world_from_box = rigid_host.nearest_rigid(np.asarray(found.world_from_box, np.float64))
     return world_from_box @ np.linalg.inv(prepared.vertebra.ct_from_box), max(miss, other)
 

@@ -14,13 +14,10 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from data_pipelines import cases
-from data_pipelines.ct import extraction
-from data_pipelines.ct import hounsfield
-from data_pipelines.ct import scans
-from data_pipelines.ct import whole_body
 from data_pipelines.io import checksums
 from data_pipelines.io import files
 from data_pipelines.io import locks
@@ -31,7 +28,6 @@ from experiments.patients import models
 from radgs_jax import errors
 from radgs_jax import gaussians
 from radgs_jax.localization.locate import Localizer
-from radgs_jax.models.trained import Model
 from radgs_jax.registration import confidence
 from radgs_jax.registration import gauss_newton
 from radgs_jax.registration.gauss_newton import RefineConfig
@@ -58,6 +54,10 @@ LEAST_CHANCE = 0.5
 lets a file through that accepts wrong poses; there is no twice, since a chance is 1 at most."""
 SCAN_SUFFIXES = (".nii", ".nii.gz")
 """Endings of the names of volumes in a folder that is no DICOM series, such as one mask per structure."""
+VERTEBRA = ("density", "mask", "ct_from_index", "ct_from_box", "points")
+CLOUD = ("format", "density", "mean", "scale", "quaternion")
+VERTEBRA_ARRAYS = (*VERTEBRA, *(f"{prefix}_{name}" for prefix in ("cloud", "fine") for name in CLOUD), *PARTS)
+"""Names of the arrays of a vertebra's file."""
 SHOWN_CHARACTERS = 60
 """Maximum length of a faulty value in an error message, so that the message stays one line."""
 
@@ -127,55 +127,33 @@ def renew(path: pathlib.Path, config: Any | None) -> None:
     files.write_json(path, wanted)
 
 
-def prepare_untrained(
-    model: Model,
-    scan: scans.Scan,
-    label: int,
-    rule: confidence.AcceptanceRule | None = None,
-    refine: RefineConfig = RefineConfig(),
-    search: SearchConfig = SearchConfig(),
-    whole: whole_body.WholeBody | None = None,
-    mask_path: pathlib.Path | str = "mask",
-) -> Prepared:
-    """A vertebra of a scan in memory, ready to register with a model that is not trained any further.
+def vertebra_arrays(vertebra: Vertebra, parts: Parts) -> dict[str, Any]:
+    """What `vertebra_of` takes: a vertebra, its Gaussians and its parts as named arrays."""
+    found = {name: getattr(vertebra, name) for name in VERTEBRA}
+    for prefix, cloud in (("cloud", vertebra.cloud), ("fine", fine_cloud(vertebra))):
+        found |= {f"{prefix}_{k}": v for k, v in gaussians.to_arrays(cloud).items()}
+    return found | {name: np.asarray(getattr(parts, name)) for name in PARTS}
+
+
+def vertebra_of(
+    label: int, arrays: dict[str, np.ndarray], path: pathlib.Path
+) -> tuple[Vertebra, gaussians.Gaussians, Parts]:
+    """A vertebra, itself in many Gaussians, and its parts, from `vertebra_arrays`.
 
     Args:
-      label: VerSe number.
-      rule, refine, search: as in `Prepared`.
-      whole: the scan at `whole_body.BODY_MM`, where several vertebrae share it; None makes it.
-      mask_path: the name of the mask in error messages.
+      label: VerSe number; path: the file, named in errors.
     Raises:
-      InputError: an absent or cut vertebra, or numbers that are no HU.
+      InputError: Gaussians in another format.
     """
-    hounsfield.check("CT", scan.hu, scan.labels, scan.ct_from_index, scan.boxes)
-    whole = whole_body.WholeBody(scan, whole_body.BODY_MM) if whole is None else whole
-    vertebra = extraction.extract(scan, label, model.config.gaussians, mask_path)
-    parts = on_device_parts(whole_body.moving_parts(whole, vertebra))
-    return Prepared(model, vertebra, fine_cloud(vertebra), parts, refine, search, metal_files.read_base(), rule)
-
-
-def body_reader() -> Callable[[Target], tuple[scans.Scan, whole_body.WholeBody]]:
-    """A function that reads a target's scan; it caches the latest scan and raises as `scans.read_scan`."""
-
-    @functools.lru_cache(1)
-    def read(ct, mask, patient, labels):
-        scan = scans.read_scan(ct, mask, patient, labels)
-        return scan, whole_body.WholeBody(scan, whole_body.BODY_MM)
-
-    return lambda target: read(target.ct, target.mask, target.patient, target.labels)
-
-
-def untrained_loader(
-    model: Model, refine: RefineConfig, rule: confidence.AcceptanceRule | None = None
-) -> Callable[[Target], Prepared]:
-    """A function from a target to the result of `prepare_untrained`; it raises as that and `scans.read_scan`."""
-    body = body_reader()
-
-    def of_target(target):
-        scan, whole = body(target)
-        return prepare_untrained(model, scan, target.label, rule, refine, whole=whole, mask_path=target.mask)
-
-    return of_target
+    for field in ("cloud_format", "fine_format"):
+        if str(arrays[field]) != gaussians.FORMAT:
+            errors.fail(path, field, repr(str(arrays[field])), repr(gaussians.FORMAT))
+    coarse, fine = (
+        gaussians.from_arrays({name: arrays[f"{prefix}_{name}"] for name in CLOUD}) for prefix in ("cloud", "fine")
+    )
+    density, mask, ct_from_index, ct_from_box, points = (arrays[name] for name in VERTEBRA)
+    vertebra = Vertebra(label, density, mask, ct_from_index, ct_from_box, coarse, points)
+    return vertebra, fine, Parts(**{name: arrays[name] for name in PARTS})
 
 
 def loader(workdir: pathlib.Path | str) -> Callable[[Target], Prepared]:
@@ -298,17 +276,7 @@ def settings_names(digest: str) -> list[str]:
 
 def save_vertebra(path: pathlib.Path, vertebra: Vertebra, parts: Parts) -> None:
     """Writes a vertebra and its parts as an npz, atomically; `load` reads it."""
-    files.write_npz(
-        path,
-        density=vertebra.density,
-        mask=vertebra.mask,
-        ct_from_index=vertebra.ct_from_index,
-        ct_from_box=vertebra.ct_from_box,
-        points=vertebra.points,
-        **{f"cloud_{k}": v for k, v in gaussians.to_arrays(vertebra.cloud).items()},
-        **{f"fine_{k}": v for k, v in gaussians.to_arrays(fine_cloud(vertebra)).items()},
-        **dataclasses.asdict(parts),
-    )
+    files.write_npz(path, **vertebra_arrays(vertebra, parts))
 
 
 def read_manifest(workdir: pathlib.Path | str) -> dict[str, Any]:
@@ -393,28 +361,11 @@ def load(workdir: pathlib.Path | str, target: Target, digests: ScanDigests) -> P
         )
     written = [*prepared_names(digest, [target.label]), *settings_names(digest)]
     checksums.check(workdir, manifest["checksums"], written, REMEDY)
-    names = ("density", "mask", "ct_from_index", "ct_from_box", "points")
-    cloud = ("format", "density", "mean", "scale", "quaternion")
-    stored = (f"{prefix}_{k}" for prefix in ("cloud", "fine") for k in cloud)
     path = folder / f"vertebra_{target.label}.npz"
-    a = files.read_npz(path, *names, *stored, *PARTS)
-    for field in ("cloud_format", "fine_format"):
-        if str(a[field]) != gaussians.FORMAT:
-            errors.fail(path, field, repr(str(a[field])), repr(gaussians.FORMAT))
-    coarse, fine = (gaussians.from_arrays({k: a[f"{prefix}_{k}"] for k in cloud}) for prefix in ("cloud", "fine"))
-    vertebra = Vertebra(
-        target.label,
-        a["density"],
-        a["mask"],
-        a["ct_from_index"],
-        a["ct_from_box"],
-        coarse,
-        a["points"],
-    )
+    vertebra, fine, parts = vertebra_of(target.label, files.read_npz(path, *VERTEBRA_ARRAYS), path)
     model, rule = models.load_model(folder / "model"), read_rule(folder / CALIBRATION)
-    parts = on_device_parts(Parts(**{name: a[name] for name in PARTS}))
     refine, search = read_refine(folder / REFINE_FILE), SearchConfig()
     if rule is not None and rule.fitted_for != (wanted := confidence.method_digest(refine, search)):
         wanted = f"{wanted}, the refinement and search in use: prepare the workdir again"
         errors.fail(folder / CALIBRATION, "fitted_for", rule.fitted_for, wanted)
-    return Prepared(model, vertebra, fine, parts, refine, search, metal_files.read_base(), rule)
+    return Prepared(model, vertebra, fine, on_device_parts(parts), refine, search, metal_files.read_base(), rule)

@@ -110,13 +110,14 @@ def write(
         vertebra.density, outcome.world_from_ct @ vertebra.ct_from_index, world_from_index, resample.GRID_SHAPE
     )
     nifti.write_nifti(folder / "ct_vertebra_in_world.nii.gz", moved, world_from_index)
-    reconstruction = reconstruct.in_ct(outcome.reconstruction, np.eye(4), world_from_index, resample.GRID_SHAPE)
-    nifti.write_nifti(folder / "reconstruction_in_world.nii.gz", reconstruction, world_from_index)
-    files.write_npz(folder / "gaussians.npz", **gaussians.to_arrays(outcome.reconstruction))
     poses = {"start": start_world_from_ct, "estimate": outcome.world_from_ct}
     if true_world_from_ct is not None:
         poses["truth"] = true_world_from_ct
     if outcome.together is not None:
         xrays = pipeline.corrected(xrays, outcome.together)
     pictures.registration_picture(folder / "picture.png", name, said, prepared, xrays, poses, outcome)
-    pictures.network_picture(folder / "network.png", name, outcome, reconstruction, moved)
+    if (seen := outcome.reconstructed) is not None:
+        reconstruction = reconstruct.in_ct(seen.gaussians, np.eye(4), world_from_index, resample.GRID_SHAPE)
+        nifti.write_nifti(folder / "reconstruction_in_world.nii.gz", reconstruction, world_from_index)
+        files.write_npz(folder / "gaussians.npz", **gaussians.to_arrays(seen.gaussians))
+        pictures.network_picture(folder / "network.png", name, seen, reconstruction, moved)

@@ -23,6 +23,7 @@ from radgs_jax.geometry.camera import Camera
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.registration.pipeline import Outcome
 from radgs_jax.registration.pipeline import parts_in
+from radgs_jax.registration.pipeline import Reconstructed
 from radgs_jax.registration.prepared import Prepared
 
 STYLES = {
@@ -262,7 +263,7 @@ def _scale_bar(axes, view, estimate, vertebra):
 
 
 def network_picture(
-    path: pathlib.Path | str, name: str, outcome: Outcome, reconstruction: np.ndarray, moved_ct: np.ndarray
+    path: pathlib.Path | str, name: str, seen: Reconstructed, reconstruction: np.ndarray, moved_ct: np.ndarray
 ) -> None:
     """A PNG of what the network saw and made: its crops with the attention on them, and slices of the reconstruction and the CT.
 
@@ -275,8 +276,8 @@ def network_picture(
         f"{name}: the network's crops with its attention (CAL), and the reconstruction beside the CT at the found pose"
     )
     top, bottom = figure.subfigures(2, 1)
-    crops = np.atleast_1d(top.subplots(1, len(outcome.crops)))
-    for index, (axes, window, attention) in enumerate(zip(crops, outcome.crops, outcome.attention), 1):
+    crops = np.atleast_1d(top.subplots(1, len(seen.crops)))
+    for index, (axes, window, attention) in enumerate(zip(crops, seen.crops, seen.attention), 1):
         axes.imshow(window, cmap="gray")
         height, width = window.shape
         extent = (-0.5, width - 0.5, height - 0.5, -0.5)

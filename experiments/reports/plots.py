@@ -28,7 +28,7 @@ def error_plot(
     """A PNG of error against start error, and of error along the trajectory; mTRE in mm.
 
     Args:
-      start_mm, error_mm: (C,); trajectories_mm: (C, 1 + passes + levels).
+      start_mm, error_mm: (C,); trajectories_mm: (C, poses) from the start to the end.
     """
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     figure.suptitle(title)

@@ -24,17 +24,15 @@ import flax
 import jax
 import jaxlib
 import numpy as np
-from absl import logging
 from jax import export
 
 import radgs_jax
-from data_pipelines.io import files
+from experiments.runtime import sealed_files
 from kernels.common import dispatch
 from kernels.common import private_cache
 from kernels.drr import ffi_cpu as drr_library
 from kernels.splat import ffi_cpu as splat_library
 from kernels.voxelize import ffi_cpu as voxelize_library
-from radgs_jax import errors
 from radgs_jax import gaussians
 from radgs_jax.models import matching
 from radgs_jax.models import radgs_reg
@@ -42,7 +40,7 @@ from radgs_jax.models import recm
 from radgs_jax.registration import gauss_newton
 
 PACKAGES = ("kernels", "radgs_jax", "data_pipelines", "experiments")
-RESULTS = (gaussians.Gaussians, matching.Matches, recm.Reconstruction, radgs_reg.Registration, gauss_newton.Refined)
+RESULTS = (gaussians.Gaussians, matching.Matches, recm.Reconstruction, radgs_reg.Registration, gauss_newton.Candidates)
 """Classes of the pytree nodes that kept functions take and return, apart from tuples, lists and dicts."""
 
 DIGEST_CHARACTERS = 24
@@ -52,11 +50,6 @@ MAX_LOADED = 24
 """Programs of one function that are in memory; the one that was not used for longest goes first. A program of a refinement takes
 1,600 of the 65,530 memory areas that Linux lets a process have, and a vertebra of a new size needs up to six. Twice as many end the
 process; half loads programs again where vertebrae of a few sizes take turns."""
-MARK = b"radgs-kept/1\n"
-"""First bytes of a file; the 32 bytes of the SHA-256 of its name and data follow, and the data."""
-SHOWN_CHARACTERS = 160
-"""Maximum length of an error's text in a warning, so that it stays one line."""
-
 _watch = contextvars.ContextVar("stopwatch", default=None)
 
 
@@ -141,7 +134,7 @@ def kept(function: Callable, static_argnames: str | Sequence[str] = ()) -> Calla
         except Exception as error:
             if (path := paths.pop(key, None)) is None:
                 raise
-            _say_made_again(path, error)
+            sealed_files.say_made_again(path, error)
             path.unlink(missing_ok=True)
             del programs[key]
             key, leaves = program(args, options)
@@ -188,7 +181,7 @@ def kept_shapes(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str
     def read(data):
         return jax.tree.map(shape, json.loads(data), is_leaf=lambda value: set(value) == {"shape", "dtype"})
 
-    return _from_file(_path(folder, function, args, "json"), read, lambda: json.dumps(make()).encode())
+    return sealed_files.from_file(_path(folder, function, args, "json"), read, lambda: json.dumps(make()).encode())
 
 
 def _folder():
@@ -207,42 +200,7 @@ def _exported(path, function, leaves):
         checks = [export.DisabledSafetyCheck.custom_call(name) for name in _backends()]
         return export.export(function, disabled_checks=checks)(*leaves).serialize()
 
-    return _from_file(path, lambda data: export.deserialize(bytearray(data)), make)
-
-
-def _from_file(path, read, make):
-    """read(what `make` returned); where the file is missing or damaged, or `read` fails, it is made and written first."""
-    try:
-        return read(_unpacked(path.name, path.read_bytes()))
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except Exception as error:  # the type depends on where the file is damaged
-        _say_made_again(path, error)
-    data = make()
-    try:
-        with files.replacing(path) as temporary:
-            temporary.write_bytes(_packed(path.name, data))
-    except errors.InputError as error:
-        logging.warning("%s; not kept, so the next start is as slow", error)
-    return read(data)
-
-
-def _packed(name, data):
-    """The content of a file of that name: its digest covers the name, so that no file can take another's place."""
-    return MARK + hashlib.sha256(name.encode() + b"\n" + data).digest() + data
-
-
-def _unpacked(name, content):
-    """The data of a file. Raises ValueError where it is not as it was written."""
-    data = content[len(MARK) + hashlib.sha256().digest_size :]
-    if content != _packed(name, data):
-        raise ValueError("not as it was written")
-    return data
-
-
-def _say_made_again(path, error):
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    logging.warning("%s: made again: %s", path, text[:SHOWN_CHARACTERS])
+    return sealed_files.from_file(path, lambda data: export.deserialize(bytearray(data)), make)
 
 
 @functools.cache

@@ -24,8 +24,8 @@ from data_pipelines.simulation import quick
 from experiments import configs
 from experiments.patients import models
 from experiments.patients import preparing
+from experiments.patients.untrained import prepare_untrained
 from experiments.patients.workdir import load
-from experiments.patients.workdir import prepare_untrained
 from experiments.patients.workdir import ScanDigests
 from experiments.patients.workdir import Target
 from experiments.reports import case_folder
@@ -84,7 +84,7 @@ class Condition:
     def options(self, passes: int) -> pipeline.RegisterOptions:
         """What its registrations are asked for, with a number of passes of the network."""
         mm, degrees = self.camera_sd
-        return pipeline.RegisterOptions(passes, camera_sd=(math.radians(degrees), mm))
+        return pipeline.RegisterOptions(passes, reconstruct=True, camera_sd=(math.radians(degrees), mm))
 
 
 def sweeps() -> list[Condition]:

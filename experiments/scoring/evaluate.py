@@ -11,10 +11,10 @@ import numpy as np
 from data_pipelines import cases
 from data_pipelines.io import files
 from data_pipelines.simulation import quick
+from experiments.patients.untrained import untrained_loader
 from experiments.patients.workdir import loader
 from experiments.patients.workdir import Target
 from experiments.patients.workdir import target_of
-from experiments.patients.workdir import untrained_loader
 from experiments.reports import case_folder
 from experiments.reports import plots
 from experiments.reports import tables
@@ -55,7 +55,7 @@ def _volume_scores(one, mean_cloud, passes):
 
     mean_shape_grid = vertebra.ct_from_box @ trained.mean_shape_grid()
     volumes = {
-        "reconstruction": reconstruct.in_ct(outcome.reconstruction, truth, ct_from_grid, shape),
+        "reconstruction": reconstruct.in_ct(outcome.reconstructed.gaussians, truth, ct_from_grid, shape),
         "the CT withheld": reconstruct.in_ct(without, truth, ct_from_grid, shape),
         "mean shape": carried(mean_shape, mean_shape_grid, outcome.world_from_ct),
         "CT at the start": carried(vertebra.density, vertebra.ct_from_index, start),
@@ -67,13 +67,13 @@ def _volume_scores(one, mean_cloud, passes):
 
 def _attention_shares(one):
     """Fraction of the network's attention on the vertebra at its true pose, and fraction of the crops that it covers."""
-    outcome, vertebra = one.outcome, one.prepared.vertebra
-    size, cameras = outcome.crops.shape[1:], (outcome.intrinsics, outcome.camera_from_world)
+    seen, vertebra = one.outcome.reconstructed, one.prepared.vertebra
+    size, cameras = seen.crops.shape[1:], (seen.intrinsics, one.outcome.camera_from_world)
     drawn = (
         quick.render(vertebra.density, vertebra.ct_from_index, one.truth, *cameras, size, SILHOUETTE_STEP_MM)
         > SILHOUETTE
     )
-    attention = outcome.attention
+    attention = seen.attention
     factor = size[0] // attention.shape[1]
     silhouette = camera.bin_image(drawn.astype(np.float32), factor)
     share = (attention * silhouette).sum((1, 2)) / (attention.sum((1, 2)) + ATTENTION_FLOOR)
@@ -102,7 +102,7 @@ class Registered:
 
 def _registered(case_file, case_list, variant, passes, prepare, refine=True):
     """Yields a `Registered` per case; arguments as `evaluate`."""
-    prepared, options = {}, RegisterOptions(passes, refine)
+    prepared, options = {}, RegisterOptions(passes, refine, reconstruct=True)
     for case in case_list:
         scene = case_file.scenes[case.scene]
         volume, xrays = case_file.volumes[scene.volume], cases.read_xrays(scene, variant)

@@ -101,7 +101,9 @@ def compare(
             points, truth = cases.points(case_file, scene.volume), cases.truth(case_file, scene)
             box_from_ct = np.linalg.inv(prepared.vertebra.ct_from_box)
             start = case.world_from_ct @ prepared.vertebra.ct_from_box
-            outcome = pipeline.register(prepared, xrays, case.world_from_ct, pipeline.RegisterOptions(passes), kept)
+            outcome = pipeline.register(
+                prepared, xrays, case.world_from_ct, pipeline.RegisterOptions(passes, reconstruct=True), kept
+            )
             poses = {
                 "start pose": case.world_from_ct,
                 "network": outcome.trajectory[passes],
@@ -109,12 +111,12 @@ def compare(
             }
             for name, pose in _otherwise_refined(prepared, xrays, case.world_from_ct, passes).items():
                 poses[f"network, {name}"] = pose @ box_from_ct
-            alone, _ = pipeline.refine_until_trusted(prepared, xrays, start, start, kept)
+            alone, _ = pipeline.refine_until_trusted(prepared, xrays, start, compile=kept)
             poses["refinement without a network"] = alone.world_from_box @ box_from_ct
             if params is not None:
                 estimate = _plain_pose(params, prepared, xrays, start, passes)
                 poses["plain 2D network"] = estimate @ box_from_ct
-                refined, _ = pipeline.refine_until_trusted(prepared, xrays, estimate, start, kept)
+                refined, _ = pipeline.refine_until_trusted(prepared, xrays, estimate, lambda: [start], kept)
                 poses["plain 2D network, our refinement"] = refined.world_from_box @ box_from_ct
             for name, pose in poses.items():
                 found.setdefault(name, []).append(metrics.mtre(points, np.asarray(pose, np.float64), truth))
@@ -140,13 +142,14 @@ def reconstructions(patient: conditions.Patient, count: int, seed: int, out: pat
 
 def _otherwise_refined(prepared, xrays, start_world_from_ct, passes):
     """Method of `refiners` -> world_from_box of the network's pose refined by it."""
-    options = pipeline.RegisterOptions(passes, refine=False)
+    options = pipeline.RegisterOptions(passes, refine=False, reconstruct=True)
     network = pipeline.register(prepared, xrays, start_world_from_ct, options, kept)
+    seen = network.reconstructed
     bare = bare_parts(prepared)
     start = jnp.asarray(network.world_from_ct @ prepared.vertebra.ct_from_box, jnp.float32)
     cameras = jnp.asarray(network.camera_from_world, jnp.float32)
-    intrinsics, size = jnp.asarray(network.intrinsics), network.crops.shape[-1]
-    clouds = gaussians.views(network.reconstruction, len(xrays))
+    intrinsics, size = jnp.asarray(seen.intrinsics), seen.crops.shape[-1]
+    clouds = gaussians.views(seen.gaussians, len(xrays))
     clean = gaussians.project(clouds, cameras, intrinsics, size, size)
     pose = refiners.to_clean_image(bare, clean, intrinsics, cameras, start)
     poses = {"then the clean image": pose}
@@ -161,7 +164,7 @@ def _otherwise_refined(prepared, xrays, start_world_from_ct, passes):
             jax.tree.map(lambda a: a[:: FINE_GAUSSIANS // OVERLAP_GAUSSIANS], cloud),
             OVERLAP_BLUR_MM,
         )
-        for cloud in (prepared.fine_cloud, network.reconstruction)
+        for cloud in (prepared.fine_cloud, seen.gaussians)
     ]
     poses["then overlap in 3D"] = refiners.to_gaussians(*few, start)
     return {name: np.asarray(pose, np.float64) for name, pose in poses.items()}

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float
 
 from kernels.common import batching
@@ -17,7 +18,6 @@ from kernels.drr import geometry
 from kernels.drr import xla
 
 FORWARD = {"ffi_cpu": ffi_cpu.forward, "xla": xla.forward}
-TO_RAYS = {"ffi_cpu": ffi_cpu.to_rays, "xla": xla.to_rays}
 TO_VOLUME = {"ffi_cpu": ffi_cpu.to_volume, "xla": xla.to_volume}
 PER_RAY = {"ffi_cpu": ffi_cpu.per_ray, "xla": xla.per_ray}
 
@@ -87,11 +87,8 @@ def drr_and_motion(
     affine, intrinsics = geometry.usable_views(jnp.asarray(voxel_from_camera, dtype), jnp.asarray(intrinsics, dtype))
     origin, direction = geometry.voxel_rays(affine, intrinsics, height, width)
 
-    def run(volume, *views):
-        return _one_batch(lambda *views: _run(PER_RAY, implementation, float(step_mm), volume, *views), (1, 3), *views)
-
     arrays = jax.lax.stop_gradient((jnp.asarray(volume, dtype), origin, direction))
-    image, by_origin, by_direction = batching.along_batch(run, (3, 1, 3), *arrays, shared=1)
+    image, by_origin, by_direction = _of_rays(PER_RAY, step_mm, implementation, *arrays)
     # A moved volume is sampled where the inverse motion takes the rays; slopes per voxel become slopes in camera axes.
     linear, d = jax.lax.stop_gradient((affine[:, None, None, :, :3], rays(intrinsics, height, width)))
     push, pull = (jnp.sum(linear * slope[..., None], -2) for slope in (by_origin, by_direction))
@@ -116,32 +113,46 @@ def _checked(volume, voxel_from_camera, intrinsics, step_mm, implementation):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _drr(step_mm, implementation, volume, origin, direction):
-    def run(volume, *views):
-        return _one_batch(lambda *views: _run(FORWARD, implementation, step_mm, volume, *views), (1, 3), *views)
-
-    return batching.along_batch(run, (3, 1, 3), volume, origin, direction, shared=1)[0]
+    return _of_rays(FORWARD, step_mm, implementation, volume, origin, direction)[0]
 
 
-def _drr_fwd(step_mm, implementation, *arrays):
-    return _drr(step_mm, implementation, *arrays), arrays
+def _drr_fwd(step_mm, implementation, volume, origin, direction):
+    perturbed = origin.perturbed or direction.perturbed
+    arrays = volume.value, origin.value, direction.value
+    if not perturbed:
+        return _drr(step_mm, implementation, *arrays), (arrays, None)
+    # The samples of a line integral also give its slopes, so that the backward pass takes none.
+    image, *slopes = _of_rays(PER_RAY, step_mm, implementation, *arrays)
+    return image, (arrays, slopes)
 
 
-def _drr_bwd(step_mm, implementation, arrays, cotangent):
-    # Two calls, so that XLA removes the one whose gradient is unused.
-    volume, *views = *arrays, cotangent
-    events, shape = (1, 3, 2), volume.shape
-
-    def to_rays(volume, *views):
-        return _one_batch(lambda *views: _run(TO_RAYS, implementation, step_mm, volume, *views), events, *views)
+def _drr_bwd(step_mm, implementation, residuals, cotangent):
+    (volume, *views), slopes = residuals
+    if isinstance(cotangent, SymbolicZero):
+        return (None,) * 3
+    shape = volume.shape
 
     def to_volume(*views):
-        return _run(TO_VOLUME, implementation, step_mm, *_one_axis(events, views), first=(shape,))
+        return _run(TO_VOLUME, implementation, step_mm, *_one_axis((1, 3, 2), views), first=(shape,))
 
-    (d_volume,) = batching.along_batch(to_volume, events, *views, summed=True)
-    return d_volume, *batching.along_batch(to_rays, (3, *events), volume, *views, shared=1)
+    # XLA removes this where nothing uses it.
+    (d_volume,) = batching.along_batch(to_volume, (1, 3, 2), *views, cotangent, summed=True)
+    if slopes is None:
+        return d_volume, None, None
+    by_origin, by_direction = (cotangent[..., None] * slope for slope in slopes)
+    return d_volume, jnp.sum(by_origin, (-3, -2)), by_direction
 
 
-_drr.defvjp(_drr_fwd, _drr_bwd)
+_drr.defvjp(_drr_fwd, _drr_bwd, symbolic_zeros=True)
+
+
+def _of_rays(backends, step_mm, implementation, volume, *views):
+    """Results of a backend that takes a volume and rays, whatever their leading axes."""
+
+    def run(volume, *views):
+        return _one_batch(lambda *views: _run(backends, implementation, float(step_mm), volume, *views), (1, 3), *views)
+
+    return batching.along_batch(run, (3, 1, 3), volume, *views, shared=1)
 
 
 def _run(backends, implementation, step_mm, *arrays, first=()):

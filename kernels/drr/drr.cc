@@ -82,6 +82,27 @@ struct Box {
   }
 };
 
+// The first voxels along each axis beyond which all are exactly 0, such as those that only pad a shape.
+Shape Occupied(const float* volume, const Shape& n) {
+  // The length of a row, or of several, without its zeros at the end, from `least` on.
+  const auto length = [](const float* row, int64_t least, int64_t count) {
+    while (count > least && row[count - 1] == 0.0f) --count;
+    return count;
+  };
+  const int64_t plane = n.y * n.z;
+  Shape full(0, 0, 0);
+  if (plane > 0) full.x = (length(volume, 0, n.x * plane) + plane - 1) / plane;
+  for (int64_t x = 0; x < full.x && full.y < n.y; ++x) {
+    full.y = (length(volume + x * plane, full.y * n.z, plane) + n.z - 1) / n.z;
+  }
+  for (int64_t x = 0; x < full.x; ++x) {
+    for (int64_t y = 0; y < full.y && full.z < n.z; ++y) {
+      full.z = length(volume + x * plane + y * n.z, full.z, n.z);
+    }
+  }
+  return full;
+}
+
 // The samples where interpolation finds any voxel; none if the ray is not finite or does not leave within 1e8 mm.
 Range Support(const Ray& ray, const Shape& n) {
   double sum = 0.0;
@@ -169,11 +190,12 @@ struct Corners {
   }
 };
 
-// Calls body(samples, corners, count, begin, end) until every sample of a ray in a volume was an entry; entries
-// [begin, end) of the `count` are in the interior. Behind them, up to a full vector of lanes, corners are 0.
+// Calls body(samples, corners, count, begin, end) until every sample of a ray in a volume was an entry, but for some that
+// meet no `occupied` voxel; entries [begin, end) of the `count` are in the interior. Behind them, up to a full vector of
+// lanes, corners are 0.
 template <typename Body>
-void ForEachRun(const float* volume, const Shape& n, const Ray& ray, const Body& body) {
-  const Range support = Support(ray, n), interior = Interior(ray, n, support);
+void ForEachRun(const float* volume, const Shape& n, const Shape& occupied, const Ray& ray, const Body& body) {
+  const Range support = Support(ray, occupied), interior = Interior(ray, n, support);
   Samples samples;
   Corners corners;
   for (int64_t i = support.first; i < support.last; i += kRun) {
@@ -190,9 +212,9 @@ void ForEachRun(const float* volume, const Shape& n, const Ray& ray, const Body&
   }
 }
 
-double SumValues(const float* volume, const Shape& n, const Ray& ray) {
+double SumValues(const float* volume, const Shape& n, const Shape& occupied, const Ray& ray) {
   double sum = 0.0;
-  ForEachRun(volume, n, ray, [&](const Samples& s, const Corners& corners, int64_t count, int64_t begin, int64_t end) {
+  const auto add = [&](const Samples& s, const Corners& corners, int64_t count, int64_t begin, int64_t end) {
     const auto add_corners = [&](int64_t first, int64_t last) {
       for (int64_t l = first; l < last; ++l) {
         const float wx[2] = {1 - s.x[l], s.x[l]}, wy[2] = {1 - s.y[l], s.y[l]}, wz[2] = {1 - s.z[l], s.z[l]};
@@ -216,7 +238,8 @@ double SumValues(const float* volume, const Shape& n, const Ray& ray) {
     add_corners(0, begin);
     for (int64_t l = begin; l < end; ++l) sum += values[l];
     add_corners(end, count);
-  });
+  };
+  ForEachRun(volume, n, occupied, ray, add);
   return sum;
 }
 
@@ -225,9 +248,9 @@ struct Slopes {
   double value = 0.0, by_origin[3] = {}, by_direction[3] = {};
 };
 
-Slopes SumSlopes(const float* volume, const Shape& n, const Ray& ray) {
+Slopes SumSlopes(const float* volume, const Shape& n, const Shape& occupied, const Ray& ray) {
   float sums[7][kLanes] = {};
-  ForEachRun(volume, n, ray, [&](const Samples& s, const Corners& corners, int64_t count, int64_t, int64_t) {
+  ForEachRun(volume, n, occupied, ray, [&](const Samples& s, const Corners& corners, int64_t count, int64_t, int64_t) {
     for (int64_t from = 0; from < count; from += kLanes) {
       const float* pairs[4];
       for (int k = 0; k < 4; ++k) pairs[k] = corners.pairs[k] + 2 * from;
@@ -313,48 +336,13 @@ ffi::Error Forward(ffi::ThreadPool pool, float step, ffi::Buffer<ffi::F32> volum
   float* out = image->typed_data();
   std::fill_n(out, image->element_count(), 0.0f);
   if (n.Count() == 0) return ffi::Error::Success();
+  const Shape occupied = Occupied(density, n);
   radgs::ParallelFor(pool, tiles.Count(), [&](int64_t tile) {
     tiles.ForEachPixel(tile, [&](int64_t pixel) {
       const Ray ray = {o + 3 * tiles.View(tile), d + 3 * pixel, step};
-      out[pixel] = static_cast<float>(SumValues(density, n, ray) * ray.step);
+      out[pixel] = static_cast<float>(SumValues(density, n, occupied, ray) * ray.step);
     });
   });
-  return ffi::Error::Success();
-}
-
-ffi::Error Rays(ffi::ThreadPool pool, float step, ffi::Buffer<ffi::F32> volume, ffi::Buffer<ffi::F32> origin,
-                ffi::Buffer<ffi::F32> direction, ffi::Buffer<ffi::F32> cotangent,
-                ffi::ResultBuffer<ffi::F32> to_origin, ffi::ResultBuffer<ffi::F32> to_direction) {
-  const Shape n(volume.dimensions());
-  const Tiles tiles(cotangent.dimensions());
-  const float *density = volume.typed_data(), *o = origin.typed_data(), *d = direction.typed_data();
-  const float* c = cotangent.typed_data();
-  float *d_o = to_origin->typed_data(), *d_d = to_direction->typed_data();
-  std::fill_n(d_o, to_origin->element_count(), 0.0f);
-  std::fill_n(d_d, to_direction->element_count(), 0.0f);
-  if (n.Count() == 0 || tiles.Count() == 0) return ffi::Error::Success();
-  // The origins' gradients add up within tiles and then over tiles, in an order that the threads do not change.
-  const std::unique_ptr<double[]> sums(new (std::nothrow) double[3 * tiles.Count()]());
-  if (!sums) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "drr: no memory for the sums over tiles");
-  radgs::ParallelFor(pool, tiles.Count(), [&](int64_t tile) {
-    tiles.ForEachPixel(tile, [&](int64_t pixel) {
-      if (c[pixel] == 0.0f) return;
-      const Ray ray = {o + 3 * tiles.View(tile), d + 3 * pixel, step};
-      const Slopes slopes = SumSlopes(density, n, ray);
-      const double scale = c[pixel] * ray.step;
-      for (int axis = 0; axis < 3; ++axis) {
-        sums[3 * tile + axis] += scale * slopes.by_origin[axis];
-        d_d[3 * pixel + axis] = static_cast<float>(scale * slopes.by_direction[axis]);
-      }
-    });
-  });
-  for (int axis = 0; axis < 3; ++axis) {
-    for (int64_t view = 0, tile = 0; view < tiles.views; ++view) {
-      double sum = 0.0;
-      for (; tile < tiles.Count() && tiles.View(tile) == view; ++tile) sum += sums[3 * tile + axis];
-      d_o[3 * view + axis] = static_cast<float>(sum);
-    }
-  }
   return ffi::Error::Success();
 }
 
@@ -369,10 +357,11 @@ ffi::Error PerRay(ffi::ThreadPool pool, float step, ffi::Buffer<ffi::F32> volume
   std::fill_n(d_o, by_origin->element_count(), 0.0f);
   std::fill_n(d_d, by_direction->element_count(), 0.0f);
   if (n.Count() == 0) return ffi::Error::Success();
+  const Shape occupied = Occupied(density, n);
   radgs::ParallelFor(pool, tiles.Count(), [&](int64_t tile) {
     tiles.ForEachPixel(tile, [&](int64_t pixel) {
       const Ray ray = {o + 3 * tiles.View(tile), d + 3 * pixel, step};
-      const Slopes slopes = SumSlopes(density, n, ray);
+      const Slopes slopes = SumSlopes(density, n, occupied, ray);
       out[pixel] = static_cast<float>(slopes.value * ray.step);
       for (int axis = 0; axis < 3; ++axis) {
         d_o[3 * pixel + axis] = static_cast<float>(slopes.by_origin[axis] * ray.step);
@@ -454,17 +443,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RadgsDrr, Forward,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(RadgsDrrRays, Rays,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<float>("step_mm")
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(RadgsDrrPerRay, PerRay,

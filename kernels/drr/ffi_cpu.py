@@ -15,7 +15,6 @@ from kernels.common.types import Array
 
 TARGETS = {
     "radgs_drr_forward": "RadgsDrr",
-    "radgs_drr_rays": "RadgsDrrRays",
     "radgs_drr_volume": "RadgsDrrVolume",
     "radgs_drr_per_ray": "RadgsDrrPerRay",
 }
@@ -51,19 +50,6 @@ def forward(
     """
     results = [direction.shape[:-1]]
     return _call("radgs_drr_forward", volume.shape, results, (volume, origin, direction), step_mm)[0]
-
-
-def to_rays(
-    volume: Float[Array, "x y z"],
-    origin: Float[Array, "views 3"],
-    direction: Float[Array, "views height width 3"],
-    cotangent: Float[Array, "views height width"],
-    step_mm: float,
-) -> tuple[Float[Array, "views 3"], Float[Array, "views height width 3"]]:
-    """As `xla.to_rays`, float32 only; errors as in `forward`."""
-    arrays, results = (volume, origin, direction, cotangent), [origin.shape, direction.shape]
-    to_origin, to_direction = _call("radgs_drr_rays", volume.shape, results, arrays, step_mm)
-    return to_origin, to_direction
 
 
 def to_volume(

@@ -110,18 +110,6 @@ def per_ray(
     return step_mm * image, step_mm * by_origin, step_mm * by_direction
 
 
-def to_rays(
-    volume: Float[Array, "x y z"],
-    origin: Float[Array, "views 3"],
-    direction: Float[Array, "views height width 3"],
-    cotangent: Float[Array, "views height width"],
-    step_mm: float,
-) -> tuple[Float[Array, "views 3"], Float[Array, "views height width 3"]]:
-    """Gradients to origin and direction from the cotangent of `forward`."""
-    _, by_origin, by_direction = per_ray(volume, origin, direction, step_mm)
-    return jnp.sum(cotangent[..., None] * by_origin, (1, 2)), cotangent[..., None] * by_direction
-
-
 def to_volume(
     shape: Sequence[int],
     origin: Float[Array, "views 3"],

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from jaxtyping import Real
 
 from kernels.common.types import Array
+from radgs_jax.geometry.rigid import LEVER_MM
 
 
 def matrix(
@@ -44,3 +45,12 @@ def twist_about(
     """Inverse of `motion_about`: the twist, radians and mm, of a motion about `centre`, mm."""
     turn = scipy.spatial.transform.Rotation.from_matrix(motion[:3, :3]).as_rotvec()
     return np.concatenate([turn, motion[:3, 3] - np.asarray(centre) + motion[:3, :3] @ centre])
+
+
+def distance(
+    T_a: Real[np.ndarray, "*batch 4 4"], T_b: Real[np.ndarray, "4 4"], lever_mm: float = LEVER_MM
+) -> Float[np.ndarray, "*batch"]:
+    """Geodesic distance between poses about their frame's origin, mm: `rigid.distance` with a centre of 0."""
+    turn = np.swapaxes(T_a[..., :3, :3], -1, -2) @ T_b[:3, :3]
+    angle = np.arccos(np.clip(0.5 * (np.trace(turn, axis1=-2, axis2=-1) - 1.0), -1.0, 1.0))
+    return np.asarray(np.hypot(np.linalg.norm(T_a[..., :3, 3] - T_b[:3, 3], axis=-1), lever_mm * angle))

@@ -9,19 +9,24 @@ other things that the CT lacks have little weight.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from jaxtyping import Int32
 
 from kernels.common.types import Array
 from kernels.common.types import Leaf
 from kernels.drr import drr_and_motion
 from radgs_jax.geometry import camera
 from radgs_jax.geometry import rigid
+from radgs_jax.geometry import rigid_host
 from radgs_jax.registration.edges import correlation
 from radgs_jax.registration.edges import derivatives
 from radgs_jax.registration.edges import einsum
@@ -30,6 +35,7 @@ from radgs_jax.registration.edges import noise_energy
 from radgs_jax.registration.edges import T_FREEDOM
 from radgs_jax.registration.gains import eliminate_gains
 from radgs_jax.registration.gains import fit_gains
+from radgs_jax.registration.parts import on_device
 from radgs_jax.registration.parts import Parts
 
 STEP_MM = 5.0
@@ -58,6 +64,9 @@ RIM = 1.0
 """Pixels nearer than this many standard deviations of the derivative filter to one that is invalid do not count. Invalid pixels are
 filled smoothly (`geometry.fill`), so that the filter sees no edge of theirs; on 12 simulated scenes with metal, 1 leaves all in
 reach of their starts, and 3 loses three of them, since it leaves out most of a vertebra with screws at 3 mm pixels."""
+RECUT_MM = 8.0
+"""A level is not gone through again where all poses have settled within this distance of the middle of their windows, mm. Chosen
+by hand, a seventh of the smallest window: half repeats levels in vain, twice lets a vertebra leave its window."""
 MIN_CURVATURE = 1e-3
 """Added to the diagonal of every normal matrix, 1/mm^2 in the parameters' common scale: it keeps directions that no pixel
 constrains solvable. Chosen by hand, to be far below the curvature that pixels contribute; half or twice should not matter."""
@@ -74,11 +83,13 @@ class Level:
         finer and reaches less far.
       size: pixels along the square window. The window should hold the vertebra and its neighbours' edges: at half it cuts the
         vertebra, at twice a step takes four times as long.
-      iterations: number of Gauss-Newton steps. Too few leave a distant start unsettled, which `SearchConfig` then repeats.
+      iterations: largest number of Gauss-Newton steps. Too few leave a distant start unsettled, which `SearchConfig` then repeats.
       vertebra_step_mm, rest_step_mm: sample distance along rays through the two parts, mm. Projections take time in inverse
         proportion; a step much larger than a voxel aliases.
       tie: factor on `COUPLING` at this level, no unit. A small one moves both parts nearly as one body, which reaches further.
       keep: number of candidates that go on to the next level.
+      settled_mm: length of the step after which no more are taken, mm, rotations by their lever. At twice, the next level starts
+        further off; at half, it takes a step more.
     """
 
     pixel_mm: float
@@ -88,6 +99,7 @@ class Level:
     rest_step_mm: float
     tie: float = 1.0
     keep: int = 1
+    settled_mm: float = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +114,19 @@ class RefineConfig:
         Chosen by hand: weaker penalties let gains imitate motion, stronger ones leave hardening and scatter unmodelled.
       damping: increase of the normal matrix's diagonal, as a fraction of it (Marquardt 1963). Chosen by hand: small, since
         `STEP_MM` bounds the step; larger values slow the last steps down.
+      relaxation: factor on every step. Weights that follow the residuals make plain steps about half as long as needed (as in all
+        of EM), so that errors fall to a half with each; at 1.7, to about a sixth. At 2, poses may swing about their optimum.
     """
 
     levels: tuple[Level, ...] = (
-        Level(3.0, 48, 7, 1.5, 3.0, 0.1),
-        Level(1.5, 64, 6, 1.0, 3.0),
-        Level(0.75, 112, 3, 1.0, 2.0),
+        Level(3.0, 48, 8, 1.5, 3.0, 0.1, settled_mm=0.4),
+        Level(1.5, 64, 8, 1.0, 3.0, settled_mm=0.08),
+        Level(0.75, 80, 3, 1.0, 2.0, settled_mm=0.03),
     )
     blur_px: float = 1.0
     gain_ridge: float = 0.01
     damping: float = 1e-3
+    relaxation: float = 1.7
 
 
 FINEST_STEP_MM = 0.4
@@ -130,8 +145,10 @@ def levels_of(pixels_mm: Sequence[float]) -> tuple[Level, ...]:
         size = 16 * int(np.ceil(window_mm / pixel_mm / 16))
         step_mm = float(np.clip(0.5 * pixel_mm, FINEST_STEP_MM, 1.5)) if pixel_mm < 0.75 or pixel_mm > 2 else 1.0
         last = index == len(pixels_mm) - 1
-        iterations = 7 if index == 0 else 3 if last else 6
-        levels.append(Level(float(pixel_mm), size, iterations, step_mm, 2.0 if last else 3.0, 1.0 if index else 0.1))
+        iterations = 3 if last and index else 8
+        settled_mm = 0.13 * pixel_mm if index == 0 else 0.05 * pixel_mm
+        rest_step_mm, tie = 2.0 if last else 3.0, 1.0 if index else 0.1
+        levels.append(Level(float(pixel_mm), size, iterations, step_mm, rest_step_mm, tie, settled_mm=settled_mm))
     return tuple(levels)
 
 
@@ -165,9 +182,9 @@ class Refined:
       step_mm: length of the last step, rotations by their lever.
       view_disagreement_mm: how far the views' own steps differ in the direction that all views see.
       rival_mm: distance of the best other answer, the last time that several starts were left; 0 without one.
-      margin: by how much that answer fits worse; `MAX_MARGIN` without one, 0 where there was one start only.
-      trajectory: (levels, 4, 4) world_from_box after each level.
-      fit: (levels,) mean similarity plus mean support after each level.
+      margin: by how much that answer fits worse; `MAX_MARGIN` without one.
+      trajectory: (levels, 4, 4) world_from_box after each level that was gone through, the last time.
+      fit: (levels,) mean similarity plus mean support then.
     """
 
     world_from_box: Leaf
@@ -182,6 +199,30 @@ class Refined:
     margin: Leaf
     trajectory: Leaf
     fit: Leaf
+
+
+@flax.struct.dataclass
+class Candidates:
+    """N poses after one level.
+
+    Attributes:
+      poses: (N, 2, 4, 4) world_from_box of the vertebra and of the rest, mm.
+      fit: (N,) mean similarity plus mean support.
+      information, misfit, similarity, support, step_mm, view_disagreement_mm: as in `Refined`, of each, from its last step.
+    """
+
+    poses: Leaf
+    fit: Leaf
+    information: Leaf
+    misfit: Leaf
+    similarity: Leaf
+    support: Leaf
+    step_mm: Leaf
+    view_disagreement_mm: Leaf
+
+
+REPORTED = ("information", "misfit", "similarity", "support", "step_mm", "view_disagreement_mm")
+"""Fields of `Refined` that its last step reports."""
 
 
 @flax.struct.dataclass
@@ -305,6 +346,7 @@ def _step(parts, window, poses, level, config):
     pulls = (
         jnp.linalg.solve(_damped(normal, 0.0), blocks.reshape(-1, blocks.shape[-1]).T)[:6] * rigid.TWIST_SCALE[:, None]
     )
+    step = config.relaxation * step
     step = step / jnp.maximum(1.0, jnp.max(jnp.abs(step)) / STEP_MM)
     moved = rigid.matmul(rigid.motion_about(centre, step.reshape(2, 6) * rigid.TWIST_SCALE), poses)
     schur = normal[:6, :6] - normal[:6, 6:] @ jnp.linalg.solve(normal[6:, 6:] + 1e-6 * jnp.eye(6), normal[6:, :6])
@@ -316,73 +358,112 @@ def _step(parts, window, poses, level, config):
         "similarity": correlation(target, model_rest + model_excess, window.weights, window.noise),
         "support": correlation(target - model_rest, model_excess, edges, window.noise),
         "step_mm": jnp.linalg.norm(step[:6]),
-        "disagreement_mm": _view_disagreement(normals + coupling, rights, camera_from_world, config.damping),
+        "view_disagreement_mm": _view_disagreement(normals + coupling, rights, camera_from_world, config.damping),
     }
 
 
-def _start(pose):
-    return jnp.stack([pose, pose])
+def refine_level(
+    parts: Parts,
+    views: LevelViews,
+    camera_from_world: Float[Array, "views 4 4"],
+    poses: Float[Array, "starts 2 4 4"],
+    iterations: Int32[Array, ""],
+    level: Level,
+    config: RefineConfig,
+) -> Candidates:
+    """Gauss-Newton steps at one level from every one of several poses, until each has settled or `iterations` are taken.
+
+    Args:
+      views: X-rays at the level's resolution; poses: world_from_box of the vertebra and of the rest, mm; iterations: 1 or more.
+      level: its own numbers of steps and of candidates are not used.
+    """
+
+    def run(poses):
+        camera_from_box = rigid.matmul(camera_from_world, poses[0])
+        images, valid, intrinsics = camera.windows(
+            views.images, views.valid, views.intrinsics, camera_from_box, level.size
+        )
+        window = make_window(images, valid, intrinsics, camera_from_world, config)
+        step = lambda poses: _step(parts, window, poses, level, config)
+        unknown = jax.tree.map(lambda a: jnp.full(a.shape, jnp.inf, a.dtype), jax.eval_shape(step, poses)[1])
+
+        def goes_on(carry):
+            count, _, found = carry
+            return (count < iterations) & (found["step_mm"] > level.settled_mm)
+
+        def body(carry):
+            count, poses, _ = carry
+            return count + 1, *step(poses)
+
+        _, poses, found = jax.lax.while_loop(goes_on, body, (jnp.int32(0), poses, unknown))
+        return poses, found
+
+    poses, found = jax.vmap(run)(poses)
+    found |= {"poses": poses, "fit": jnp.mean(found["similarity"], -1) + jnp.mean(found["support"], -1)}
+    return Candidates(**found)
+
+
+def level_arguments(
+    parts: Parts,
+    views: LevelViews,
+    camera_from_world: Float[Array, "views 4 4"],
+    poses: Float[Array, "starts 2 4 4"],
+    level: Level,
+    config: RefineConfig,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and static keywords of `refine_level`, which are the same for any number of steps and of candidates."""
+    count = np.asarray(level.iterations, np.int32)
+    shared = dataclasses.replace(level, iterations=0, keep=0)
+    return (parts, views, camera_from_world, on_device(poses), count), {"level": shared, "config": config}
 
 
 def refine(
+    program: Callable[..., Candidates],
     parts: Parts,
     pyramid: Sequence[LevelViews],
     camera_from_world: Float[Array, "views 4 4"],
     starts: Float[Array, "starts 4 4"],
     config: RefineConfig,
+    levels: Sequence[Level] | None = None,
+    least_fit: float = -math.inf,
 ) -> Refined:
-    """Refines the best of several start poses, level by level; deterministic, of static cost.
+    """Refines the best of several start poses, level by level.
 
-    Every start runs through the coarsest level. After each level, the `Level.keep` candidates that fit best go on.
+    Every start runs through the first level. After each level, the `Level.keep` candidates that fit best go on.
 
     Args:
-      pyramid: X-rays at the resolution of each of config.levels; starts: world_from_box, mm, which is also where the rest of
-        the body starts.
+      program: `refine_level`, compiled.
+      pyramid: X-rays at the resolution of each level; starts: world_from_box, mm, which is also where the rest of the body starts.
+      levels: in place of config's; least_fit: the last one is left out where the best candidate fits worse.
+    Returns:
+      `Refined` in numpy.
     """
-    poses = jax.vmap(_start)(starts)
-    trajectory, fit = [], []
-    rival_mm, margin = jnp.float32(0.0), jnp.float32(0.0)
-    for level, views in zip(config.levels, pyramid):
-
-        def run(poses, level=level, views=views):
-            camera_from_box = rigid.matmul(camera_from_world, poses[0])
-            images, valid, intrinsics = camera.windows(
-                views.images, views.valid, views.intrinsics, camera_from_box, level.size
-            )
-            window = make_window(images, valid, intrinsics, camera_from_world, config)
-
-            def body(poses, _):
-                return _step(parts, window, poses, level, config)
-
-            poses, found = jax.lax.scan(body, poses, None, length=level.iterations)
-            return poses, jax.tree.map(lambda a: a[-1], found)
-
-        poses, found = jax.vmap(run)(poses)
-        score = jnp.mean(found["similarity"], -1) + jnp.mean(found["support"], -1)
-        order = jnp.argsort(-score)[: level.keep]
-        if len(score) > 1:
-            away = rigid.distance(poses[:, 0], poses[order[0], 0][None], jnp.zeros(3))
+    poses, after = np.stack([starts] * 2, 1), {}
+    rival_mm, margin, settled_at, best_fit = 0.0, MAX_MARGIN, None, math.inf
+    levels = config.levels if levels is None else levels
+    for index, (level, views) in enumerate(zip(levels, pyramid), 1):
+        if settled_at == level.pixel_mm:
+            continue
+        if index == len(levels) and best_fit < least_fit:
+            break
+        arguments, static = level_arguments(parts, views, camera_from_world, poses, level, config)
+        found = jax.device_get(program(*arguments, **static))
+        order = np.argsort(-found.fit, kind="stable")
+        best, best_fit = order[0], found.fit[order[0]]
+        if len(order) > 1:
+            away = rigid_host.distance(found.poses[:, 0], found.poses[best, 0])
+            elsewhere = [i for i in order if away[i] > DISTINCT_MM]
             # The rival is the best of those that ended elsewhere.
-            other = jnp.argmax(jnp.where(away > DISTINCT_MM, score, -jnp.inf))
-            elsewhere = away[other] > DISTINCT_MM
-            rival_mm = jnp.where(elsewhere, away[other], 0.0)
-            margin = jnp.where(elsewhere, score[order[0]] - score[other], MAX_MARGIN)
-        poses, found = jax.tree.map(lambda a: a[order], (poses, found))
-        trajectory.append(poses[0, 0])
-        fit.append(score[order[0]])
-    best = jax.tree.map(lambda a: a[0], found)
-    trajectory, fit = jnp.stack(trajectory), jnp.stack(fit)
-    return Refined(
-        poses[0, 0],
-        poses[0, 1],
-        best["information"],
-        best["misfit"],
-        best["similarity"],
-        best["support"],
-        best["step_mm"],
-        best["disagreement_mm"],
-        rival_mm,
-        margin,
-        trajectory,
-        fit,
-    )
+            rival_mm = float(away[elsewhere[0]]) if elsewhere else 0.0
+            margin = float(found.fit[best] - found.fit[elsewhere[0]]) if elsewhere else MAX_MARGIN
+        kept = order[: level.keep]
+        moved_mm = np.linalg.norm((found.poses - poses)[kept, 0, :3, 3], axis=-1)
+        is_settled = (found.step_mm[kept] <= level.settled_mm).all() and (moved_mm < RECUT_MM).all()
+        settled_at, poses = level.pixel_mm if is_settled else None, found.poses[kept]
+        after[level.pixel_mm] = found.poses[best, 0], best_fit
+    said: dict[str, Any] = {name: getattr(found, name)[best] for name in REPORTED}
+    said |= {"world_from_box": poses[0, 0], "world_from_rest": poses[0, 1]}
+    said |= {"rival_mm": np.float32(rival_mm), "margin": np.float32(margin)}
+    trajectory, fit = zip(*after.values())
+    said |= {"trajectory": np.stack(trajectory), "fit": np.stack(fit)}
+    return Refined(**said)

@@ -1,6 +1,8 @@
 """Registration of one case: the network's passes, the refinement, wider searches where needed, and the verdict."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from collections.abc import Sequence
 from concurrent import futures
 
@@ -22,14 +24,16 @@ from radgs_jax.models import metal
 from radgs_jax.registration import confidence
 from radgs_jax.registration import gauss_newton
 from radgs_jax.registration import joint
-from radgs_jax.registration import passes as network
+from radgs_jax.registration import overview
 from radgs_jax.registration import plausibility
 from radgs_jax.registration import prepared as preparing
 from radgs_jax.registration import search as searching
 from radgs_jax.registration.confidence import Confidence
+from radgs_jax.registration.gauss_newton import RefineConfig
 from radgs_jax.registration.gauss_newton import Refined
 from radgs_jax.registration.joint import Together
 from radgs_jax.registration.parts import Parts
+from radgs_jax.registration.passes import run_network
 from radgs_jax.registration.prepared import Prepared
 from radgs_jax.registration.prepared import Vertebra
 from radgs_jax.registration.programs import Compile
@@ -53,7 +57,8 @@ class RegisterOptions:
 
     Attributes:
       passes: of the network, 1 or more.
-      refine: follow them by the refinement, without which nothing is judged.
+      refine: refine the pose against the X-rays, without which the network's is the answer and nothing is judged.
+      reconstruct: also run the network where its pose is not needed, and reconstruct the vertebra at the pose that was found.
       camera_sd: root mean square angle of turn, rad, and length of shift, mm, of the cameras' errors. With (0, 0) they are right;
         otherwise they are corrected from how the views disagree, and the rest of their error is in the covariance.
       distortion_sd: size of the X-rays' radial distortion, as the relative displacement at the field's border; likewise fitted.
@@ -61,6 +66,7 @@ class RegisterOptions:
 
     passes: int = 5
     refine: bool = True
+    reconstruct: bool = False
     camera_sd: tuple[float, float] = (0.0, 0.0)
     distortion_sd: float = 0.0
 
@@ -71,34 +77,46 @@ class RegisterOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reconstructed:
+    """What the network sees and makes at the pose that was found.
+
+    Attributes:
+      gaussians: the reconstruction in the world frame.
+      crops: (V, h, w) the X-rays as it saw them, with intrinsics (V, 4).
+      attention: (V, h', w') mean attention.
+    """
+
+    gaussians: Gaussians
+    crops: Float[Array, "views height width"]
+    intrinsics: Float[Array, "views 4"]
+    attention: Float[Array, "views cells_v cells_u"]
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
     """What registering a case gives.
 
     Attributes:
       world_from_ct: (4, 4) the estimate, mm, float64.
-      trajectory: (1 + passes + levels, 4, 4) world_from_ct: the start, then after each pass and each level of the refinement.
-      reconstruction: Gaussians in the world frame.
-      crops: (V, h, w) the X-rays as the network's last pass saw them, with intrinsics (V, 4) and camera_from_world (V, 4, 4).
-      attention: (V, h', w') mean attention of that pass.
+      trajectory: (poses, 4, 4) world_from_ct: the start; where the network was asked for, after each of its passes; the estimate.
+      camera_from_world: (V, 4, 4) the cameras, corrected where that was asked for.
       refined: the refinement in numpy; None without one.
       confidence: the verdict; None without a refinement or without an acceptance rule.
       together: what the views were corrected by, and the pose again; None where they are taken for right.
       as_calibrated: (4, 4) world_from_ct that was found with the views as they are given.
       counted: of each view, (H, W) bool, the pixels that were used: valid, and without metal.
+      reconstructed: None where it was not asked for.
     """
 
     world_from_ct: Float[Array, "4 4"]
     trajectory: Float[Array, "poses 4 4"]
-    reconstruction: Gaussians
-    crops: Float[Array, "views height width"]
-    intrinsics: Float[Array, "views 4"]
     camera_from_world: Float[Array, "views 4 4"]
-    attention: Float[Array, "views cells_v cells_u"]
     refined: Refined | None
     confidence: Confidence | None
     together: Together | None
     as_calibrated: Float[Array, "4 4"]
     counted: tuple[Bool[Array, "_ _"], ...]
+    reconstructed: Reconstructed | None
 
 
 def register(
@@ -117,24 +135,28 @@ def register(
       compile: what turns the functions of a registration into programs, with the signature of `jax.jit`. A command hands in
         one that keeps programs on disk.
     """
-    programs = programs_of(compile)
-    vertebra, model = prepared.vertebra, prepared.model
+    vertebra = prepared.vertebra
     xrays = without_metal(prepared, xrays, compile)
-    seen = make_pyramid(xrays, [model.config.pixel_mm])
     start_box = start @ vertebra.ct_from_box
-    result = network.run_network(programs, model, seen, start_box, vertebra.cloud, options.passes)
-    boxes, refined, judged, together = list(result.trajectory[1:]), None, None, None
+    network = functools.cache(functools.partial(_network_passes, prepared, xrays, start_box, options.passes, compile))
+    boxes, refined, judged, together = [], None, None, None
+    if options.reconstruct or not options.refine:
+        boxes += list(network().trajectory[1:])
     box_from_ct, calibrated = np.linalg.inv(vertebra.ct_from_box), None
     if options.refine:
-        # The network knows vertebrae; of another bone its pose says nothing.
-        estimate = result.world_from_box if vertebra.label <= FIRST_BONE else start_box
-        if np.linalg.norm(estimate[:3, 3] - start_box[:3, 3]) > NETWORK_REACH_MM:
-            estimate = start_box
         # Views that are off refuse right poses, so that nothing is judged, or searched for any wider, before they are corrected.
         first = dataclasses.replace(prepared, rule=None) if options.corrects else prepared
-        refined, judged = refine_until_trusted(first, xrays, estimate, start_box, compile)
-        boxes += list(refined.trajectory)
-        calibrated = rigid_host.nearest_rigid(np.asarray(boxes[-1], np.float64)) @ box_from_ct
+
+        def estimates():
+            # The network knows vertebrae; of another bone its pose says nothing.
+            if vertebra.label > FIRST_BONE:
+                return []
+            estimate = network().world_from_box
+            near = np.linalg.norm(estimate[:3, 3] - start_box[:3, 3]) <= NETWORK_REACH_MM
+            return [estimate] if near else []
+
+        refined, judged = refine_until_trusted(first, xrays, start_box, estimates, compile)
+        calibrated = rigid_host.nearest_rigid(np.asarray(refined.world_from_box, np.float64)) @ box_from_ct
         if options.corrects:
             given = xrays
             near_mm = gauss_newton.DISTINCT_MM + options.camera_sd[1]
@@ -143,35 +165,43 @@ def register(
                 together = correct_views(prepared, given, refined, options, compile)
                 xrays = corrected(given, together)
                 again = together.world_from_ct[0] @ vertebra.ct_from_box
-                refined, judged = refine_until_trusted(prepared, xrays, again, start_box, compile, together)
-                boxes += list(refined.trajectory)
+                refined, judged = refine_until_trusted(prepared, xrays, again, lambda: [start_box], compile, together)
                 # Views that were corrected at a pose that was left behind are corrected anew at the better one.
                 moved_mm = np.linalg.norm(refined.world_from_box[:3, 3] - before)
                 if moved_mm < near_mm or attempt == MAX_CORRECTIONS - 1:
                     break
-                as_given, _ = refine_until_trusted(
-                    first, given, refined.world_from_box, refined.world_from_box, compile
-                )
+                as_given, _ = refine_until_trusted(first, given, refined.world_from_box, list, compile)
                 calibrated = rigid_host.nearest_rigid(np.asarray(as_given.world_from_box, np.float64)) @ box_from_ct
                 refined = as_given
-            seen = make_pyramid(xrays, [model.config.pixel_mm])
+        boxes.append(refined.world_from_box)
     poses = [start, *(rigid_host.nearest_rigid(T) @ box_from_ct for T in np.asarray(boxes, np.float64))]
-    if options.refine:
-        result = network.run_network(programs, model, seen, boxes[-1], vertebra.cloud, 1)
+    seen = None
+    if options.reconstruct:
+        result = _network_passes(prepared, xrays, boxes[-1], 1, compile) if options.refine else network()
+        seen = Reconstructed(
+            _reconstruction(programs_of(compile), prepared, result, options.refine),
+            result.xrays,
+            result.intrinsics,
+            result.reconstruction.attention[0].mean(-1),
+        )
     return Outcome(
         poses[-1],
         np.stack(poses),
-        _reconstruction(programs, prepared, result, options.refine),
-        result.xrays,
-        result.intrinsics,
         np.stack([xray.camera.camera_from_world for xray in xrays]),
-        result.reconstruction.attention[0].mean(-1),
         refined,
         judged,
         together,
         poses[-1] if calibrated is None else calibrated,
         tuple(np.asarray(xray.valid) for xray in xrays),
+        seen,
     )
+
+
+def _network_passes(prepared, xrays, world_from_box, passes, compile):
+    """The network's `Registration` after some passes from a pose."""
+    model, programs = prepared.model, programs_of(compile)
+    seen = make_pyramid(xrays, [model.config.pixel_mm])
+    return run_network(programs, model, seen, world_from_box, prepared.vertebra.cloud, passes)
 
 
 def _reconstruction(programs: Programs, prepared, result, refined):
@@ -198,14 +228,22 @@ def warm_up(
         compiling = []
         if options.refine:
             seen = make_pyramid(xrays, [level.pixel_mm for level in config.levels])
-            starts = [vertebra.ct_from_box] * 2
-            for levels in (searching.twice(config), config.levels, searching.glance(config, prepared.search)):
-                arguments, static = searching.refine_arguments(prepared.parts, seen, starts, config, levels)
-                compiling.append(pool.submit(programs.refine.lower(*arguments, **static).compile))
-        # XLA compiles or loads these while the network runs.
-        seen = make_pyramid(xrays, [prepared.model.config.pixel_mm])
-        result = network.run_network(programs, prepared.model, seen, vertebra.ct_from_box, vertebra.cloud, passes=1)
-        _reconstruction(programs, prepared, result, options.refine)
+            # One start at every level, and the coarsest also with two: the places of neighbours.
+            for level, views in zip((config.levels[0], *config.levels), (seen.levels[0], *seen.levels)):
+                count = 2 if not compiling else 1
+                arguments, static = gauss_newton.level_arguments(
+                    prepared.parts,
+                    views,
+                    seen.camera_from_world,
+                    np.stack([[vertebra.ct_from_box] * 2] * count),
+                    level,
+                    config,
+                )
+                compiling.append(pool.submit(programs.refine_level.lower(*arguments, **static).compile))
+        if options.reconstruct or not options.refine:
+            # XLA compiles or loads these while the network runs.
+            result = _network_passes(prepared, xrays, vertebra.ct_from_box, 1, compile)
+            _reconstruction(programs, prepared, result, options.refine)
         for program in compiling:
             program.result()
 
@@ -213,33 +251,39 @@ def warm_up(
 def refine_until_trusted(
     prepared: Prepared,
     xrays: Sequence[XRay],
-    estimate: Float[Array, "4 4"],
     start: Float[Array, "4 4"],
+    estimates: Callable[[], Sequence[Float[Array, "4 4"]]] = list,
     compile: Compile = jax.jit,
     together: Together | None = None,
 ) -> tuple[Refined, Confidence | None]:
-    """Refines a pose, with wider searches where the answer is not trusted.
+    """Refines a pose, with a wider search where the answer is not trusted.
 
-    Without an acceptance rule nothing is judged, and the first refinement is the answer.
+    Without an acceptance rule nothing is judged, and the first refinement that fits is the answer.
 
     Args:
-      estimate, start: world_from_box, the network's and the one that it started from.
+      start: world_from_box; estimates: gives others to search from, such as the network's.
       together: what corrected the X-rays, whose errors are then known.
     """
     rule, vertebra = prepared.rule, prepared.vertebra
-    parts = parts_in(prepared, xrays)
+    parts, programs = parts_in(prepared, xrays), programs_of(compile)
     seen = make_pyramid(xrays, [level.pixel_mm for level in prepared.refine.levels])
     judged, cameras = None, [xray.camera for xray in xrays]
     of_cameras = None
     if together is not None and rule is not None:
         # With what pixels and views disagree about: a body that has bent is also taken for cameras that are off.
         of_cameras = joint.covariance(together)[:6, :6]
+
+    def wider_starts():
+        return [*estimates(), *wide_starts(programs, parts, xrays, start, prepared.refine, prepared.search)]
+
     found = searching.searches(
-        programs_of(compile), parts, seen, estimate, start, prepared.refine, prepared.search, vertebra.label
+        programs, parts, seen, start, wider_starts, prepared.refine, prepared.search, vertebra.label
     )
     for count, refined in enumerate(found):
         if rule is None:
-            break
+            if refined.fit[-1] >= prepared.search.promising:
+                break
+            continue
         centre = np.asarray(refined.world_from_box[:3, 3], np.float64)
         angle = confidence.view_angle(np.stack([view.camera_from_world for view in cameras]), centre)
         half_pixel_mm = plausibility.half_pixel_error(cameras, centre)
@@ -249,6 +293,18 @@ def refine_until_trusted(
         if judged.trusted or (angle is not None and angle < confidence.MIN_VIEW_ANGLE_RAD):
             break
     return refined, judged
+
+
+def wide_starts(
+    programs: Programs,
+    parts: Parts,
+    xrays: Sequence[XRay],
+    start: Float[Array, "4 4"],
+    refine: RefineConfig,
+    search: searching.SearchConfig,
+) -> list[Float[np.ndarray, "4 4"]]:
+    """Poses round a start where the body fits X-rays roughly; start: world_from_box."""
+    return overview.candidates(programs.best_shifts, parts, xrays, start, search.overview, refine, search.starts)[0]
 
 
 def correct_views(
@@ -359,6 +415,6 @@ def reconstruct_without_ct(
     """
     seen = make_pyramid(xrays, [prepared.model.config.pixel_mm])
     start_box = start @ prepared.vertebra.ct_from_box
-    result = network.run_network(programs_of(compile), prepared.model, seen, start_box, cloud, passes)
+    result = run_network(programs_of(compile), prepared.model, seen, start_box, cloud, passes)
     effect = jax.tree.map(lambda a: a[0], result.reconstruction.effect)
     return gaussians.move(effect, jnp.asarray(result.trajectory[-2]))

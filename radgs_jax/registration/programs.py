@@ -15,6 +15,7 @@ from radgs_jax.models import radgs_reg
 from radgs_jax.models.config import ModelConfig
 from radgs_jax.registration import gauss_newton
 from radgs_jax.registration import joint
+from radgs_jax.registration import overview
 from radgs_jax.registration import reconstruct
 
 Compile = Callable[..., Callable]
@@ -26,12 +27,13 @@ class Programs:
     """Compiled functions.
 
     Attributes:
-      network_pass: `network_pass`; refine: `gauss_newton.refine`; linearised: `joint.linearised`; move: `gaussians.move`; as_bone:
-        `reconstruct.as_bone`.
+      network_pass: `network_pass`; refine_level: `gauss_newton.refine_level`; best_shifts: `overview.best_shifts`; linearised:
+        `joint.linearised`; move: `gaussians.move`; as_bone: `reconstruct.as_bone`.
     """
 
     network_pass: Callable
-    refine: Callable
+    refine_level: Callable
+    best_shifts: Callable
     linearised: Callable
     move: Callable
     as_bone: Callable
@@ -42,7 +44,8 @@ def programs_of(compile: Compile) -> Programs:
     """`Programs` of a compiler, made once for each compiler, so that nothing is traced twice."""
     return Programs(
         compile(network_pass, static_argnames="config"),
-        compile(gauss_newton.refine, static_argnames="config"),
+        compile(gauss_newton.refine_level, static_argnames=("level", "config")),
+        compile(overview.best_shifts, static_argnames=("size", "depths", "config")),
         compile(joint.linearised, static_argnames="config"),
         compile(gaussians.move),
         compile(reconstruct.as_bone, static_argnames="registered"),

@@ -1,17 +1,15 @@
-"""The search for a pose: two starts, neighbouring levels, and wider searches where an answer is not trusted.
+"""The search for a pose: neighbouring levels, and a wider search where an answer is not trusted.
 
 Vertebrae look alike. So the places of an answer's neighbours along the spine are tried too, and an answer that is refused is
-searched for anew: turned about its axes, shifted along the spine, and at last all round the start.
+searched for anew: turned about its axes, shifted along the rays, and from where the body fits.
 """
 
 import dataclasses
-import itertools
 import math
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -22,7 +20,7 @@ from radgs_jax.registration import gauss_newton
 from radgs_jax.registration.gauss_newton import Level
 from radgs_jax.registration.gauss_newton import RefineConfig
 from radgs_jax.registration.gauss_newton import Refined
-from radgs_jax.registration.parts import on_device
+from radgs_jax.registration.overview import OverviewConfig
 from radgs_jax.registration.parts import Parts
 from radgs_jax.registration.programs import Programs
 from radgs_jax.registration.pyramid import Pyramid
@@ -41,11 +39,14 @@ class SearchConfig:
       turn_rad: by how much starts are turned against a refused answer about each of its axes. Most answers that are wrong by
         less than 5 mm sit in a wrong orientation; at half the turn they stay there, at twice they find a neighbour. The places of
         neighbouring levels lie along arcs of this turn, to the front and back: at twice, straight spines are missed.
-      wide_along_mm: shifts along the spine tried first, from where it started: up to the neighbours' places and between.
-      depth_mm: shifts along the rays of each view tried with them: where one view fits, it fits in other depths as well.
-      far_across_mm, far_along_mm: shifts across and along the spine tried last, in all combinations. Their spacing is about
-        the capture range of the coarsest level; at half it the search takes eight times as long, at twice it has gaps.
+      depth_mm: shifts along the rays of each view that a wider search tries: where one view fits, it fits in other depths as well.
+      overview: how a wider search looks for the body.
+      starts: how many starts a wider search has. Half loses right poses; twice takes twice as long.
       glance_iterations: steps of the coarsest level taken in a neighbour's place before it is compared.
+      promising: fit, a sum of two correlations, below which an answer is not refined any further before a wider search: right ones
+        have above 1.5, in cluttered pictures above 1. At half, distant starts take twice as long; at twice, all are searched for.
+      near_fit: by how much a neighbour's place may fit worse at a glance and still be refined. At half, bodies whose levels look
+        alike are left one level off; at twice, every third answer takes a second longer.
       max_walk: how often, at most, the answer moves to a neighbouring level.
       settled_mm: a refinement whose last step was longer goes on from where it is.
       max_settlings: how often, at most, it goes on.
@@ -57,29 +58,19 @@ class SearchConfig:
     """
 
     turn_rad: float = math.radians(15.0)
-    wide_along_mm: tuple[float, ...] = (-24.0, -12.0, 12.0, 24.0)
     depth_mm: tuple[float, ...] = (-24.0, -12.0, 12.0, 24.0)
-    far_across_mm: tuple[float, ...] = (-24.0, 0.0, 24.0)
-    far_along_mm: tuple[float, ...] = (-48.0, -24.0, 0.0, 24.0, 48.0)
-    glance_iterations: int = 5
+    overview: OverviewConfig = OverviewConfig()
+    starts: int = 32
+    glance_iterations: int = 4
+    promising: float = 1.0
+    near_fit: float = 0.1
     max_walk: int = 4
     settled_mm: float = 0.2
     max_settlings: int = 3
-    contenders: int = 24
-    contender_iterations: int = 10
+    contenders: int = 8
+    contender_iterations: int = 8
     survivors: int = 3
     bare_line_integral: float = 0.3
-
-
-def refine_arguments(
-    parts: Parts, seen: Pyramid, starts: Sequence[_Pose], config: RefineConfig, levels: Sequence[Level]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments and keywords of `gauss_newton.refine` with `levels` in place of config's, at whose resolutions `seen` is."""
-    poses = on_device(starts)
-    chosen = dataclasses.replace(config, levels=tuple(levels))
-    sizes = [level.pixel_mm for level in config.levels]
-    views = [seen.levels[sizes.index(level.pixel_mm)] for level in levels]
-    return (parts, views, seen.camera_from_world, poses), {"config": chosen}
 
 
 def glance(config: RefineConfig, search: SearchConfig) -> tuple[Level, ...]:
@@ -146,25 +137,30 @@ def refine_pose(
     search: SearchConfig,
     places_mm: Sequence[float],
     levels: Sequence[Level],
+    least_fit: float = -math.inf,
 ) -> Refined:
     """Refines several starts, goes on until the best has settled, and compares it with the places of neighbouring levels.
 
     Args:
-      seen: X-rays at the resolutions of config's levels; starts: at least 2 poses world_from_box.
+      seen: X-rays at the resolutions of config's levels; starts: poses world_from_box.
       places_mm: where its two neighbours lie along the spine, from `levels.neighbours_mm`; none of a bone without neighbours.
-      levels: of the first refinement, from these starts: config's, or those of `halving`.
+      levels: of the first refinement, from these starts: those of `twice` or of `halving`.
+      least_fit: an answer that fits worse is returned as it is, before its last level.
     Returns:
       `Refined` in numpy. Its rival is the best other answer, neighbours included.
     """
+    sizes = [level.pixel_mm for level in config.levels]
 
-    def run(poses, levels):
-        arguments, options = refine_arguments(parts, seen, poses, config, levels)
-        return jax.device_get(programs.refine(*arguments, **options))
+    def run(poses, levels, least_fit=-math.inf):
+        views = [seen.levels[sizes.index(level.pixel_mm)] for level in levels]
+        given = parts, views, seen.camera_from_world, np.stack(poses)
+        return gauss_newton.refine(programs.refine_level, *given, config, levels, least_fit)
 
     def again(refined):
-        # The same pose twice reuses the program that is compiled for two starts. The rival stays the same.
-        rival = {name: getattr(refined, name) for name in ("rival_mm", "margin")}
-        return dataclasses.replace(run([refined.world_from_box] * 2, config.levels), **rival)
+        # From the second level on; what the first one said stays.
+        further = run([refined.world_from_box], config.levels[1:] or config.levels)
+        fit = np.concatenate([refined.fit[:1], further.fit])
+        return dataclasses.replace(further, fit=fit, rival_mm=refined.rival_mm, margin=refined.margin)
 
     def settled(refined):
         for _ in range(search.max_settlings):
@@ -173,7 +169,10 @@ def refine_pose(
             refined = again(refined)
         return refined
 
-    refined = settled(run(starts, levels))
+    refined = run(starts, levels, least_fit)
+    if refined.fit[-1] < least_fit:
+        return refined
+    refined = settled(refined)
     for _ in range(search.max_walk if places_mm else 0):
         places = [refined.world_from_box @ _shift((0.0, 0.0, along)) for along in places_mm]
         other = run(places, glance(config, search))
@@ -181,8 +180,8 @@ def refine_pose(
         if away_mm < gauss_newton.DISTINCT_MM:
             break
         margin = refined.fit[0] - other.fit[0]
-        # A place that fits better at a glance than the answer did, or does in detail, is refined, too.
-        if other.fit[0] < min(refined.fit[0], refined.fit[-1]):
+        # A place that at a glance fits nearly as well as the answer did, or does in detail, is refined, too.
+        if other.fit[0] < min(refined.fit[0], refined.fit[-1]) - search.near_fit:
             if margin < refined.margin:
                 refined = dataclasses.replace(refined, rival_mm=away_mm, margin=margin)
             break
@@ -211,38 +210,35 @@ def searches(
     programs: Programs,
     parts: Parts,
     seen: Pyramid,
-    estimate: _Pose,
     start: _Pose,
+    wider_starts: Callable[[], Sequence[_Pose]],
     config: RefineConfig,
     search: SearchConfig,
     label: int,
 ) -> Iterator[Refined]:
     """The refined pose, then the best pose after each of the `confidence.SEARCHES` wider searches, which bones do not have.
 
-    The wider searches look along the spine. A shaft fits half as well in many places, and nothing there says which is right; its
-    turn about itself is what a start often has wrong, so that turned starts are tried at once.
+    A shaft fits half as well in many places, and nothing there says which is right; its turn about itself is what a start often has
+    wrong, so that turned starts are tried at once.
 
     Args:
-      seen: as in `refine_pose`; estimate, start: world_from_box, the network's and the one that it started from; label: VerSe
-        number.
+      seen: as in `refine_pose`; start: world_from_box; wider_starts: gives further starts of the wider search, where one is made;
+        label: VerSe number.
     """
     places_mm = neighbours_mm(label)
     angles = (-search.turn_rad, search.turn_rad)
     turns = [_turn(axis, angle) for axis in np.eye(3) for angle in angles]
     if not places_mm:
-        starts = [estimate, start, *(start @ turn for turn in turns)]
+        starts = [start, *(start @ turn for turn in turns)]
         levels = twice(config, search.survivors)
         yield refine_pose(programs, parts, seen, starts, config, search, places_mm, levels)
         return
-    refined = refine_pose(programs, parts, seen, [estimate, start], config, search, places_mm, twice(config))
+    refined = refine_pose(programs, parts, seen, [start], config, search, places_mm, twice(config), search.promising)
     yield refined
-    wide = [(0.0, 0.0, along) for along in search.wide_along_mm]
-    depth = _along_rays(refined.world_from_box, seen.camera_from_world, search.depth_mm)
-    far = list(itertools.product(search.far_across_mm, search.far_across_mm, search.far_along_mm))
-    for poses, shifts_mm, deeper in (((estimate, start), wide, depth), ((start,), far, [])):
-        starts = [*(pose @ turn for pose in (refined.world_from_box, start) for turn in turns), *deeper]
-        starts += [pose @ _shift(shift) for pose in poses for shift in shifts_mm]
-        again = refine_pose(programs, parts, seen, starts, config, search, places_mm, halving(config, search))
-        if again.fit[-1] > refined.fit[-1]:
-            refined = again
-        yield refined
+    near = [pose @ turn for pose in (refined.world_from_box, start) for turn in turns]
+    near += _along_rays(refined.world_from_box, seen.camera_from_world, search.depth_mm)
+    wide = [*near, *wider_starts()][: search.starts]
+    # Always as many, so that one program takes them.
+    wide += [start] * (search.starts - len(wide))
+    again = refine_pose(programs, parts, seen, wide, config, search, places_mm, halving(config, search))
+    yield again if again.fit[-1] > refined.fit[-1] else refined

@@ -17,7 +17,19 @@ from experiments.patients import registering
 from radgs_jax import errors
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-COMMANDS = ("train", "prepare", "register", "segment", "detect", "simulate", "calibrate", "study", "ablation", "metal")
+COMMANDS = (
+    "train",
+    "prepare",
+    "register",
+    "demo",
+    "segment",
+    "detect",
+    "simulate",
+    "calibrate",
+    "study",
+    "ablation",
+    "metal",
+)
 
 
 def test_all_commands_are_imported_together_and_define_no_flag_until_they_run():
@@ -55,6 +67,13 @@ def test_a_missing_flag_is_one_line(run_command):
     ):
         done = run_command(command)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {line}\n")
+
+
+def test_the_demo_shows_a_registered_vertebra(tmp_path, run_command):
+    done = run_command("demo", f"--out={tmp_path / 'demo'}")
+    assert done.returncode == 0, done.stderr
+    picture = done.stdout.splitlines()[-1].removeprefix("open ")
+    assert "L3: accepted, within" in done.stdout and pathlib.Path(picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_help_is_no_failure(run_command):

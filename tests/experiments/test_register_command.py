@@ -25,6 +25,8 @@ from experiments.patients.workdir import seal
 from experiments.runtime import kept_programs
 from experiments.runtime.kept_programs import kept
 from radgs_jax import gaussians
+from radgs_jax import metrics
+from radgs_jax.geometry import rigid_host
 from radgs_jax.localization import locate
 from radgs_jax.localization import network
 from radgs_jax.localization.chain import Chain
@@ -96,7 +98,7 @@ def test_a_refused_case_does_not_pay_for_the_programs_of_its_wider_searches(trai
     _, case, scene, target = first_case
     ready = load(trained[0] / "p3", target, ScanDigests())
     fitted_for = confidence.method_digest(ready.refine, ready.search)
-    refusing = confidence.AcceptanceRule((0.0,) * 9, (2.0,) * 3, (0.0,) * 2, 2.0, fitted_for)
+    refusing = confidence.AcceptanceRule((0.0,) * 9, (2.0,) * 2, (0.0,) * 2, 2.0, fitted_for)
     ready = dataclasses.replace(ready, rule=refusing)
     compile, spent, longer, compiled = jax.stages.Lowered.compile, [], 0.5, []
 
@@ -146,6 +148,7 @@ def test_one_pair_of_xrays_by_flags_raw_xrays_and_points(trained, tmp_path, firs
         f"--label={target.label},22",
         f"--xrays={tmp_path / '0.npy'},{tmp_path / '1.npy'}",
         f"--init={tmp_path / 'init.json'}",
+        "--reconstruct",
         f"--out={tmp_path / 'a'}",
     )
     assert by_lines.returncode == 0, by_lines.stderr
@@ -236,8 +239,31 @@ def test_every_vertebra_that_the_xrays_show_without_a_workdir(tmp_path, first_ca
     found = [one["id"] for one in files.read_json(tmp_path / "out" / "results.json")["results"]]
     left_out = [line for line in done.stderr.splitlines() if "an X-ray shows less than half of it: left out" in line]
     assert "L2" in found and left_out and not any(f"{name}: an X-ray" in line for name in found for line in left_out)
-    done = run_command("register", *command, f"--out={tmp_path / 'none'}")
-    assert done.returncode == 2 and "--label: found all, without --init" in done.stderr
+    assert not (tmp_path / "out" / "detection.json").exists()
+
+
+def test_a_vertebra_is_found_by_its_body_without_a_start_pose_or_a_workdir(tmp_path, first_case, run_command):
+    """The cameras' world is 90 mm away from the case's, which nothing tells the command."""
+    case_file, _, scene, target = first_case
+    for i, xray in enumerate(cases.read_xrays(scene, "artic")):
+        np.save(tmp_path / f"{i}.npy", xray.line_integrals)
+    shift = rigid_host.matrix([0.0, 0.0, 0.0], (60.0, -60.0, 30.0))
+    views = [(view.intrinsics, view.camera_from_world @ np.linalg.inv(shift)) for view in scene.cameras]
+    cameras = [{"K": [[k[0], 0, k[2]], [0, k[1], k[3]], [0, 0, 1]], "E": E.tolist()} for k, E in views]
+    files.write_json(tmp_path / "cameras.json", cameras)
+    command = [
+        *(f"--ct={target.ct}", f"--mask={target.mask}", f"--cameras={tmp_path / 'cameras.json'}", "--nopictures"),
+        f"--xrays={tmp_path / '0.npy'},{tmp_path / '1.npy'}",
+    ]
+    done = run_command("register", *command, f"--label={target.label}", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0 and "start from the whole body" in done.stdout, done.stderr
+    (found,) = files.read_json(tmp_path / "out" / "results.json")["results"]
+    truth = shift @ cases.truth(case_file, scene)
+    assert metrics.mtre(cases.points(case_file, scene.volume), np.array(found["T"]), truth) < 1.0
+    report = files.read_json(tmp_path / "out" / "detection.json")
+    np.testing.assert_allclose(np.array(report["start_world_from_ct"])[:3, 3], truth[:3, 3], atol=40.0)
+    bone = run_command("register", *command, "--bone", "--label=1", f"--out={tmp_path / 'bone'}")
+    assert bone.returncode == 2 and len(bone.stderr.strip().splitlines()) == 1
 
 
 def _spot(shape, uv, sigma):

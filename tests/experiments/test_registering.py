@@ -34,7 +34,7 @@ def ready(trained, first_case):
 
     def with_rule(kind):
         size = (-3.0, 0.0)
-        rule = confidence.AcceptanceRule((0.0,) * 9, (thresholds[kind],) * 3, size, 2.0, fitted_for)
+        rule = confidence.AcceptanceRule((0.0,) * 9, (thresholds[kind],) * 2, size, 2.0, fitted_for)
         return dataclasses.replace(prepared, rule=rule)
 
     return with_rule

@@ -136,7 +136,7 @@ def test_a_prepared_workdir_is_reused_only_for_the_same_inputs(trained, first_ca
         preparing.prepare(tiny.config(), workdir, targets[:1], base)
     # Training does not depend on the refinement and the rule, so both may be exchanged.
     fitted_for = confidence.method_digest(tiny.config().refine, SearchConfig())
-    rule = confidence.AcceptanceRule((0.0,) * 9, (0.5,) * 3, (0.0,) * 2, 2.0, fitted_for)
+    rule = confidence.AcceptanceRule((0.0,) * 9, (0.5,) * 2, (0.0,) * 2, 2.0, fitted_for)
     preparing.prepare(tiny.config(), workdir, targets, base, rule=rule)
     assert load(workdir, target, ScanDigests()).rule == rule
     # But a rule that was fitted for other refinements is refused.

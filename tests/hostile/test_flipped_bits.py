@@ -28,6 +28,7 @@ from experiments.patients import models
 from experiments.patients import preparing
 from experiments.patients import workdir as workdirs
 from experiments.runtime import kept_programs
+from experiments.runtime import sealed_files
 from experiments.training import checkpoint
 from radgs_jax import errors
 from radgs_jax.models import radgs_reg
@@ -196,10 +197,10 @@ def test_a_program_that_does_not_run_is_made_again(tmp_path, monkeypatch, caplog
     kept_programs.kept(_turn, "n")(np.ones((2, 3), np.float32), n=3)
     (other,) = set(tmp_path.iterdir()) - {path}
     swapped = other.read_bytes()
-    data = kept_programs._unpacked(other.name, swapped)
+    data = sealed_files.unpacked(other.name, swapped)
     for content, found in (
         (swapped, "not as it was written"),
-        (kept_programs._packed(path.name, data), "Rank mismatch"),
+        (sealed_files.packed(path.name, data), "Rank mismatch"),
     ):
         path.write_bytes(content)
         caplog.clear()
@@ -271,7 +272,7 @@ def test_an_edited_base_is_one_line_and_renewed_by_what_writes_it(tmp_path):
     localizer = localizer_files.read_localizer(base / "detector.npz")
     localizer_files.write_localizer(base / "detector.npz", localizer, "written again")
     assert fingerprint(localizer_files.read_localizer(base / "detector.npz").params) == fingerprint(localizer.params)
-    _edited(path, lambda v: v.update(thresholds=[0.0] * 3))
+    _edited(path, lambda v: v.update(thresholds=[0.0] * 2))
     checksums.renew(path)
     with pytest.raises(errors.InputError, match="thresholds: found .*wanted chances of 0.5 at least"):
         workdirs.read_rule(path)

@@ -160,10 +160,12 @@ def drr_backend(implementation, volume, origin, direction, step_mm, cotangent):
 
     @jax.jit
     def run(volume, origin, direction, cotangent):
-        rays = origin, direction, cotangent
-        image = drr_api.FORWARD[implementation](volume, origin, direction, step_mm)
-        to_volume = drr_api.TO_VOLUME[implementation](volume.shape, *rays, step_mm)
-        return image, (to_volume, *drr_api.TO_RAYS[implementation](volume, *rays, step_mm))
+        rays = origin, direction
+        image = drr_api.FORWARD[implementation](volume, *rays, step_mm)
+        to_volume = drr_api.TO_VOLUME[implementation](volume.shape, *rays, cotangent, step_mm)
+        slopes = drr_api.PER_RAY[implementation](volume, *rays, step_mm)[1:]
+        by_origin, by_direction = (cotangent[..., None] * slope for slope in slopes)
+        return image, (to_volume, jnp.sum(by_origin, (1, 2)), by_direction)
 
     try:
         return jax.tree.map(np.asarray, run(volume, origin, direction, cotangent))

@@ -31,7 +31,6 @@ XLA_FFI_Error* RadgsVoxelizeForward(XLA_FFI_CallFrame*);
 XLA_FFI_Error* RadgsVoxelizeBackward(XLA_FFI_CallFrame*);
 XLA_FFI_Error* RadgsDrr(XLA_FFI_CallFrame*);
 XLA_FFI_Error* RadgsDrrPerRay(XLA_FFI_CallFrame*);
-XLA_FFI_Error* RadgsDrrRays(XLA_FFI_CallFrame*);
 XLA_FFI_Error* RadgsDrrVolume(XLA_FFI_CallFrame*);
 }
 
@@ -348,7 +347,6 @@ void Drr(Random& random, XLA_FFI_ExecutionContext& pool, Kind kind, int64_t view
   Array& cotangent = inputs.emplace_back(std::vector<int64_t>{views, height, width});
   Fill(random, cotangent, -1.0f, 1.0f);
   random.Spoil(cotangent, 0.1f * kSpoiled[kind]);
-  Twice("drr backward, rays", RadgsDrrRays, pool, inputs, {{views, 3}, {views, height, width, 3}}, ordinary, step);
   inputs.erase(inputs.begin());
   Twice("drr backward, volume", RadgsDrrVolume, pool, inputs, {{x, y, z}}, ordinary, step);
 }

@@ -108,7 +108,7 @@ def test_drr_gradients_of_a_rough_volume():
     )
 
 
-@kernel_cases.over_backends(drr_api.TO_RAYS)
+@kernel_cases.over_backends(drr_api.PER_RAY)
 @pytest.mark.parametrize("step_mm", [0.3, 2.7])
 def test_drr_gradients_of_every_ray(implementation, step_mm):
     """Ray by ray, not summed into a pose; a larger volume and image, which backends cut into parts. The truth is XLA's

@@ -161,7 +161,7 @@ def test_drr_near_and_behind_the_source(implementation, depth_mm):
     assert kernel_cases.all_finite(gradients) and (np.any(wanted) if depth_mm > 0 else not np.any(image))
 
 
-@kernel_cases.over_backends(drr_api.TO_RAYS)
+@kernel_cases.over_backends(drr_api.PER_RAY)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_drr_ignores_rays_that_are_not_finite(implementation, value):
     """Bad directions in view 0 and a bad origin of view 1: no image, no gradients; the other rays keep theirs."""
@@ -185,7 +185,7 @@ def test_drr_ignores_rays_that_are_not_finite(implementation, value):
         np.testing.assert_array_equal(gradient, truth)
 
 
-@kernel_cases.over_backends(drr_api.TO_RAYS)
+@kernel_cases.over_backends(drr_api.PER_RAY)
 @pytest.mark.parametrize(
     "shape,batch,size",
     [

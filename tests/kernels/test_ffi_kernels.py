@@ -200,11 +200,22 @@ def test_drr_bits_do_not_depend_on_threads(tmp_path):
             assert np.any(ours) and np.array_equal(out[f"arr_{i}"], ours)
 
 
-@pytest.mark.parametrize("argument,kept,dropped", [(0, "volume", "rays"), (1, "rays", "volume")])
+@pytest.mark.parametrize("argument,kept,dropped", [(0, "volume", "per_ray"), (1, "per_ray", "volume")])
 def test_drr_pays_only_for_the_gradient_it_needs(argument, kept, dropped):
     total = lambda *a: jnp.sum(drr_api.drr(*a, *DRR_SIZE, implementation="ffi_cpu"))
     program = jax.jit(jax.grad(total, argument)).lower(*_drr_inputs()).compile().as_text()
     assert f"radgs_drr_{kept}" in program and f"radgs_drr_{dropped}" not in program
+
+
+def test_drr_of_a_padded_volume_is_that_of_the_volume():
+    """Shapes are padded for the sake of few programs."""
+    volume, *view = _drr_inputs()
+    padded = jnp.pad(volume, [(0, 9), (0, 0), (0, 20)])
+    for function in (drr_api.drr, drr_api.drr_and_motion):
+        ours = function(padded, *view, *DRR_SIZE, implementation="ffi_cpu")
+        truth = function(volume, *view, *DRR_SIZE, implementation="ffi_cpu")
+        for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(truth), strict=True):
+            assert _relative(one, other) < 1e-6
 
 
 @pytest.mark.parametrize("arguments,kept", [((0, 1, 2), "backward_of_cloud"), ((3,), "backward")])

@@ -39,7 +39,7 @@ def test_a_fitted_rule_refuses_wrong_poses_and_covers_right_ones():
 
 
 def test_an_unusable_refinement_is_refused():
-    rule = confidence.AcceptanceRule((0.0,) * 9, (0.6, 0.4, 0.4), (0.0, 1.0), 2.0, "")
+    rule = confidence.AcceptanceRule((0.0,) * 9, (0.6, 0.4), (0.0, 1.0), 2.0, "")
     points = np.random.default_rng(0).normal(size=(50, 3)) * 10
     good = refined_like(0.9, 0.01, 0.3, 0)
     assert confidence.judge(good, points, rule, 1).accepted
@@ -69,7 +69,7 @@ def test_spread_is_the_motion_of_points():
 @pytest.mark.parametrize("disagreement_mm", [0.0, 0.05, 0.4, 1.0])
 def test_the_radius_is_a_multiple_of_the_covariance(disagreement_mm):
     """However much the views disagree, the radius is the same multiple of the covariance's root mean square."""
-    rule = confidence.AcceptanceRule((0.0,) * 9, (0.6, 0.4, 0.4), (0.0, 1.0), 2.0, "")
+    rule = confidence.AcceptanceRule((0.0,) * 9, (0.6, 0.4), (0.0, 1.0), 2.0, "")
     points = np.random.default_rng(0).normal(size=(50, 3)) * [10, 8, 12] + [2, 0, -1]
     refined = dataclasses.replace(refined_like(0.9, 0.01, 0.3, 0), view_disagreement_mm=np.float32(disagreement_mm))
     judged = confidence.judge(refined, points, rule)
@@ -89,9 +89,15 @@ def test_a_rule_fitted_where_disagreement_covers_every_error_can_judge():
 
 
 def _judged(refined, **known):
-    rule = confidence.AcceptanceRule((0.0,) * 9, (0.4, 0.4, 0.4), (0.0, 1.0), 2.0, "")
+    rule = confidence.AcceptanceRule((0.0,) * 9, (0.4, 0.4), (0.0, 1.0), 2.0, "")
     points = np.random.default_rng(0).normal(size=(50, 3)) * [10, 8, 12]
     return confidence.judge(refined, points, rule, **known)
+
+
+def test_a_view_that_does_not_see_the_vertebra_is_never_outvoted():
+    good = refined_like(0.9, 0.01, 0.02, 0)
+    assert _judged(good).accepted
+    assert not _judged(dataclasses.replace(good, support=np.array([0.99, 0.1]))).trusted
 
 
 def test_views_less_than_20_degrees_apart_are_never_accepted():

@@ -1,5 +1,7 @@
 """Refinement: a vertebra found to a tenth of a millimetre in a body that has moved, whatever the beam."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +78,7 @@ def _pose(*twist):
 
 TRUTH = _pose(0.1, -0.15, 0.2, 4.0, -3.0, 6.0)
 REST = _pose(0.17, -0.1, 0.13, 6.0, -1.0, 4.5)
-refine = jax.jit(gauss_newton.refine, static_argnames="config")
+refine = functools.partial(gauss_newton.refine, jax.jit(gauss_newton.refine_level, static_argnames=("level", "config")))
 
 
 def _error_mm(pose, truth=TRUTH):

@@ -22,7 +22,7 @@ def prepared():
 def test_a_rule_of_another_method_is_refused(prepared, changed):
     """The rule of this refinement and search is taken; those of another refinement or search are not."""
     own = confidence.method_digest(prepared.refine, prepared.search)
-    rule = confidence.AcceptanceRule((0.0,) * 9, (0.5,) * 3, (0.0,) * 2, 2.0, own)
+    rule = confidence.AcceptanceRule((0.0,) * 9, (0.5,) * 2, (0.0,) * 2, 2.0, own)
     assert dataclasses.replace(prepared, rule=rule).rule is rule
     others = {name: dataclasses.replace(getattr(prepared, name), **fields) for name, fields in changed.items()}
     with pytest.raises(ValueError, match=f"fitted for .*{own}"):

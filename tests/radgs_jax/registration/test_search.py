@@ -83,7 +83,7 @@ def test_an_answer_in_a_neighbours_place_is_given_up(spine, xrays, levels_off):
     start = TRUTH @ rigid_host.matrix([0.02, -0.03, 0.02], (1.0, -1.0, levels_off * PITCH_MM + 1.5))
     programs = programs_of(jax.jit)
     first, how = search.twice(CONFIG), search.SearchConfig()
-    found = search.refine_pose(programs, spine, seen, [start, start], CONFIG, how, (-34.0, 33.0), first)
+    found = search.refine_pose(programs, spine, seen, [start], CONFIG, how, (-34.0, 33.0), first)
     assert np.linalg.norm(found.world_from_box[:3, 3] - TRUTH[:3, 3]) < 0.5
     assert 0.6 * PITCH_MM < found.rival_mm < 1.4 * PITCH_MM and 0.05 < found.margin < 2.0
 

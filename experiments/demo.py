@@ -1,0 +1,73 @@
+"""A first registered vertebra: `python -m experiments.demo --out=OUT`.
+
+Makes a phantom patient's CT and two X-rays of it, registers L3 without a start pose, and says where its picture is. Nothing is
+trained.
+"""
+
+import pathlib
+
+from absl import flags
+
+from data_pipelines import cases
+from data_pipelines.io import files
+from data_pipelines.phantom import scan_files
+from data_pipelines.phantom.generate import PhantomConfig
+from data_pipelines.simulation import case_files
+from data_pipelines.simulation import quick
+from experiments.patients import models
+from experiments.patients import registering
+from experiments.patients import starts
+from experiments.patients import untrained
+from experiments.patients import workdir
+from experiments.patients.registering import Row
+from experiments.runtime import cli
+from experiments.runtime.kept_programs import kept
+from radgs_jax.registration.gauss_newton import RefineConfig
+
+PHANTOM = PhantomConfig(spacing_mm=(1.0, 1.0, 1.5), levels=(19, 20, 21, 22, 23, 24))
+SEED = 31000
+"""Of the phantom and its X-rays; no model was trained on it."""
+LABEL = 22
+VARIANT = "real"
+
+
+def run_demo(out: pathlib.Path | str) -> pathlib.Path:
+    """Makes the patient, registers the vertebra, and writes everything to `out`, a new folder.
+
+    Returns:
+      path of the picture.
+    Raises:
+      InputError: a folder that is not new or cannot be written.
+    """
+    out = pathlib.Path(out)
+    files.check_new(out)
+    print("1/3 a phantom patient: CT and labels")
+    (subject,) = scan_files.phantoms(out / "patient", [SEED], PHANTOM)
+    print("2/3 two X-rays of the patient, who has moved")
+    path = case_files.simulated_cases(
+        out / "xrays" / "cases.json", [subject], [LABEL], 1, [(10.0, 20.0)], SEED, quick.PanelFaults(), (VARIANT,)
+    )
+    case_file = cases.read(path)
+    (scene,) = case_file.scenes.values()
+    target, xrays = workdir.target_of(case_file.volumes[scene.volume]), cases.read_xrays(scene, VARIANT)
+    print("3/3 L3 in the X-rays")
+    base, refine = models.base_folder(), RefineConfig()
+    prepared = untrained.untrained_loader(models.load_model(base), refine, workdir.base_rule(base, refine))(target)
+    start, _ = starts.start_from_body([prepared], xrays, kept)
+    row = Row("L3", target, xrays, start, cases.truth(case_file, scene))
+    registering.register_rows([row], lambda _: prepared, out / "registered", say=print)
+    return out / "registered" / row.name / "picture.png"
+
+
+def define_flags() -> None:
+    """Defines the command's flags; called once, by `cli.run`."""
+    flags.DEFINE_string("out", None, "New folder for the patient, the X-rays and the results.", required=True)
+
+
+def main() -> None:
+    """Runs `run_demo` with the flags; raises as it."""
+    print(f"open {run_demo(flags.FLAGS.out)}")
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)
