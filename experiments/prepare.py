@@ -77,7 +77,7 @@ def main() -> None:
     minutes = given.minutes if given.train or given.minutes else 0.0
     localizer = pathlib.Path(base) / "detector.npz" if given.detector else None
     preparing.prepare(config, given.workdir, chosen, base, minutes, localizer=localizer)
-    print(f"prepared: {given.workdir}")
+    print(f"prepared{'' if minutes is None or minutes else ', without training'}: {given.workdir}")
 
 
 def _levels_mm(texts):

@@ -141,11 +141,11 @@ def _loader(digests):
     return untrained.untrained_loader(models.load_model(base), refine, rule, digests if flags.FLAGS.cache else None)
 
 
-def _in_view(row, load):
-    """Whether every X-ray shows most of a row's vertebra at its start pose."""
+def _in_view(row, load, otherwise):
+    """Whether every X-ray shows most of a row's vertebra at its start pose; `otherwise` says what follows if not."""
     shown = plausibility.least_share(load(row.target).vertebra, row.xrays, row.start) >= LEAST_SHARE
     if not shown:
-        logging.warning("%s: an X-ray shows less than half of it: left out", level_name(row.target.label))
+        logging.warning("%s: an X-ray shows less than half of it%s", level_name(row.target.label), otherwise)
     return shown
 
 
@@ -202,11 +202,14 @@ def _given(digests, load):
                 start, reports[name] = _found(digests, target, xrays, vertebra)
         made_from = "--points" if given.points else "the localizer" if localized else "the body"
         sources = given.cameras or "cameras", given.init or made_from
-        rows.append(Row(name, target, xrays, start, None, *sources))
+        rows.append(Row(name, target, xrays, start, None, *sources, start_found=not (given.init or given.points)))
     if given.label == [input_flags.ALL]:
-        rows = [row for row in rows if _in_view(row, load)]
+        rows = [row for row in rows if _in_view(row, load, ": left out")]
         if not rows:
             errors.fail("flags", "--label", "all, of which no X-ray shows one", "a start pose in the X-rays' field")
+    elif "body" in reports:
+        for row in rows:
+            _in_view(row, load, " where the body was found")
     return rows, reports
 
 
@@ -336,7 +339,10 @@ def _conclude(done, out, strict):
         where = out / "spine.json" if (out / "spine.json").exists() else "--together with two or more vertebrae"
         print(f"{trusted} refused for the cameras alone, usable relative to each other: {where}")
     elif judged and not any(judged):
-        print("no pose may be used: check the label, the start, the cameras, and that X-rays and CT are of one patient")
+        print(
+            "no pose may be used: check the label, the start, the cameras, that X-rays and CT are of one patient, and that "
+            "none is mirrored (--mirrored)"
+        )
     if done.failures:
         raise errors.RunError(
             f"{out / 'results.json'}: {len(done.failures)} case(s) could not be registered: 'failures' says why"

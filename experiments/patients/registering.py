@@ -50,6 +50,7 @@ class Row:
       start: (4, 4) world_from_ct, mm.
       truth: (4, 4) world_from_ct, mm, used in pictures only; None if unknown.
       cameras_from, start_from: what errors name as the source of cameras and start pose, such as files.
+      start_found: whether the start pose was found in these X-rays.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Row:
     truth: np.ndarray | None = None
     cameras_from: object = "cameras"
     start_from: object = "start pose"
+    start_found: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +184,11 @@ def _register_all(rows, load, options, pictures, partial, journal, say):
                 line = f"{_shown(row)}: FAILED: {error}"
             else:
                 if pictures:
-                    case_folder.write(partial, row.name, outcome, prepared, xrays, row.start, row.truth)
+                    case_folder.write(
+                        partial, row.name, outcome, prepared, xrays, row.start, row.truth, row.start_found
+                    )
                 journal.add("results", {"id": row.name, **case_folder.answer(outcome), **times})
-                line = verdicts.verdict(outcome, prepared, xrays).line(_shown(row))
+                line = verdicts.verdict(outcome, prepared, xrays, row.start_found).line(_shown(row))
             # The only case's reason is what the command ends with.
             if len(rows) > 1 or journal.parts()[0]:
                 with bar.external_write_mode():

@@ -32,7 +32,8 @@ def answer(outcome: Outcome) -> dict[str, Any]:
     found = {"T": outcome.world_from_ct.tolist()}
     if outcome.confidence is not None:
         judged = outcome.confidence
-        found |= {"accepted": judged.accepted, "uncertainty_mm": None, "covariance": None}
+        found |= {"accepted": judged.accepted, "chance": float(judged.chance)}
+        found |= {"uncertainty_mm": None, "covariance": None}
         if judged.trusted:
             found |= {"uncertainty_mm": judged.uncertainty_mm, "covariance": judged.covariance.tolist()}
     if (together := outcome.together) is not None:
@@ -76,6 +77,7 @@ def write(
     xrays: Sequence[XRay],
     start_world_from_ct: np.ndarray,
     true_world_from_ct: np.ndarray | None = None,
+    start_found: bool = False,
 ) -> None:
     """Writes a case's files to `folder`/`name`: pose, ITK transform, volumes, Gaussians and pictures.
 
@@ -83,12 +85,13 @@ def write(
       outcome: result of `pipeline.register`.
       prepared, xrays, start_world_from_ct: the arguments of that call; pictures show the X-rays as they were corrected.
       true_world_from_ct: (4, 4), mm, drawn in the picture; None if unknown.
+      start_found: whether the start pose was found in these X-rays.
     """
     # Imported here because matplotlib takes half a second, which a registration without pictures saves.
     from experiments.reports import pictures
 
     folder = pathlib.Path(folder) / name
-    vertebra, said = prepared.vertebra, verdicts.verdict(outcome, prepared, xrays)
+    vertebra, said = prepared.vertebra, verdicts.verdict(outcome, prepared, xrays, start_found)
     files.write_json(
         folder / "pose.json",
         {

@@ -20,7 +20,7 @@ APART_MM = 0.5
 """Disagreement of the views, mm, from which a refusal names it. Chosen by hand: right cameras give 0.01 to 0.1 mm, cameras that are
 off by 2 mm more than 0.2 mm."""
 TRY = (
-    "check that the start is on this vertebra and within about 3 cm, that cameras and X-rays belong together, and that no metal "
+    "check that the start is on this vertebra and within about 5 cm, that cameras and X-rays belong together, and that no metal "
     "covers the vertebra"
 )
 """What to try after a refusal that has no better explanation."""
@@ -68,11 +68,12 @@ def rounded_up(mm: float) -> str:
     return f"{math.ceil(mm / step - 1e-6) * step:.{2 if step < 0.1 else 1}f}"
 
 
-def verdict(outcome: Outcome, prepared: Prepared, xrays: Sequence[XRay]) -> Verdict:
+def verdict(outcome: Outcome, prepared: Prepared, xrays: Sequence[XRay], start_found: bool = False) -> Verdict:
     """The verdict on an outcome.
 
     Args:
       outcome: result of `pipeline.register` for `prepared` and `xrays`.
+      start_found: whether the start pose was found in these X-rays.
     """
     judged, refined = outcome.confidence, outcome.refined
     if judged is None or refined is None:
@@ -106,6 +107,7 @@ def verdict(outcome: Outcome, prepared: Prepared, xrays: Sequence[XRay]) -> Verd
     names = [view_name(xray, outcome.trajectory[0]) for xray in xrays]
     support = ", ".join(f"{name} {value:.2f}" for name, value in zip(names, np.asarray(refined.support)))
     reasons.append(f"the vertebra explains too little of the X-rays (correlation {support}; 1 is all)")
-    if meant := plausibility.hint(prepared.vertebra, xrays, outcome.trajectory[0]):
+    # A start pose that was found in the X-rays has the frames that it was looked for in.
+    if not start_found and (meant := plausibility.hint(prepared.vertebra, xrays, outcome.trajectory[0])):
         advice = f"{advice}; {meant}"
     return Verdict(False, refused, " and ".join(reasons), advice)

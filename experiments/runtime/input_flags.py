@@ -4,6 +4,7 @@ import functools
 import pathlib
 
 from absl import flags
+from absl import logging
 
 from data_pipelines.ct import numbering
 from data_pipelines.ct import segmentation
@@ -30,8 +31,11 @@ def define_numbering() -> None:
 @functools.cache
 def _complete(mask, label_map):
     """VerSe numbers, from head to feet, of the vertebrae in a mask that its border does not cut; InputError without any."""
-    whole = segmentation.complete_labels(segmentation.read_labels(mask, label_map)[0])
+    values, _ = segmentation.read_labels(mask, label_map)
+    whole, there = segmentation.complete_labels(values), segmentation.boxes(values)
     found = [label for label in levels.VERTEBRAE if label in whole]
+    if cut := [levels.level_name(label) for label in levels.VERTEBRAE if label in there and label not in whole]:
+        logging.warning("%s: cut by the CT's border: left out", ", ".join(cut))
     if not found:
         errors.fail(mask, "labels", sorted(whole), "a whole vertebra")
     return found
