@@ -178,7 +178,8 @@ def _given(digests, load):
         )
     rows, reports = [], {}
     localized = bool(given.workdir) and "detector" in workdirs.read_manifest(given.workdir)
-    if not (given.init or given.points or localized):
+    by_body = not (given.init or given.points or localized)
+    if by_body:
         if targets[0].label > FIRST_BONE:
             errors.fail("flags", "--init, --points", "neither", "one of them, for a bone beyond the spine")
         found, reports["body"] = starts.start_from_body([load(t) for t in targets[::LOOKED_FOR]], xrays, kept)
@@ -187,7 +188,7 @@ def _given(digests, load):
         name = "case" if len(targets) == 1 else level_name(target.label)
         if given.init:
             start = pose_files.read_pose(given.init)
-        elif not (given.points or localized):
+        elif by_body:
             start = found
         else:
             vertebra = load(target).vertebra
@@ -207,7 +208,7 @@ def _given(digests, load):
         rows = [row for row in rows if _in_view(row, load, ": left out")]
         if not rows:
             errors.fail("flags", "--label", "all, of which no X-ray shows one", "a start pose in the X-rays' field")
-    elif "body" in reports:
+    elif by_body:
         for row in rows:
             _in_view(row, load, " where the body was found")
     return rows, reports

@@ -82,11 +82,10 @@ def start_from_body(
     cameras = [xray.camera for xray in xrays]
     middles = [(0.5 * (camera.width - 1), 0.5 * (camera.height - 1)) for camera in cameras]
     centre, _ = _meeting_point(cameras, middles, "--init, --points", "a start pose, or X-rays whose centres meet")
-    best = None
+    program, seen, best = programs_of(compile).best_shifts, pipeline.without_metal(prepared[0], xrays, compile), None
     for one in prepared:
         guess = np.eye(4)
         guess[:3, :3], guess[:3, 3] = one.vertebra.ct_from_box[:3, :3], centre
-        program, seen = programs_of(compile).best_shifts, pipeline.without_metal(one, xrays, compile)
         parts, config = pipeline.parts_in(one, seen), one.search.overview
         poses, fits = overview.candidates(program, parts, seen, guess, config, one.refine, 1, BODY_REACH_MM)
         if poses and (best is None or fits[0] > best[0]):

@@ -59,6 +59,8 @@ def prepare_untrained(
     Raises:
       InputError: an absent or cut vertebra, or numbers that are no HU.
     """
+    hounsfield.check("CT", scan.hu, scan.labels, scan.ct_from_index, scan.boxes)
+    whole = whole_body.WholeBody(scan, whole_body.BODY_MM) if whole is None else whole
     vertebra, parts = _extracted(scan, whole, label, model.config.gaussians, mask_path)
     cloud = fine_cloud(vertebra)
     return Prepared(model, vertebra, cloud, on_device_parts(parts), refine, search, metal_files.read_base(), rule)
@@ -66,8 +68,6 @@ def prepare_untrained(
 
 def _extracted(scan, whole, label, count, mask_path):
     """A vertebra of `count` Gaussians and its parts."""
-    hounsfield.check("CT", scan.hu, scan.labels, scan.ct_from_index, scan.boxes)
-    whole = whole_body.WholeBody(scan, whole_body.BODY_MM) if whole is None else whole
     vertebra = extraction.extract(scan, label, count, mask_path)
     return vertebra, whole_body.moving_parts(whole, vertebra)
 
@@ -127,14 +127,10 @@ def _read(data):
         return {name: found[name] for name in VERTEBRA_ARRAYS}
 
 
-@functools.cache
 def _made_by(count):
     """Digest of what a vertebra depends on beside its scan: the code, and its number of Gaussians."""
-    root, digest = pathlib.Path(__file__).resolve().parents[2], hashlib.sha256(str(count).encode())
-    for package in PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:KEPT_CHARACTERS]
+    made_by = sealed_files.sources(PACKAGES), count
+    return hashlib.sha256(repr(made_by).encode()).hexdigest()[:KEPT_CHARACTERS]
 
 
 def _drop_oldest(place):

@@ -230,16 +230,6 @@ def _backends():
 def _path(folder, function, key, suffix):
     """The file that belongs to a function and a `key`, which is fully described by its `repr`."""
     versions = tuple(package.__version__ for package in (radgs_jax, jax, jaxlib, flax))
-    made_by = versions, jax.config.jax_enable_x64, _backends(), _sources()
+    made_by = versions, jax.config.jax_enable_x64, _backends(), sealed_files.sources(PACKAGES)
     digest = hashlib.sha256(repr((made_by, key)).encode()).hexdigest()[:DIGEST_CHARACTERS]
     return folder / f"{function.__module__}.{function.__qualname__}-{digest}.{suffix}"
-
-
-@functools.cache
-def _sources():
-    """Digest of all source files that may be traced."""
-    digest, root = hashlib.sha256(), pathlib.Path(__file__).resolve().parents[2]
-    for package in PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Files of a cache that hold their own SHA-256, since a damaged one could pass for another; such a file is made again."""
 
+import functools
 import hashlib
 import pathlib
 from collections.abc import Callable
@@ -52,3 +53,13 @@ def say_made_again(path: pathlib.Path, error: Exception) -> None:
     """Logs that a damaged file is made again."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     logging.warning("%s: made again: %s", path, text[:SHOWN_CHARACTERS])
+
+
+@functools.cache
+def sources(packages: tuple[str, ...]) -> str:
+    """Digest of all Python files of these packages, which names what their code makes."""
+    digest, root = hashlib.sha256(), pathlib.Path(__file__).resolve().parents[2]
+    for package in packages:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from experiments.runtime import kept_programs
+from experiments.runtime import sealed_files
 from kernels.drr import drr_and_motion
 from radgs_jax import gaussians
 
@@ -89,7 +90,7 @@ def test_shapes_static_arguments_and_sources_name_the_program(folder, monkeypatc
     for count, (value, n) in enumerate(((x, 2), (x, 3), (x[:2], 3)), 1):
         np.testing.assert_allclose(call(value, n=n), value**n, rtol=1e-6)
         assert len(list(folder.iterdir())) == count
-    monkeypatch.setattr(kept_programs, "_sources", lambda: "changed")
+    monkeypatch.setattr(sealed_files, "sources", lambda packages: "changed")
     kept_programs.kept(power, static_argnames="n")(x, n=2)
     assert len(list(folder.iterdir())) == 4
 
