@@ -115,13 +115,15 @@ def run_study(
             found = {condition.name: run(condition, sweep_scenes) for condition in chosen}
             report.add(group, statistics.HEADER, *statistics.with_metal_apart(found))
         return
+    by_start = {}
     for variant in ("artic", "real"):
         condition = conditions.Condition("scenes", variant, variant)
-        rows = run(condition, scenes)
+        by_start[variant] = rows = run(condition, scenes)
         report.add(f"scenes: {variant}", statistics.HEADER, *statistics.by_start(rows, configs.STARTS_MM))
-    far = conditions.Condition("far starts", "artic", starts_mm=conditions.FAR_STARTS_MM, every_start=True)
-    rows = run(far, max(1, scenes // FAR_SHARE))
-    report.add("far starts: artic", statistics.HEADER, *statistics.by_start(rows, conditions.FAR_STARTS_MM))
+        far = conditions.Condition("far starts", variant, variant, starts_mm=conditions.FAR_STARTS_MM, every_start=True)
+        rows = run(far, max(1, scenes // FAR_SHARE))
+        by_start[variant] = by_start[variant] + rows
+        report.add(f"far starts: {variant}", statistics.HEADER, *statistics.by_start(rows, conditions.FAR_STARTS_MM))
     report.add(rivals.reconstructions(patient, max(1, sweep_scenes), seed, out, passes))
     groups = {}
     for condition in conditions.sweeps() if sweep_scenes else []:
@@ -142,8 +144,7 @@ def run_study(
             groups.setdefault(condition.group, {})[condition.name] = rows
         lines = (statistics.line(name, rows) for name, rows in groups[condition.group].items())
         report.add(condition.group, statistics.HEADER, *lines)
-    starts = {name: results[conditions.Condition("scenes", name, name)] for name in ("artic", "real")}
-    plots.study_page(out / "study.png", {**starts, "artic, far": results[far]}, groups)
+    plots.study_page(out / "study.png", by_start, groups)
     conditions.failures(patient, results, counts, seed, out, passes)
     print(f"\nwritten: {out / 'study.txt'}, {out / 'study.png'}")
 

@@ -66,7 +66,7 @@ def study_page(
     rows = -(-panels // columns)
     figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
-    for (name, found), colour in zip(starts.items(), (ESTIMATE, OTHER, "#888888")):
+    for (name, found), colour in zip(starts.items(), (ESTIMATE, OTHER)):
         start, error = (np.array([row[key] for row in found]) for key in ("start_mm", "error_mm"))
         axes[0].scatter(start, np.maximum(error, LEAST_MM), s=9, color=colour, label=name)
     axes[0].set(xlabel="start mTRE, mm", ylabel="mTRE, mm", yscale="log", title="start error")

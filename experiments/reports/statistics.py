@@ -44,8 +44,12 @@ def median_interval(rows: Sequence[ScoredCase], seed: int = 0, draws: int = 2000
 
 HEADER = (
     f"{'':>34} {'n':>4} {'median mm':>10} {'p90 mm':>8} {'network':>8} {'< 2 mm':>8} {'95 % of it':>14} "
-    f"{'wrong, accepted':>16} {'right, refused':>15} {'radius holds':>13} {'95 % of it':>14}"
+    f"{'wrong, accepted':>16} {'right, refused':>15} {'radius holds':>13} {'95 % of it':>14} {'chi2':>6}"
 )
+"""Column names of `line`. The last is the median chi-square of the right poses' errors by their stated covariances, as a multiple
+of what it is where those are right."""
+MEDIAN_CHI_SQUARE = 5.348
+"""Median of the chi-square distribution of 6 degrees of freedom."""
 
 
 def line(name: str, rows: Sequence[ScoredCase]) -> str:
@@ -65,7 +69,8 @@ def line(name: str, rows: Sequence[ScoredCase]) -> str:
     if not right.any():
         return f"{text} {'-':>13}"
     low, high = wilson(inside[right].sum(), right.sum())
-    return f"{text} {100 * np.mean(inside[right]):11.1f} % {100 * low:6.1f}-{100 * high:5.1f} %"
+    ratio = np.median([r["chi_square"] for r, counts in zip(rows, right) if counts]) / MEDIAN_CHI_SQUARE
+    return f"{text} {100 * np.mean(inside[right]):11.1f} % {100 * low:6.1f}-{100 * high:5.1f} % {ratio:6.2f}"
 
 
 def with_metal_apart(found: Mapping[str, Sequence[ScoredCase]]) -> list[str]:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from jaxtyping import Real
 
 from data_pipelines import cases
 from data_pipelines.ct import scans
@@ -32,7 +34,9 @@ from experiments.reports import case_folder
 from experiments.runtime import progress
 from experiments.runtime.kept_programs import kept
 from experiments.runtime.kept_programs import Stopwatch
+from kernels.common.types import Array
 from radgs_jax import metrics
+from radgs_jax.geometry import rigid_host
 from radgs_jax.registration import pipeline
 from radgs_jax.registration.prepared import Prepared
 
@@ -223,9 +227,23 @@ def _chosen(case_file, condition):
     return [listed[number % len(listed)] for number, listed in enumerate(by_scene.values())]
 
 
-def _row(case, scene, points, truth, outcome, times, passes, metal):
+def chi_square(
+    covariance: Float[np.ndarray, "6 6"], pose: Real[np.ndarray, "4 4"], truth: Real[np.ndarray, "4 4"], centre: Array
+) -> float:
+    """Square of a pose's error in units of its covariance: of 6 degrees of freedom where that is right.
+
+    Args:
+      covariance: of the twist about the vertebra's centre in world axes, rad and mm; centre: of the vertebra, CT mm.
+    """
+    place = truth[:3, :3] @ centre + truth[:3, 3]
+    twist = rigid_host.twist_about(place, pose @ np.linalg.inv(truth))
+    return float(twist @ np.linalg.solve(covariance, twist))
+
+
+def _row(case, scene, points, truth, outcome, times, passes, metal, centre):
     errors = [metrics.mtre(points, T, truth) for T in outcome.trajectory]
     judged = outcome.confidence
+    pose = np.asarray(outcome.world_from_ct, np.float64)
     return {
         "case": case.name,
         "scene": scene.name,
@@ -234,6 +252,7 @@ def _row(case, scene, points, truth, outcome, times, passes, metal):
         "error_mm": errors[-1],
         "accepted": None if judged is None else judged.accepted,
         "uncertainty_mm": None if judged is None else judged.uncertainty_mm,
+        "chi_square": None if judged is None else chi_square(judged.covariance, pose, truth, centre),
         "metal": metal,
         **times,
     }
@@ -279,7 +298,9 @@ def register_condition(
             with Stopwatch() as watch:
                 outcome = pipeline.register(*given, options, kept)
             points, truth = cases.points(case_file, scene.volume), cases.truth(case_file, scene)
-            rows.append(_row(case, scene, points, truth, outcome, watch.times(), passes, metal.get(scene.name, False)))
+            centre = given[0].vertebra.ct_from_box[:3, 3]
+            shows_metal = metal.get(scene.name, False)
+            rows.append(_row(case, scene, points, truth, outcome, watch.times(), passes, shows_metal, centre))
             bar.update()
     files.write_json(path, rows)
     return rows

@@ -1,5 +1,6 @@
 """Voxel arrays on other grids: averaged over blocks, or interpolated. numpy."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 from typing import runtime_checkable
@@ -64,15 +65,30 @@ def resample(
       float32 array of `shape`.
     """
     index_from_grid = np.linalg.inv(ct_from_index) @ ct_from_grid
-    return scipy.ndimage.affine_transform(
+    found = np.full([int(n) for n in shape], outside, np.float32)
+    # A vertebra on the grid of its body fills a hundredth of it.
+    met = _reached(np.linalg.inv(index_from_grid), array.shape, found.shape)
+    first = np.array([part.start for part in met])
+    scipy.ndimage.affine_transform(
         np.asarray(array, np.float32),
         index_from_grid[:3, :3],
-        index_from_grid[:3, 3],
-        shape,
+        apply_affine(index_from_grid, first),
+        found[met].shape,
+        found[met],
         order=order,
         mode="constant",
         cval=outside,
     )
+    return found
+
+
+def _reached(grid_from_index, array_shape, grid_shape):
+    """The part of a grid, a slice an axis, that an array and the voxel around it reach: the rest is outside."""
+    corners = np.array(list(itertools.product(*[(-1.0, float(n)) for n in array_shape])))
+    places = apply_affine(grid_from_index, corners)
+    first = np.clip(np.floor(places.min(0)), 0, grid_shape).astype(int)
+    end = np.clip(np.ceil(places.max(0)) + 1, first, grid_shape).astype(int)
+    return tuple(slice(int(a), int(b)) for a, b in zip(first, end))
 
 
 def centred_affine(

@@ -164,23 +164,22 @@ def bodies_of(
       ct_from_box, parts: K of each; levels_between: K - 1 numbers of levels from each to the next, 1 for neighbours.
     """
     boxes = [np.asarray(box, np.float64) for box in ct_from_box]
-    excess = [np.asarray(p.excess, np.float32) for p in parts]
     ct_from_excess = [box @ np.asarray(p.box_from_excess, np.float64) for box, p in zip(boxes, parts)]
     ct_from_rest = [box @ np.asarray(p.box_from_rest, np.float64) for box, p in zip(boxes, parts)]
-    rest, neighbours, apart = [], [], []
+    excess, rest = _stacked([p.excess for p in parts]), _stacked([p.rest for p in parts])
+    neighbours, apart = [], []
     for k, p in enumerate(parts):
         near = [j if 0 <= j < len(parts) else -1 for j in (k - 1, k + 1)]
         neighbours.append(tuple(near))
         apart.append(tuple(levels_between[min(j, k)] if j >= 0 else 1 for j in near))
-        volume = np.asarray(p.rest, np.float32).copy()
         for j in near:
             if j >= 0:
-                volume -= resample.resample(excess[j], ct_from_excess[j], ct_from_rest[k], volume.shape)
-        rest.append(volume)
+                own = rest[k][tuple(slice(n) for n in p.rest.shape)]
+                own -= resample.resample(excess[j], ct_from_excess[j], ct_from_rest[k], own.shape)
     return Bodies(
-        on_device(_stacked(excess)),
+        on_device(excess),
         on_device(ct_from_excess),
-        on_device(_stacked(rest)),
+        on_device(rest),
         on_device(ct_from_rest),
         on_device([box[:3, 3] for box in boxes]),
         tuple(neighbours),
@@ -189,8 +188,10 @@ def bodies_of(
 
 
 def _stacked(volumes):
-    shape = np.max([v.shape for v in volumes], axis=0)
-    return np.stack([np.pad(v, [(0, n - m) for n, m in zip(shape, v.shape)]) for v in volumes])
+    found = np.zeros((len(volumes), *np.max([v.shape for v in volumes], axis=0)), np.float32)
+    for place, volume in zip(found, volumes):
+        place[tuple(slice(n) for n in volume.shape)] = volume
+    return found
 
 
 def fine_levels(config: RefineConfig, vertebrae: int, corrects: bool) -> tuple[Level, ...]:

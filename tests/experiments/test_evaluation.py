@@ -12,6 +12,7 @@ from experiments.reports import tables
 from experiments.scoring import conditions
 from experiments.scoring import evaluate
 from radgs_jax import errors
+from radgs_jax.geometry import rigid_host
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -35,6 +36,17 @@ def test_a_study_goes_on_from_what_it_has_registered(trained, tmp_path, first_ca
     assert len(lines) == 7 and lines[-1].startswith("1 scenes; 95 % interval of the median")
     patient.with_mask = None  # nothing is registered again
     assert conditions.register_condition(patient, condition, 1, 3, tmp_path, 2) == rows
+
+
+def test_chi_square_of_errors_drawn_from_a_covariance_is_six_on_average():
+    rng = np.random.default_rng(4)
+    factor = rng.normal(size=(6, 6)) * np.repeat([0.01, 1.0], 3)[:, None]
+    covariance, centre = factor @ factor.T, np.array([20.0, -35.0, 410.0])
+    truth = rigid_host.motion_about([1.0, 2.0, 3.0], np.array([0.4, -0.8, 0.3, 30.0, -10.0, 50.0]))
+    place = truth[:3, :3] @ centre + truth[:3, 3]
+    poses = [rigid_host.motion_about(place, factor @ rng.normal(size=6)) @ truth for _ in range(2000)]
+    found = [conditions.chi_square(covariance, pose, truth, centre) for pose in poses]
+    assert abs(np.mean(found) - 6.0) < 0.3 and abs(np.median(found) / statistics.MEDIAN_CHI_SQUARE - 1.0) < 0.06
 
 
 def test_table_bins_and_baselines():
