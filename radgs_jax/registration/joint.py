@@ -189,8 +189,8 @@ def bodies_of(
 
 def _stacked(volumes):
     found = np.zeros((len(volumes), *np.max([v.shape for v in volumes], axis=0)), np.float32)
-    for place, volume in zip(found, volumes):
-        place[tuple(slice(n) for n in volume.shape)] = volume
+    for k, volume in enumerate(volumes):
+        found[(k, *(slice(n) for n in volume.shape))] = volume
     return found
 
 
