@@ -126,7 +126,7 @@ def started_cases(
 def fit_to_cases(
     found: Sequence[CalibrationCase],
 ) -> tuple[confidence.AcceptanceRule, list[confidence.Confidence]]:
-    """Fits a rule to cases; each threshold is fitted to the cases that the one before refuses.
+    """Fits a rule to cases; each threshold is fitted to the cases that the one before refuses, and to uneven ones.
 
     Returns:
       the rule, and its verdict on each case.
@@ -135,7 +135,11 @@ def fit_to_cases(
     """
     judged = [None] * len(found)
     for count in range(1 + confidence.SEARCHES):
-        asked = [i for i, j in enumerate(judged) if j is None or not j.accepted]
+        asked = [
+            i
+            for i, j in enumerate(judged)
+            if j is None or not j.accepted or search.uneven(found[i].refined, FITTED_SEARCH)
+        ]
         if not asked:
             break
         with progress.bar(len(asked), f"search {count}" if count else "refine") as bar:

@@ -46,10 +46,10 @@ HEADER = (
     f"{'':>34} {'n':>4} {'median mm':>10} {'p90 mm':>8} {'network':>8} {'< 2 mm':>8} {'95 % of it':>14} "
     f"{'wrong, accepted':>16} {'right, refused':>15} {'radius holds':>13} {'95 % of it':>14} {'chi2':>6}"
 )
-"""Column names of `line`. The last is the median chi-square of the right poses' errors by their stated covariances, as a multiple
-of what it is where those are right."""
-MEDIAN_CHI_SQUARE = 5.348
-"""Median of the chi-square distribution of 6 degrees of freedom."""
+"""Column names of `line`. The last is the reduced chi-square of the right poses' errors by their stated covariances: 1 where those
+are right, above where they are too small."""
+FREEDOM = 6
+"""Degrees of freedom of a pose."""
 
 
 def line(name: str, rows: Sequence[ScoredCase]) -> str:
@@ -69,8 +69,8 @@ def line(name: str, rows: Sequence[ScoredCase]) -> str:
     if not right.any():
         return f"{text} {'-':>13}"
     low, high = wilson(inside[right].sum(), right.sum())
-    ratio = np.median([r["chi_square"] for r, counts in zip(rows, right) if counts]) / MEDIAN_CHI_SQUARE
-    return f"{text} {100 * np.mean(inside[right]):11.1f} % {100 * low:6.1f}-{100 * high:5.1f} % {ratio:6.2f}"
+    reduced = np.mean([r["chi_square"] for r, counts in zip(rows, right) if counts]) / FREEDOM
+    return f"{text} {100 * np.mean(inside[right]):11.1f} % {100 * low:6.1f}-{100 * high:5.1f} % {reduced:6.2f}"
 
 
 def with_metal_apart(found: Mapping[str, Sequence[ScoredCase]]) -> list[str]:

@@ -134,7 +134,7 @@ def reconstructions(patient: conditions.Patient, count: int, seed: int, out: pat
     path = out / "reconstructions.txt"
     if not path.exists():
         case_file = conditions.scenes_of(patient, conditions.Condition("methods", "real", "real"), count, seed, out)
-        found = evaluate.evaluate(case_file, "real", lambda volume: patient.prepared[volume.full_label], passes)
+        found = evaluate.evaluate(case_file, "real", lambda target: patient.prepared[target.label], passes)
         with files.replacing(path) as temporary:
             temporary.write_text(tables.score_table(found, "real"))
     return path.read_text()

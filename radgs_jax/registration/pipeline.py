@@ -290,7 +290,8 @@ def refine_until_trusted(
         points = centred_points(refined, vertebra)
         judged = confidence.judge(refined, points, rule, count, angle, half_pixel_mm, of_cameras)
         # No pose from views of nearly one direction is accepted, however long it is searched for.
-        if judged.trusted or (angle is not None and angle < confidence.MIN_VIEW_ANGLE_RAD):
+        hopeless = angle is not None and angle < confidence.MIN_VIEW_ANGLE_RAD
+        if hopeless or (judged.trusted and not searching.uneven(refined, prepared.search)):
             break
     return refined, judged
 

@@ -39,7 +39,10 @@ class SearchConfig:
       turn_rad: by how much starts are turned against a refused answer about each of its axes. Most answers that are wrong by
         less than 5 mm sit in a wrong orientation; at half the turn they stay there, at twice they find a neighbour. The places of
         neighbouring levels lie along arcs of this turn, to the front and back: at twice, straight spines are missed.
-      depth_mm: shifts along the rays of each view that a wider search tries: where one view fits, it fits in other depths as well.
+      depth_mm: shifts along the rays of a view that are tried: where one view fits, it fits in other depths as well.
+      uneven: ratio of the views' least and largest support below which the answer is tried in other depths of the view with the
+        largest, and searched for wider, even where it is trusted. Wrong answers that one view shows well have up to 0.5, right
+        ones on clean X-rays above 0.7. At half, they stay wrong and are accepted; at twice, every answer is searched for.
       overview: how a wider search looks for the body.
       starts: how many starts a wider search has. Half loses right poses; twice takes twice as long.
       glance_iterations: steps of the coarsest level taken in a neighbour's place before it is compared.
@@ -59,6 +62,7 @@ class SearchConfig:
 
     turn_rad: float = math.radians(15.0)
     depth_mm: tuple[float, ...] = (-24.0, -12.0, 12.0, 24.0)
+    uneven: float = 0.6
     overview: OverviewConfig = OverviewConfig()
     starts: int = 32
     glance_iterations: int = 4
@@ -94,6 +98,12 @@ def halving(config: RefineConfig, search: SearchConfig) -> tuple[Level, ...]:
     first, *others = config.levels
     short = dataclasses.replace(first, iterations=search.glance_iterations, keep=search.contenders)
     return (short, dataclasses.replace(first, iterations=search.contender_iterations, keep=search.survivors), *others)
+
+
+def uneven(refined: Refined, search: SearchConfig) -> bool:
+    """Whether one view shows the vertebra much better than another, as where a pose is at a wrong depth of the better one."""
+    support = np.asarray(refined.support)
+    return bool(np.min(support) < search.uneven * np.max(support))
 
 
 def _shift(shift_mm):
@@ -172,7 +182,22 @@ def refine_pose(
     refined = run(starts, levels, least_fit)
     if refined.fit[-1] < least_fit:
         return refined
-    refined = settled(refined)
+
+    def in_other_depths(refined):
+        if not uneven(refined, search):
+            return refined
+        best = int(np.argmax(refined.support))
+        pose, camera = np.asarray(refined.world_from_box, np.float64), seen.camera_from_world[best : best + 1]
+        other = settled(run(_along_rays(pose, camera, search.depth_mm), config.levels))
+        if not other.fit[-1] > refined.fit[-1]:
+            return refined
+        away_mm = _apart_mm(other, refined)
+        margin = other.fit[-1] - refined.fit[-1]
+        if away_mm < gauss_newton.DISTINCT_MM or margin > other.margin:
+            return other
+        return dataclasses.replace(other, rival_mm=away_mm, margin=margin)
+
+    refined = in_other_depths(settled(refined))
     for _ in range(search.max_walk if places_mm else 0):
         places = [refined.world_from_box @ _shift((0.0, 0.0, along)) for along in places_mm]
         other = run(places, glance(config, search))

@@ -46,7 +46,11 @@ def test_chi_square_of_errors_drawn_from_a_covariance_is_six_on_average():
     place = truth[:3, :3] @ centre + truth[:3, 3]
     poses = [rigid_host.motion_about(place, factor @ rng.normal(size=6)) @ truth for _ in range(2000)]
     found = [conditions.chi_square(covariance, pose, truth, centre) for pose in poses]
-    assert abs(np.mean(found) - 6.0) < 0.3 and abs(np.median(found) / statistics.MEDIAN_CHI_SQUARE - 1.0) < 0.06
+    assert abs(np.mean(found) / statistics.FREEDOM - 1.0) < 0.05
+    rows = [
+        {"error_mm": 1.0, "uncertainty_mm": 2.0, "accepted": True, "network_mm": 1.0, "chi_square": c} for c in found
+    ]
+    assert float(statistics.line("drawn", rows).split()[-1]) == round(np.mean(found) / 6.0, 2)
 
 
 def test_table_bins_and_baselines():

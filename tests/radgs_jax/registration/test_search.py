@@ -1,5 +1,7 @@
 """The search for a pose: whether a neighbour's place fits better, and where neighbours lie."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +88,23 @@ def test_an_answer_in_a_neighbours_place_is_given_up(spine, xrays, levels_off):
     found = search.refine_pose(programs, spine, seen, [start], CONFIG, how, (-34.0, 33.0), first)
     assert np.linalg.norm(found.world_from_box[:3, 3] - TRUTH[:3, 3]) < 0.5
     assert 0.6 * PITCH_MM < found.rival_mm < 1.4 * PITCH_MM and 0.05 < found.margin < 2.0
+
+
+@pytest.mark.parametrize("axis, mm", [(0, 22.0), (1, -16.0), (1, 12.0)])
+def test_an_answer_that_one_view_alone_shows_is_tried_in_other_depths_of_that_view(spine, xrays, axis, mm):
+    """The finest level alone stays where it starts, at a wrong depth of the other view; without other depths, far off."""
+    fine = dataclasses.replace(CONFIG, levels=(dataclasses.replace(CONFIG.levels[1], iterations=8),))
+    seen, start = pyramid.make_pyramid(xrays, [level.pixel_mm for level in fine.levels]), TRUTH.copy()
+    start[axis, 3] += mm
+    off_mm, found = [], {}
+    for limit in (0.0, 0.6):
+        how = search.SearchConfig(uneven=limit, max_settlings=0)
+        found[limit] = search.refine_pose(programs_of(jax.jit), spine, seen, [start], fine, how, (), fine.levels)
+        off_mm.append(np.linalg.norm(found[limit].world_from_box[:3, 3] - TRUTH[:3, 3]))
+    assert off_mm[0] > 5.0 and search.uneven(found[0.0], search.SearchConfig())
+    assert off_mm[1] < 0.1 and not search.uneven(found[0.6], search.SearchConfig())
+    # The answer that was left is the rival.
+    assert found[0.6].rival_mm > gauss_newton.DISTINCT_MM and 0.0 < found[0.6].margin < 1.0
 
 
 def test_arcs_lead_along_a_curved_spine():
