@@ -155,8 +155,8 @@ def _otherwise_refined(prepared, xrays, start_world_from_ct, passes):
     poses = {"then the clean image": pose}
     raw = pose
     for pixel_mm, pixels in RAW_LEVELS:
-        seen = pyramid.at_resolution(xrays, pixel_mm)
-        raw = refiners.to_raw_gradients(bare, seen, cameras, raw, pixels)
+        views = pyramid.at_resolution(xrays, pixel_mm)
+        raw = refiners.to_raw_gradients(bare, views, cameras, raw, pixels)
     poses["then that and raw gradients"] = raw
     # Both clouds get the same number of Gaussians and the same blur, so that the overlap compares places and not detail.
     few = [
