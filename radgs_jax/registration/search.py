@@ -188,8 +188,8 @@ def refine_pose(
         if not uneven(refined, search):
             return refined
         best = int(np.argmax(refined.support))
-        pose, camera = np.asarray(refined.world_from_box, np.float64), seen.camera_from_world[best : best + 1]
-        other = settled(run(_along_rays(pose, camera, search.depth_mm), config.levels))
+        pose, cameras = (np.asarray(a, np.float64) for a in (refined.world_from_box, seen.camera_from_world))
+        other = settled(run(_along_rays(pose, cameras[best : best + 1], search.depth_mm), config.levels))
         if not other.fit[-1] > refined.fit[-1]:
             return refined
         away_mm = _apart_mm(other, refined)
