@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 import scipy
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -16,6 +19,7 @@ from data_pipelines.simulation import quick
 from experiments.reports import verdicts
 from experiments.reports.plots import save
 from experiments.reports.verdicts import Verdict
+from kernels.common.types import Array
 from radgs_jax import levels
 from radgs_jax import metrics
 from radgs_jax.geometry import camera
@@ -25,6 +29,7 @@ from radgs_jax.registration.pipeline import Outcome
 from radgs_jax.registration.pipeline import parts_in
 from radgs_jax.registration.pipeline import Reconstructed
 from radgs_jax.registration.prepared import Prepared
+from radgs_jax.registration.prepared import Vertebra
 
 STYLES = {
     "start": {"colors": "#e8a33d", "linestyles": "--", "linewidths": 1.3},
@@ -89,17 +94,17 @@ def registration_picture(
         left_out = XRay(np.asarray(xray.valid) & ~counted, xray.valid, xray.camera)
         small, seen, valid = _binned(xray.line_integrals, xray.valid, xray.camera)
         metal = _binned(left_out.line_integrals, xray.valid, xray.camera)[0]
-        near_metal = _close_up(left_out, vertebra, poses["estimate"])[0].line_integrals
+        near_metal = close_up(left_out, vertebra, poses["estimate"])[0].line_integrals
         _mark(whole, metal)
         _mark(near, near_metal)
-        close, corner = _close_up(xray, vertebra, poses["estimate"])
-        _show(whole, small, valid, metal == 0)
-        _show(near, close.line_integrals, close.valid, near_metal == 0)
-        _show(mixed, *_checkerboard(close, prepared, xrays, poses["estimate"], outcome), near_metal == 0)
+        close, corner = close_up(xray, vertebra, poses["estimate"])
+        show(whole, small, valid, metal == 0)
+        show(near, close.line_integrals, close.valid, near_metal == 0)
+        show(mixed, *_checkerboard(close, prepared, xrays, poses["estimate"], outcome), near_metal == 0)
         for axes, view in ((whole, seen), (near, close.camera)):
             # The estimate is drawn last and thinner, so that a truth below it still shows.
             for pose_name in sorted(poses, key=list(STYLES).index):
-                drawn = _render(vertebra.density, vertebra.ct_from_index, poses[pose_name], view)
+                drawn = render(vertebra.density, vertebra.ct_from_index, poses[pose_name], view)
                 if drawn.max() > OUTLINE:
                     axes.contour(drawn, levels=[OUTLINE], **STYLES[pose_name])
             _letters(axes, view, poses["start"], poses["estimate"], vertebra)
@@ -149,7 +154,9 @@ def _binned(image, valid, view: Camera):
     return camera.bin_image(np.asarray(image), factor), camera.bin(view, factor), counts > 0.5
 
 
-def _show(axes: Axes, image, valid, bone):
+def show(
+    axes: Axes, image: Float[np.ndarray, "h w"], valid: Bool[np.ndarray, "h w"], bone: Bool[np.ndarray, "h w"]
+) -> None:
     """Draws an image (H, W) of valid pixels; its contrast is that of the pixels without metal, `bone`."""
     shown = valid & bone if (valid & bone).any() else valid
     inside = image[shown] if shown.any() else image
@@ -181,7 +188,9 @@ def _pixels_per_mm(view, world_from_ct, vertebra):
     return view.intrinsics[0] / (view.camera_from_world @ [*_centre(vertebra, world_from_ct), 1.0])[2]
 
 
-def _close_up(xray, vertebra, world_from_ct):
+def close_up(
+    xray: XRay, vertebra: Vertebra, world_from_ct: Float[np.ndarray, "4 4"]
+) -> tuple[XRay, Int[np.ndarray, "3"]]:
     """The X-ray around a vertebra, binned; and its first column and row in the X-ray and the binning (3,)."""
     view = xray.camera
     points = vertebra.points @ world_from_ct[:3, :3].T + world_from_ct[:3, 3]
@@ -199,7 +208,13 @@ def _close_up(xray, vertebra, world_from_ct):
     return XRay(small, inside, seen), np.array([*first, moved.height // seen.height])
 
 
-def _render(volume, ct_from_index, world_from_ct, view):
+def render(
+    volume: Float[Array, "x y z"],
+    ct_from_index: Float[Array, "4 4"],
+    world_from_ct: Float[np.ndarray, "4 4"],
+    view: Camera,
+) -> Float[np.ndarray, "h w"]:
+    """Line integrals of a volume at a pose, as one camera sees it."""
     matrices = view.intrinsics[None], view.camera_from_world[None]
     return quick.render(
         np.asarray(volume), np.asarray(ct_from_index), world_from_ct, *matrices, (view.height, view.width), STEP_MM
@@ -211,9 +226,9 @@ def _checkerboard(close, prepared, xrays, world_from_ct, outcome):
     vertebra, refined = prepared.vertebra, outcome.refined
     parts = parts_in(prepared, xrays)
     world_from_box = world_from_ct @ vertebra.ct_from_box
-    model = _render(parts.excess, parts.box_from_excess, world_from_box, close.camera)
+    model = render(parts.excess, parts.box_from_excess, world_from_box, close.camera)
     rest = world_from_box if refined is None else np.asarray(refined.world_from_rest, np.float64)
-    model = model + _render(parts.rest, parts.box_from_rest, rest, close.camera)
+    model = model + render(parts.rest, parts.box_from_rest, rest, close.camera)
     scale = _pixels_per_mm(close.camera, world_from_ct, vertebra)
     image, valid = close.line_integrals, close.valid
     smooth = LOCAL_MM * scale

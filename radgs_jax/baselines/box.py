@@ -12,12 +12,14 @@ from collections.abc import Hashable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
+from typing import cast
 from typing import TYPE_CHECKING
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 from jaxtyping import Float
 
 from kernels.common import rays as pixel_rays
@@ -118,12 +120,12 @@ def box_grid(side: int) -> VoxelGrid:
 
 def softplus(x: Float[Array, "*shape"]) -> Float[jax.Array, "*shape"]:
     """log(1 + exp(s x)) / s with s of `SHARPNESS`."""
-    return jnp.logaddexp(SHARPNESS * x, 0.0) / SHARPNESS
+    return cast(jax.Array, jax.nn.softplus(SHARPNESS * x) / SHARPNESS)
 
 
 def render(
     volume: Float[Array, "x y z"], voxels: VoxelGrid, views: BoxViews, step_mm: float
-) -> Float[jax.Array, "views size size"]:
+) -> Float[Array, "views size size"]:
     """Line integrals of densities on a grid in the box's frame."""
     index_from_camera = jnp.linalg.inv(rigid.matmul(views.camera_from_box, voxels.frame_from_index))[:, :3]
     height, width = views.images.shape[1:]
@@ -149,7 +151,7 @@ def _body_density(config, voxels):
     return softplus(voxels) * outside
 
 
-def body_image(params: Mapping[str, Array], config: BodyConfig, views: BoxViews) -> Float[jax.Array, "views size size"]:
+def body_image(params: Mapping[str, Array], config: BodyConfig, views: BoxViews) -> Float[Array, "views size size"]:
     """Line integrals of what is outside the box, and the views' constants."""
     density = _body_density(config, params["voxels"])
     image = render(density, grid.centred(density.shape, config.voxel_mm), views, config.step_mm)
@@ -161,7 +163,7 @@ def body_penalty(params: Mapping[str, Array], config: BodyConfig) -> Float[jax.A
     return config.smoothness * losses.tv3d(_body_density(config, params["voxels"]))
 
 
-def masked_mean(values: Float[Array, "views size size"], valid: Array) -> Float[jax.Array, ""]:
+def masked_mean(values: Float[Array, "*pixels"], valid: Bool[Array, "*pixels"]) -> Float[jax.Array, ""]:
     """Mean over valid pixels; 0 without any."""
     return jnp.sum(jnp.where(valid, values, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
 
@@ -184,7 +186,7 @@ def parameters(box: Any, config: BodyConfig | None, views: int) -> dict[str, Any
 
 def surroundings(
     params: Mapping[str, Any], config: BodyConfig | None, views: BoxViews
-) -> tuple[Float[jax.Array, "views size size"], Float[jax.Array, ""]]:
+) -> tuple[Float[Array, "views size size"], Float[jax.Array, ""]]:
     """`body_image` and `body_penalty` of `parameters`; zeros without a body."""
     if config is None:
         return jnp.zeros_like(views.images), jnp.zeros(())

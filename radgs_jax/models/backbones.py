@@ -1,4 +1,4 @@
-"""Image encoders for X-rays and volumes: ResNet-50, DenseNet-121, ViT-12 and a small one for CPUs.
+"""Image encoders for X-rays and volumes: ResNet-18 and -50, DenseNet-121, ViT-12 and a small one for CPUs.
 
 Every encoder maps (B, *spatial, C_in) to a feature map (B, *spatial / stride, C_out), channels last, and takes the number of
 spatial axes from the rank of its input. Convolutions pad with SAME, so a strided one rounds a size up. Parameters are float32.
@@ -58,15 +58,15 @@ def _conv(x, features, size, stride=1, use_bias=False, kernel_init=_HE):
     return nn.Conv(features, (size,) * dims, (stride,) * dims, use_bias=use_bias, kernel_init=kernel_init)(x)
 
 
-def _norm(x):
+def _norm(x, groups=32):
     # 32 groups as in Wu & He, or fewer if 32 does not divide the channels. The two-pass variance stays accurate where the mean is
     # large compared with it, as for a bright and nearly flat image.
-    return nn.GroupNorm(math.gcd(32, x.shape[-1]), use_fast_variance=False)(x)
+    return nn.GroupNorm(math.gcd(groups, x.shape[-1]), use_fast_variance=False)(x)
 
 
-def _stem(x):
-    """Stem shared by ResNet and DenseNet: (B, *spatial, C) to (B, *spatial / 4, 64)."""
-    x = nn.relu(_norm(_conv(x, 64, 7, 2)))
+def _stem(x, width=64, groups=32):
+    """Stem shared by ResNet and DenseNet: (B, *spatial, C) to (B, *spatial / 4, width)."""
+    x = nn.relu(_norm(_conv(x, width, 7, 2), groups))
     dims = x.ndim - 2
     return nn.max_pool(x, (3,) * dims, (2,) * dims, "SAME")
 
@@ -103,6 +103,49 @@ class ResNet50(nn.Module):
         for stage, count in enumerate(self.blocks):
             for block in range(count):
                 x = Bottleneck(64 * 2**stage, 2 if stage > 0 and block == 0 else 1)(x)
+        return x
+
+
+class BasicBlock(nn.Module):
+    """Residual block of two 3-wide convolutions, (B, *spatial, C) to (B, *spatial / stride, width).
+
+    `groups` is the largest number of groups of its norms.
+    """
+
+    width: int
+    stride: int
+    groups: int
+
+    @nn.compact
+    def __call__(self, x: Input) -> Features:
+        y = nn.relu(_norm(_conv(x, self.width, 3, self.stride), self.groups))
+        y = _norm(_conv(y, self.width, 3), self.groups)
+        if x.shape != y.shape:
+            x = _norm(_conv(x, self.width, 1, self.stride), self.groups)
+        return nn.relu(x + y)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 without its classifier (He et al., CVPR 2016).
+
+    (B, *spatial, C) to (B, *ceil(spatial / 32), 8 * width).
+
+    Attributes:
+      width: channels of the stem and the first stage; the published network has 64. Norms have width / 2 groups, so that a group
+        has as many channels as with 32 groups at 64: in groups of one channel, a map of one cell would always be zero.
+      blocks: number of blocks in each stage; each stage after the first halves the size and doubles the width.
+    """
+
+    width: int = 64
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+
+    @nn.compact
+    def __call__(self, x: Input) -> Features:
+        groups = self.width // 2
+        x = _stem(x, self.width, groups)
+        for stage, count in enumerate(self.blocks):
+            for block in range(count):
+                x = BasicBlock(self.width * 2**stage, 2 if stage > 0 and block == 0 else 1, groups)(x)
         return x
 
 
@@ -250,11 +293,11 @@ class SmallCNN(nn.Module):
         return _conv(x, self.out, 1, use_bias=True, kernel_init=nn.initializers.lecun_normal())
 
 
-_BACKBONES = {"small": SmallCNN, "resnet50": ResNet50, "densenet121": DenseNet121, "vit12": ViT12}
+_BACKBONES = {"small": SmallCNN, "resnet18": ResNet18, "resnet50": ResNet50, "densenet121": DenseNet121, "vit12": ViT12}
 
 
 def make_backbone(name: str, **kwargs: Any) -> Any:
-    """Backbone by name: 'small', 'resnet50', 'densenet121' or 'vit12'. `kwargs` are the module's attributes.
+    """Backbone by name: 'small', 'resnet18', 'resnet50', 'densenet121' or 'vit12'. `kwargs` are the module's attributes.
 
     Raises:
       ValueError: an unknown name.

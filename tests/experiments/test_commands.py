@@ -28,6 +28,7 @@ COMMANDS = (
     "calibrate",
     "study",
     "ablation",
+    "table1",
     "metal",
 )
 

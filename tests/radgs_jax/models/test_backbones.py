@@ -11,6 +11,7 @@ from radgs_jax.models import backbones
 # Every family with few layers, so that it compiles in seconds.
 REDUCED = {
     "small": {"widths": (8, 12, 16), "blocks": (1, 1, 1), "out": 8},
+    "resnet18": {"width": 16, "blocks": (1, 1)},
     "resnet50": {"blocks": (1, 1)},
     "densenet121": {"blocks": (2, 2)},
     "vit12": {"patch": 8, "depth": 2, "width": 32, "heads": 4, "mlp": 64},
@@ -43,6 +44,9 @@ def random_params(model, x):
         ("small", {"widths": (16,), "blocks": (1,), "out": 24}, (2, 32, 32, 1), (2, 16, 16, 24)),
         ("small", {"widths": (16, 32), "blocks": (1, 1)}, (2, 32, 32, 1), (2, 8, 8, 64)),
         ("small", {"widths": (8, 16, 24, 32), "blocks": (1, 1, 1, 1)}, (2, 64, 64, 1), (2, 16, 16, 64)),
+        ("resnet18", {}, (2, 256, 224, 1), (2, 8, 7, 512)),
+        ("resnet18", {"width": 32}, (2, 64, 100, 2), (2, 2, 4, 256)),
+        ("resnet18", {"width": 16}, (1, 64, 96, 64, 1), (1, 2, 3, 2, 128)),
         ("resnet50", {}, (2, 256, 224, 1), (2, 8, 7, 2048)),
         ("resnet50", {}, (1, 100, 65, 1), (1, 4, 3, 2048)),
         ("resnet50", {}, (1, 64, 96, 64, 1), (1, 2, 3, 2, 2048)),
@@ -65,7 +69,12 @@ def test_shapes(name, kwargs, shape, expected):
 @pytest.mark.parametrize(
     "name, published",
     # torchvision's counts less the classifier; for ViT also less the class token and its position.
-    [("resnet50", 25557032 - 2049000), ("densenet121", 7978856 - 1025000), ("vit12", 86567656 - 769000 - 2 * 768)],
+    [
+        ("resnet18", 11689512 - 513000),
+        ("resnet50", 25557032 - 2049000),
+        ("densenet121", 7978856 - 1025000),
+        ("vit12", 86567656 - 769000 - 2 * 768),
+    ],
 )
 def test_parameter_counts_are_the_published_ones(name, published):
     _, variables = abstract(name, (1, 224, 224, 3))
@@ -116,6 +125,15 @@ def test_items_of_a_batch_are_independent(name, spatial):
     assert np.abs(other[1] - y[1]).max() > 1e-3
 
 
+def test_a_narrow_resnet18_sees_an_image_that_ends_in_one_cell():
+    """In groups of one channel, its last norm would make every image the same."""
+    model = backbones.ResNet18(width=4, blocks=(1, 1, 1, 1))
+    x = jax.random.uniform(jax.random.key(1), (2, 32, 32, 1))
+    y = jax.jit(model.apply)(random_params(model, x), x)
+    chex.assert_shape(y, (2, 1, 1, 32))
+    assert np.abs(y[0] - y[1]).max() > 0.1 * np.abs(y).max()
+
+
 def test_space_to_depth_order():
     x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
     y = backbones.space_to_depth(x, 2)
@@ -126,8 +144,8 @@ def test_space_to_depth_order():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"'resnet18'.*small, resnet50, densenet121, vit12"):
-        backbones.make_backbone("resnet18")
+    with pytest.raises(ValueError, match=r"'resnet34'.*small, resnet18, resnet50, densenet121, vit12"):
+        backbones.make_backbone("resnet34")
     with pytest.raises(ValueError, match=r"\(5, 4\) is not divisible by 2"):
         backbones.space_to_depth(jnp.zeros((1, 5, 4, 1)), 2)
     with pytest.raises(ValueError, match=r"\(64, 40\) is not divisible by 16"):

@@ -1,0 +1,1 @@
+"""The systems of the paper's Table 1 on the same cases."""

@@ -1,0 +1,222 @@
+"""The registering systems of Table 1: how each is prepared, and what it answers."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipelines.io import files
+from data_pipelines.simulation import carm
+from data_pipelines.simulation import quick
+from experiments.comparison import training
+from experiments.comparison.subjects import Answer
+from experiments.comparison.subjects import Cost
+from experiments.comparison.subjects import Given
+from experiments.comparison.subjects import Pose
+from experiments.comparison.subjects import Prepare
+from experiments.comparison.subjects import Sizes
+from experiments.comparison.subjects import Subject
+from experiments.patients import preparing
+from experiments.patients import workdir
+from experiments.runtime.kept_programs import kept
+from kernels.common.types import Array
+from radgs_jax.baselines import ddgs
+from radgs_jax.baselines import diffpose
+from radgs_jax.baselines import plain
+from radgs_jax.baselines import ts_sar
+from radgs_jax.geometry import rigid_host
+from radgs_jax.geometry.xray import XRay
+from radgs_jax.models import backbones
+from radgs_jax.registration import pipeline
+from radgs_jax.registration import pyramid
+from radgs_jax.registration.prepared import Prepared
+
+THREE = "crop_volume", "crop_volume", "vertebra_volume"
+"""What render-and-compare moves first, then and last where it works best: the crop shows what the X-rays show, the vertebra alone
+moves by itself."""
+TARGET_STEP_MM = 0.5
+"""Distance of samples along rays of DDGS-CT's targets, mm. Half changes them by less than its own error."""
+TRAINING_DEG, TURN_DEG, TRAINING_VIEWS = 15.0, 10.0, 30
+"""Range of the C-arm's angles about AP and lateral that DDGS-CT's targets are drawn from, of the patient's turn about each axis,
+degrees, and number of targets round each. Those of the simulator; the paper has 60 targets."""
+
+
+def start(subject: Subject, given: Given, params: Any, sizes: Sizes, key: jax.Array) -> Pose:
+    """The start pose."""
+    return given.world_from_ct
+
+
+def ours(subject: Subject, given: Given, params: Any, sizes: Sizes, key: jax.Array) -> Pose:
+    """What `experiments.register` answers."""
+    return pipeline.register(subject.prepared, given.xrays, given.world_from_ct, compile=kept).world_from_ct
+
+
+def start_alone(subject: Subject, given: Given, params: Any, sizes: Sizes, key: jax.Array) -> Pose:
+    """Our refinement from the start pose: nothing is judged, and no wider search is made of an answer that fits."""
+    prepared = dataclasses.replace(subject.prepared, rule=None)
+    return pipeline.register(prepared, given.xrays, given.world_from_ct, compile=kept).world_from_ct
+
+
+def network(subject: Subject, given: Given, params: Any, sizes: Sizes, key: jax.Array) -> Pose:
+    """The pose of RadGS-Reg's network alone; params: the subject's `Prepared` with a trained one, or None for the base's."""
+    prepared = subject.prepared if params is None else params
+    options = pipeline.RegisterOptions(subject.config.passes, refine=False)
+    return pipeline.register(prepared, given.xrays, given.world_from_ct, options, kept).world_from_ct
+
+
+def from_box(register: Callable[..., Array]) -> Answer:
+    """The answer of a system that moves the vertebra's box.
+
+    Args:
+      register: (subject, params, sizes, xrays, cameras, start) -> world_from_box, of V X-rays, their (V, 4, 4) and a start pose.
+    """
+
+    def answer(subject, given, params, sizes, key):
+        prepared = subject.prepared
+        cameras = jnp.asarray(np.stack([x.camera.camera_from_world for x in given.xrays]), jnp.float32)
+        start = jnp.asarray(given.world_from_ct @ prepared.vertebra.ct_from_box, jnp.float32)
+        found = np.asarray(register(subject, params, sizes, given.xrays, cameras, start), np.float64)
+        return rigid_host.nearest_rigid(found) @ np.linalg.inv(prepared.vertebra.ct_from_box)
+
+    return answer
+
+
+def plain_pose(
+    subject: Subject, params: Any, sizes: Sizes, xrays: Sequence[XRay], cameras: Array, start: Array
+) -> Array:
+    """Of the plain 2D network, after as many passes as ours; for `from_box`, as are the next ones."""
+    prepared, shape = subject.prepared, plain.PlainConfig()
+    config, cloud = prepared.model.config, prepared.vertebra.cloud
+    seen = pyramid.at_resolution(xrays, config.pixel_mm)
+    return plain.register_plain(params, shape, config, seen, cameras, start, cloud, subject.config.passes)[-1]
+
+
+def ts_sar_pose(
+    subject: Subject, params: Any, sizes: Sizes, xrays: Sequence[XRay], cameras: Array, start: Array
+) -> Array:
+    """Of both steps of TS-SAR."""
+    prepared = subject.prepared
+    config = prepared.model.config
+    seen = pyramid.at_resolution(xrays, config.pixel_mm)
+    return ts_sar.register(params, sizes.ts_sar, config, seen, cameras, start, prepared.vertebra.cloud)
+
+
+def diffpose_moving(*moving: str, network: bool = True) -> Answer:
+    """The answer of DiffPose.
+
+    Args:
+      moving: names of a `Subject`'s volumes; a refinement with each follows the network, which is asked with the first.
+      network: whether to ask it.
+    """
+
+    def register(subject, params, sizes, xrays, cameras, start):
+        pose, config, model_config = start, sizes.diffpose, subject.prepared.model.config
+        seen = pyramid.at_resolution(xrays, model_config.pixel_mm)
+        if network:
+            volume = getattr(subject, moving[0])
+            pose = diffpose.estimate(params, config, model_config, *volume, seen, cameras, pose)
+        for name in moving:
+            pose = diffpose.refine(config, *getattr(subject, name), seen, cameras, pose)
+        return pose
+
+    return from_box(register)
+
+
+def ddgs_pose(
+    subject: Subject, params: Any, sizes: Sizes, xrays: Sequence[XRay], cameras: Array, start: Array
+) -> Array:
+    """Of DDGS-CT."""
+    seen = pyramid.at_resolution(xrays, sizes.ddgs.pixel_mm)
+    return ddgs.register(params, sizes.ddgs, seen, cameras, start)
+
+
+def _patient_pairs(subject, sizes, targets):
+    config = dataclasses.replace(
+        subject.config, p3=dataclasses.replace(subject.config.p3, pairs=sizes.pairs, ct_pairs=1)
+    )
+    return preparing.pairs_of(config, subject.folder, targets, subject.prepared.model.config.gaussians)
+
+
+def prepare_diffpose(subject: Subject, sizes: Sizes, seed: int) -> tuple[Any, Cost]:
+    """Trains DiffPose's network on pairs of this vertebra."""
+    config, model_config, label = sizes.diffpose, subject.prepared.model.config, subject.target.label
+    path = training.place(subject.folder, f"diffpose_{label}", (config, sizes.pairs), seed)
+    init = lambda: diffpose.init(config, model_config, jax.random.key(seed))
+    update = lambda mesh: diffpose.make_update(mesh, *subject.vertebra_volume, config, model_config)
+    pair_set = _patient_pairs(subject, sizes, [subject.target])
+    settings = config.steps, config.batch, config.learning_rate, seed, subject.config
+    return training.trained_params(path, init, update, "diffpose", pair_set, *settings)
+
+
+def prepare_ts_sar(subject: Subject, sizes: Sizes, seed: int) -> tuple[Any, Cost]:
+    """Trains both steps of TS-SAR on pairs of this vertebra."""
+    config, model_config, label = sizes.ts_sar, subject.prepared.model.config, subject.target.label
+    path = training.place(subject.folder, f"ts_sar_{label}", (config, sizes.pairs), seed)
+    init = lambda: ts_sar.init(config, model_config, jax.random.key(seed))
+    update = lambda mesh: ts_sar.make_update(mesh, config, model_config)
+    pair_set = _patient_pairs(subject, sizes, [subject.target])
+    settings = config.steps, config.batch, config.rate, seed, subject.config
+    return training.trained_params(path, init, update, "ts_sar", pair_set, *settings)
+
+
+def prepare_plain(subject: Subject, sizes: Sizes, seed: int) -> tuple[Any, Cost]:
+    """Trains the plain network on pairs of all the scan's vertebrae."""
+    config, model_config = plain.PlainConfig(), subject.prepared.model.config
+    path = training.place(subject.folder, "plain", (config, sizes.pairs, sizes.plain_steps), seed)
+    init = lambda: plain.init(config, model_config, jax.random.key(seed))
+    update = lambda mesh: plain.make_update(mesh, config, model_config)
+    pair_set = _patient_pairs(subject, sizes, subject.targets)
+    settings = sizes.plain_steps, subject.config.batch, subject.config.p3.learning_rate, seed, subject.config
+    return training.trained_params(path, init, update, "plain", pair_set, *settings)
+
+
+def prepare_ours(subject: Subject, sizes: Sizes, seed: int) -> tuple[Prepared, Cost]:
+    """The subject's `Prepared` with a network that was trained on its scan, and the cost of that."""
+    folder = subject.folder / "baselines" / f"ours_{sizes.ours_minutes:g}"
+    began, done = time.process_time(), (folder / "manifest.json").exists()
+    preparing.prepare(subject.config, folder, subject.targets, subject.base, sizes.ours_minutes)
+    if not done:
+        spent = time.process_time() - began
+        parameters = backbones.count_parameters(subject.prepared.model.params)
+        files.write_json(folder.with_suffix(".json"), {"cpu_s": spent, "parameters": parameters})
+    return workdir.loader(folder)(subject.target), Cost(**files.read_json(folder.with_suffix(".json")))
+
+
+def _turned(rng):
+    """A turn of the patient, (4, 4)."""
+    return rigid_host.matrix(np.radians(rng.uniform(-TURN_DEG, TURN_DEG, 3)), 0.0)
+
+
+def prepare_ddgs(name: str) -> Prepare:
+    """Fits DDGS-CT to projections of one of a `Subject`'s volumes, from angles round AP and lateral.
+
+    It takes a minute, so that a run that is stopped begins it again.
+    """
+
+    def prepare(subject, sizes, seed):
+        config, (volume, box_from_index) = sizes.ddgs, getattr(subject, name)
+        path = training.place(subject.folder, f"ddgs_{name}_{subject.target.label}", config, seed)
+        key = jax.random.key(seed)
+        density, affine = np.asarray(volume), np.asarray(box_from_index, np.float64)
+        first = ddgs.init(config, density, affine, key)
+        like = jax.device_get({**first, "scale": np.zeros((), np.float32)})
+
+        def make():
+            rng, machine = np.random.default_rng(seed), carm.CArm()
+            cameras = np.concatenate([carm.sample_views(rng, machine, TRAINING_DEG) for _ in range(TRAINING_VIEWS)])
+            cameras = cameras @ [_turned(rng) for _ in cameras]
+            focal = machine.source_isocentre_mm / config.pixel_mm
+            middle = 0.5 * (config.target_px - 1)
+            intrinsics = np.tile([focal, focal, middle, middle], (len(cameras), 1))
+            size = (config.target_px,) * 2
+            images = quick.render(density, affine, np.eye(4), intrinsics, cameras, size, TARGET_STEP_MM)
+            return ddgs.fit(config, first, (images, intrinsics, cameras), jax.random.fold_in(key, 1))
+
+        return training.kept_params(path, lambda: like, make)
+
+    return prepare

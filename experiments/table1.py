@@ -1,0 +1,137 @@
+"""Table 1 of the paper: `python -m experiments.table1 --cases=C.json --variants=easy,artic,real --workdir=W --out=T`.
+
+Every system is prepared for every vertebra of the case file, and asked about every case. Without `--cases`, X-rays of a phantom
+patient are simulated. A run that was stopped goes on where it was.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from data_pipelines import cases
+from data_pipelines.io import files
+from experiments import configs
+from experiments import data_stages
+from experiments.comparison import answers
+from experiments.comparison import pictures
+from experiments.comparison import subjects
+from experiments.comparison import systems
+from experiments.comparison import tables
+from experiments.comparison.subjects import Sizes
+from experiments.comparison.subjects import System
+from experiments.comparison.systems import SYSTEMS
+from experiments.patients import models
+from experiments.patients import untrained
+from experiments.patients import workdir as workdirs
+from experiments.runtime import cli
+from radgs_jax import errors
+
+PHANTOM_LABELS, PHANTOM_SCENES = (20,), 2
+"""VerSe number and number of acquisitions of the phantom patient's vertebra: one is enough to see the table."""
+VARIANTS = {"quick": ("easy", "real"), "cpu": ("easy", "artic", "real"), "original": ("easy", "artic", "real")}
+"""Variants of the X-rays that a preset asks about."""
+
+
+def define_flags() -> None:
+    """Defines the command's flags; called once, by `cli.run`."""
+    flags.DEFINE_string("cases", None, "Case file with true poses and points; default: a phantom patient's, simulated.")
+    flags.DEFINE_list("variants", None, "Variants of the X-rays, such as easy,artic,real; default: the preset's.")
+    flags.DEFINE_string("workdir", None, "Folder for what the systems are prepared with.", required=True)
+    flags.DEFINE_string("out", None, "Folder for the answers, tables and pictures.", required=True)
+    flags.DEFINE_list("systems", [], "Beginnings of the names of systems to run; default: all.")
+    flags.DEFINE_enum("preset", "cpu", sorted(subjects.PRESETS), "Sizes and numbers of steps.")
+    flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0)
+
+
+def phantom_cases(workdir: pathlib.Path, config: configs.Config) -> pathlib.Path:
+    """The case file of the phantom patient, simulated where it is not there yet."""
+    config = dataclasses.replace(config, patient_labels=PHANTOM_LABELS, eval_scenes=PHANTOM_SCENES)
+    return data_stages.held_out_cases(config, workdir, data_stages.patient_scan(config, workdir))
+
+
+def make_table(
+    case_path: pathlib.Path | str,
+    variants: Sequence[str],
+    workdir: pathlib.Path | str,
+    out: pathlib.Path | str,
+    asked: Sequence[System] = SYSTEMS,
+    sizes: Sizes = subjects.CPU,
+    config: configs.Config = configs.DEMO,
+    base: pathlib.Path | str | None = None,
+) -> str:
+    """Asks systems about all cases, and writes `table.txt`, `table.md`, `table.json`, result files and pictures to `out`.
+
+    Args:
+      case_path: a case file with true poses and points; variants: of its X-rays.
+      workdir: for what the systems are prepared with; asked: the systems.
+      sizes: of these; config: of RadGS-Reg and of the data that networks are trained on, with the seed of everything random.
+      base: folder of RadGS-Reg's base model; None takes the one that is shipped.
+    Returns:
+      the table as text.
+    Raises:
+      InputError: unreadable cases or scans, X-rays without such a variant, or a scene without its true pose.
+    """
+    workdir, out = files.make_folder(workdir), pathlib.Path(out)
+    base, case_file, seed = models.base_folder() if base is None else base, cases.read(case_path), config.seed
+    for scene in case_file.scenes.values():
+        cases.truth(case_file, scene)
+    digests = workdirs.ScanDigests()
+    model, rule = models.load_model(base), workdirs.base_rule(base, config.refine)
+    load = untrained.untrained_loader(model, config.refine, rule, digests)
+    targets = list(dict.fromkeys(workdirs.target_of(volume) for volume in case_file.volumes.values()))
+    folder_of = lambda target: workdir / digests.of(target)
+    subject_of = subjects.subjects(targets, load, folder_of, config, workdir, pathlib.Path(base))
+    runs = [(s, v) for s in asked for v in variants if s.variants is None or v in s.variants]
+    for system, variant in runs:
+        answers.answer_all(case_file, subject_of, system, variant, sizes, seed, out)
+    parts, values = [], {}
+    for variant in variants:
+        ran = [system for system, its in runs if its == variant]
+        rows = [(s.kind, answers.row(case_file, subject_of, s, variant, sizes, seed, out)) for s in ran]
+        values[variant] = [tables.as_values(row) for _, row in rows]
+        for kind, ours, make in (
+            (subjects.RECONSTRUCTION, systems.OURS_WITHHELD, tables.reconstruction),
+            (subjects.REGISTRATION, systems.OURS, tables.registration),
+        ):
+            chosen = [row for its, row in rows if its == kind]
+            if chosen:
+                parts.append((f"{kind}, variant {variant}", *make(chosen, ours)))
+        for system in ran:
+            if system.kind == subjects.REGISTRATION:
+                answers.write_results(case_file, system, variant, sizes, seed, out)
+        pictures.write(out, case_file, subject_of, ran, variant, sizes, seed)
+    return _write(out, parts, values)
+
+
+def _write(out: pathlib.Path, parts: Sequence[tuple[str, Any, Any]], values: dict[str, Any]) -> str:
+    text = "\n\n".join(f"{name}\n{tables.as_text(head, cells)}" for name, head, cells in parts) + "\n"
+    marked = "\n\n".join(f"**{name}**\n\n{tables.as_markdown(head, cells)}" for name, head, cells in parts) + "\n"
+    for name, content in (("table.txt", text), ("table.md", marked)):
+        with files.replacing(out / name) as temporary:
+            temporary.write_text(content)
+    files.write_json(out / "table.json", values)
+    return text
+
+
+def main() -> None:
+    """Runs `make_table` with the flags and prints the table.
+
+    Raises:
+      InputError: no system of such a name, or as `make_table`.
+    """
+    given = flags.FLAGS
+    asked = answers.chosen(given.systems, SYSTEMS)
+    if not asked:
+        wanted = f"beginnings of: {'; '.join(system.title for system in SYSTEMS)}"
+        errors.fail("flags", "--systems", ",".join(given.systems), wanted)
+    workdir, config = pathlib.Path(given.workdir), dataclasses.replace(configs.DEMO, seed=given.seed)
+    case_path = phantom_cases(workdir / "phantom", config) if given.cases is None else given.cases
+    variants = given.variants or VARIANTS[given.preset]
+    print(make_table(case_path, variants, workdir, given.out, asked, subjects.PRESETS[given.preset], config))
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

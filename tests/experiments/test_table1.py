@@ -1,0 +1,152 @@
+"""Table 1: all systems on tiny cases, what they may know, a run that goes on, and the statistics."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+
+from data_pipelines import cases
+from data_pipelines.io import files
+from experiments import table1
+from experiments.comparison import answers
+from experiments.comparison import subjects
+from experiments.comparison import systems
+from experiments.comparison import tables
+from radgs_jax.baselines import ddgs
+from radgs_jax.baselines import diffpose
+from radgs_jax.baselines import diffvox
+from radgs_jax.baselines import gr_car
+from radgs_jax.baselines import r2_gaussian
+from radgs_jax.baselines import sax_nerf
+from radgs_jax.baselines import ts_sar
+
+SIZES = subjects.Sizes(
+    diffvox.Config(side=16, cluttered_side=12, step_mm=8.0, steps=3),
+    sax_nerf.Config(levels=2, table=8, samples=8, windows=1, rays=8, steps=2),
+    gr_car.Config(
+        gaussians=40, capacity=60, side=16, steps=2, interval=1, densify=1, crop_px=32, pixel_mm=3.0, widths=(8, 16)
+    ),
+    r2_gaussian.Config(gaussians=40, capacity=60, steps=2, interval=1, densify=(0, 2)),
+    diffpose.Config(width=4, crop_px=32, step_mm=6.0, steps=2, batch=2, refine_steps=2, patch_px=5),
+    ddgs.Config(surface=20, inside=20, steps=2, listed=16, crop_px=32, pixel_mm=3.0, pose_steps=2),
+    ts_sar.Config(side=2, levels=(4, 8, 8), channels=8, width=8, heads=2, layers=1, steps=2, batch=2),
+    plain_steps=2,
+    pairs=2,
+    phantoms=1,
+    predictor_steps=2,
+    ours_minutes=0.0,
+)
+"""Two steps of everything."""
+
+
+def _bytes(folder):
+    """Name -> content of everything that does not hold a time."""
+    found = sorted(path for path in pathlib.Path(folder).rglob("*") if path.suffix in (".npz", ".png"))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found if path.suffix == ".npz"}
+
+
+@pytest.fixture(scope="module")
+def table(trained, tmp_path_factory):
+    """A table about `real` X-rays of a held-out vertebra of the trained run: (case file, folder with W and T, text)."""
+    folder = tmp_path_factory.mktemp("table1")
+    raw = files.read_json(trained[0] / "eval" / "cases.json")
+    scene = raw["scenes"][0]
+    raw["scenes"], raw["cases"] = [scene], [case for case in raw["cases"] if case["scene"] == scene["id"]][:2]
+    raw["volumes"] = {scene["volume"]: raw["volumes"][scene["volume"]]}
+    path = trained[0] / "eval" / "table1.json"
+    files.write_json(path, raw)
+    text = _made(path, folder, trained)
+    yield path, folder, text
+    path.unlink()
+
+
+def _made(path, folder, trained, asked=systems.SYSTEMS):
+    base = trained[0] / "p2" / "model"
+    return table1.make_table(path, ["real"], folder / "W", folder / "T", asked, SIZES, tiny.config(), base)
+
+
+def test_every_system_has_its_rows_pictures_and_results(table):
+    path, folder, text = table
+    case_file, out = cases.read(path), folder / "T"
+    for system in systems.SYSTEMS:
+        count = sum(line.startswith(f"{system.title}  ") for line in text.splitlines())
+        assert count == (system.variants is None), system.title
+    assert (out / "volumes_real.png").exists() and (out / "poses_real.png").exists()
+    found = json.loads((out / "results_diffpose_vertebra_real.json").read_text())
+    assert [one["id"] for one in found["results"]] == [case.name for case in case_file.cases]
+    zero = next(row for row in json.loads((out / "table.json").read_text())["real"] if row["title"] == "zero volume")
+    # An empty volume scores well by the paper's protocol, which is why both stand there.
+    assert zero["scores"]["ssim_paper"][0] > 0.6 > zero["scores"]["ssim_honest"][0]
+    assert (out / "table.md").read_text().count("| zero volume |") == 1
+
+
+def test_no_system_sees_the_truth(table, trained, tmp_path):
+    """The same bytes where true poses, points and notes about the starts are false."""
+    path, folder, _ = table
+    raw = files.read_json(path)
+    for scene in raw["scenes"]:
+        scene["T_gt"] = (np.array(scene["T_gt"]) + 40.0 * np.eye(4)[:, [3]] @ [[0, 0, 0, 1.0]])[[0, 1, 2, 3]].tolist()
+        scene["T_gt"][3] = [0.0, 0.0, 0.0, 1.0]
+        scene["T_gt"][0][3] += 37.0
+        scene["T_rest"] = np.eye(4).tolist()
+    for case in raw["cases"]:
+        case |= {"bin_mm": [20, 25], "init_mtre_mm": 1.0, "init_rot_deg": 1.0}
+    for volume in raw["volumes"].values():
+        volume["points"], volume["centre"] = (np.array(volume["points"]) + 9.0).tolist(), [0.0, 0.0, 0.0]
+    false = path.with_name("table1_false.json")
+    files.write_json(false, raw)
+    shutil.copytree(folder / "W", tmp_path / "W")
+    _made(false, tmp_path, trained)
+    false.unlink()
+    assert _bytes(tmp_path / "T") == _bytes(folder / "T")
+
+
+def test_a_stopped_run_goes_on_where_it_was(table, trained, tmp_path):
+    path, folder, text = table
+    shutil.copytree(folder / "T", tmp_path / "T")
+    shutil.copytree(folder / "W", tmp_path / "W")
+    kept = sorted((tmp_path / "T" / "answers").rglob("*.npz"))
+    for gone in kept[::5]:
+        gone.unlink()
+    before = {one: one.stat().st_mtime_ns for i, one in enumerate(kept) if i % 5}
+    _made(path, tmp_path, trained)
+    assert _bytes(tmp_path / "T") == _bytes(folder / "T")
+    assert all(one.stat().st_mtime_ns == at for one, at in before.items())
+
+
+def test_other_sizes_are_asked_anew(table):
+    system = next(s for s in systems.SYSTEMS if s.title == "DiffVox")
+    other = dataclasses.replace(SIZES, diffvox=dataclasses.replace(SIZES.diffvox, steps=4))
+    assert answers.digest(system, SIZES, 0) != answers.digest(system, other, 0)
+    assert answers.digest(system, SIZES, 0) == answers.digest(system, dataclasses.replace(SIZES, plain_steps=9), 0)
+
+
+def _row(title, error, scenes):
+    values = {"start_mm": np.full(len(error), 3.0), "error_mm": np.asarray(error, float)}
+    return tables.Row(title, tuple(scenes), values, np.ones(len(error)), np.ones(len(error)), 0.0, 0)
+
+
+def test_systems_are_tested_by_scene_and_corrected_for_their_number():
+    """Holm's correction as it reads: the k-th smallest of n p-values times n - k, and never below the one before."""
+    assert tables.holm([0.01, 0.04, 0.03, math.nan]) == pytest.approx([0.03, 0.06, 0.06, math.nan], nan_ok=True)
+    rng = np.random.default_rng(0)
+    scenes = np.repeat([f"s{i}" for i in range(10)], 3)
+    ours = _row("ours", rng.uniform(0, 0.1, 30), scenes)
+    worse, same = _row("worse", ours.scores["error_mm"] + 1.0, scenes), _row("same", ours.scores["error_mm"], scenes)
+    found = tables.against(ours, [worse, same], "error_mm")
+    # Ten scenes that all differ in one direction: 2 / 2^10, one test that counts.
+    assert found[0] == pytest.approx(2.0 / 2**10) and math.isnan(found[1])
+
+
+def test_intervals_draw_whole_scenes():
+    scenes = ["a"] * 50 + ["b"] * 50
+    row = _row("x", [0.0] * 50 + [1.0] * 50, scenes)
+    assert tables.interval(row, "error_mm", np.mean) == (0.0, 1.0)
+    head, cells = tables.registration([row, _row("y", [0.2] * 100, scenes)], "y")
+    assert [line[0] for line in cells] == ["y", "x"] and len(head) == len(cells[0])
+    assert tables.as_markdown(head, cells).splitlines()[2].startswith("| y | 100 |")
