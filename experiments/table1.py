@@ -20,6 +20,7 @@ from experiments.comparison import pictures
 from experiments.comparison import subjects
 from experiments.comparison import systems
 from experiments.comparison import tables
+from experiments.comparison.answers import Table
 from experiments.comparison.subjects import Sizes
 from experiments.comparison.subjects import System
 from experiments.comparison.systems import SYSTEMS
@@ -75,7 +76,7 @@ def make_table(
       InputError: unreadable cases or scans, X-rays without such a variant, or a scene without its true pose.
     """
     workdir, out = files.make_folder(workdir), pathlib.Path(out)
-    base, case_file, seed = models.base_folder() if base is None else base, cases.read(case_path), config.seed
+    base, case_file = models.base_folder() if base is None else base, cases.read(case_path)
     for scene in case_file.scenes.values():
         cases.truth(case_file, scene)
     digests = workdirs.ScanDigests()
@@ -84,13 +85,14 @@ def make_table(
     targets = list(dict.fromkeys(workdirs.target_of(volume) for volume in case_file.volumes.values()))
     folder_of = lambda target: workdir / digests.of(target)
     subject_of = subjects.subjects(targets, load, folder_of, config, workdir, pathlib.Path(base))
+    table = Table(case_file, subject_of, sizes, config.seed, out)
     runs = [(s, v) for s in asked for v in variants if s.variants is None or v in s.variants]
     for system, variant in runs:
-        answers.answer_all(case_file, subject_of, system, variant, sizes, seed, out)
+        answers.answer_all(table, system, variant)
     parts, values = [], {}
     for variant in variants:
         ran = [system for system, its in runs if its == variant]
-        rows = [(s.kind, answers.row(case_file, subject_of, s, variant, sizes, seed, out)) for s in ran]
+        rows = [(system.kind, answers.row(table, system, variant)) for system in ran]
         values[variant] = [tables.as_values(row) for _, row in rows]
         for kind, ours, make in (
             (subjects.RECONSTRUCTION, systems.OURS_WITHHELD, tables.reconstruction),
@@ -101,8 +103,8 @@ def make_table(
                 parts.append((f"{kind}, variant {variant}", *make(chosen, ours)))
         for system in ran:
             if system.kind == subjects.REGISTRATION:
-                answers.write_results(case_file, system, variant, sizes, seed, out)
-        pictures.write(out, case_file, subject_of, ran, variant, sizes, seed)
+                answers.write_results(table, system, variant)
+        pictures.write(table, ran, variant)
     return _write(out, parts, values)
 
 

@@ -1,10 +1,12 @@
 """Answers of the systems of Table 1 on a case file: made once, kept on disk, and scored."""
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import re
 import zlib
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from experiments.comparison.subjects import Given
 from experiments.comparison.subjects import Sizes
 from experiments.comparison.subjects import Subject
 from experiments.comparison.subjects import System
+from experiments.patients.workdir import Target
 from experiments.patients.workdir import target_of
 from experiments.runtime import compile_times
 from experiments.runtime import progress
@@ -27,6 +30,28 @@ from radgs_jax.geometry import resample
 
 DIGEST_CHARACTERS = 16
 """Length of the digest of a system's sizes: 64 bits."""
+ARRAYS = {subjects.REGISTRATION: ("world_from_ct",), subjects.RECONSTRUCTION: ("density", "world_from_index")}
+"""Names of the arrays of a kept answer, of each kind of system."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What a table is made of.
+
+    Attributes:
+      case_file: with true poses and points, which are for scores alone; subject_of: the subject of each target in it.
+      sizes, seed: as in `System`; out: folder of the answers.
+    """
+
+    case_file: cases.CaseFile
+    subject_of: Mapping[Target, Subject]
+    sizes: Sizes
+    seed: int
+    out: pathlib.Path
+
+    def subject(self, scene: str) -> Subject:
+        """The subject of a scene."""
+        return self.subject_of[target_of(self.case_file.volumes[self.case_file.scenes[scene].volume])]
 
 
 def slug(title: str) -> str:
@@ -61,10 +86,10 @@ def items(case_file: cases.CaseFile, system: System) -> list[Item]:
     return found
 
 
-def _paths(out, system, mark, variant, item):
-    """Files of an answer, of its times and of its score."""
-    folder = pathlib.Path(out) / "answers" / slug(system.title) / f"{variant}_{mark}"
-    return folder / f"{item.name}.npz", folder / f"{item.name}_times.json", folder / f"{item.name}_score.json"
+def _path(table, system, variant, item, ending):
+    """The file of an item's answer, '.npz', of its times, '_times.json', or of its score, '_score.json'."""
+    mark = digest(system, table.sizes, table.seed)
+    return table.out / "answers" / slug(system.title) / f"{variant}_{mark}" / f"{item.name}{ending}"
 
 
 def _key(seed, system, variant, item):
@@ -72,49 +97,38 @@ def _key(seed, system, variant, item):
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def answer_all(
-    case_file: cases.CaseFile,
-    subject_of: dict[Any, Subject],
-    system: System,
-    variant: str,
-    sizes: Sizes,
-    seed: int,
-    out: pathlib.Path,
-) -> None:
-    """Asks a system about all cases of a variant, as far as its answers are not there yet.
-
-    Args:
-      case_file: of which X-rays, cameras and start poses are used; subject_of: by target.
-      sizes, seed: as in `System`; out: folder of the table.
-    """
-    mark = digest(system, sizes, seed)
-    asked = items(case_file, system)
-    missing = [item for item in asked if not _paths(out, system, mark, variant, item)[0].exists()]
-    prepared: dict[str, Any] = {}
+def answer_all(table: Table, system: System, variant: str) -> None:
+    """Asks a system about all cases of a variant, as far as its answers are not there yet. Nothing true is used."""
+    asked = items(table.case_file, system)
+    missing = [item for item in asked if not _path(table, system, variant, item, ".npz").exists()]
+    # Cases of one scene follow each other.
+    xrays_of = functools.lru_cache(1)(lambda scene: cases.read_xrays(table.case_file.scenes[scene], variant))
+    prepared: dict[Target, Any] = {}
     with progress.bar(len(asked), f"{system.title}: {variant}", len(asked) - len(missing)) as bar:
         for item in missing:
-            scene = case_file.scenes[item.scene]
-            subject = subject_of[target_of(case_file.volumes[scene.volume])]
-            if system.prepare is not None and scene.volume not in prepared:
-                prepared[scene.volume], _ = system.prepare(subject, sizes, seed)
-            given = Given(cases.read_xrays(scene, variant), variant, item.case.world_from_ct)
-            key = _key(seed, system, variant, item)
+            subject = table.subject(item.scene)
+            if system.prepare is not None and subject.target not in prepared:
+                prepared[subject.target], _ = system.prepare(subject, table.sizes, table.seed)
+            given = Given(xrays_of(item.scene), variant, item.case.world_from_ct)
+            key = _key(table.seed, system, variant, item)
             with compile_times.Stopwatch() as watch:
-                found = system.answer(subject, given, prepared.get(scene.volume), sizes, key)
-            path, times, _ = _paths(out, system, mark, variant, item)
-            files.make_folder(path.parent)
-            files.write_json(times, watch.times())
+                found = system.answer(subject, given, prepared.get(subject.target), table.sizes, key)
+            files.write_json(_path(table, system, variant, item, "_times.json"), watch.times())
             if system.kind == subjects.REGISTRATION:
-                files.write_npz(path, world_from_ct=np.asarray(found, np.float64))
+                arrays = (np.asarray(found, np.float64),)
             else:
-                density, world_from_index = found
-                arrays = {"density": np.asarray(density, np.float16), "world_from_index": world_from_index}
-                files.write_npz(path, **arrays)
+                arrays = np.asarray(found[0], np.float16), found[1]
+            files.write_npz(_path(table, system, variant, item, ".npz"), **dict(zip(ARRAYS[system.kind], arrays)))
             bar.update()
 
 
-def _volume_score(case_file, subject, item, answer):
-    vertebra, truth = subject.prepared.vertebra, cases.truth(case_file, case_file.scenes[item.scene])
+def kept_answer(table: Table, system: System, variant: str, item: Item) -> dict[str, np.ndarray]:
+    """The answer of a system about one item, as it is kept: its `ARRAYS`."""
+    return files.read_npz(_path(table, system, variant, item, ".npz"), *ARRAYS[system.kind])
+
+
+def _volume_score(subject, truth, answer):
+    vertebra = subject.prepared.vertebra
     ct_from_grid, shape = resample.evaluation_grid(vertebra), resample.GRID_SHAPE
     in_ct = lambda volume, affine, order=1: resample.resample(volume, affine, ct_from_grid, shape, order=order)
     estimate = in_ct(answer["density"].astype(np.float32), np.linalg.inv(truth) @ answer["world_from_index"])
@@ -123,40 +137,30 @@ def _volume_score(case_file, subject, item, answer):
     return metrics.reconstruction_scores(estimate, density, near)
 
 
-def _pose_score(case_file, item, answer):
-    scene = case_file.scenes[item.scene]
-    points, truth = cases.points(case_file, scene.volume), cases.truth(case_file, scene)
+def _score(table, system, variant, item):
+    answer, scene = kept_answer(table, system, variant, item), table.case_file.scenes[item.scene]
+    truth = cases.truth(table.case_file, scene)
+    if system.kind == subjects.RECONSTRUCTION:
+        return _volume_score(table.subject(item.scene), truth, answer)
+    points = cases.points(table.case_file, scene.volume)
     poses = {"start_mm": item.case.world_from_ct, "error_mm": answer["world_from_ct"]}
     return {name: metrics.mtre(points, pose, truth) for name, pose in poses.items()}
 
 
-def row(
-    case_file: cases.CaseFile,
-    subject_of: dict[Any, Subject],
-    system: System,
-    variant: str,
-    sizes: Sizes,
-    seed: int,
-    out: pathlib.Path,
-) -> tables.Row:
-    """The scores of a system's answers, which true poses enter here for the first time; arguments as `answer_all`."""
-    mark, scores, times, asked = digest(system, sizes, seed), [], [], items(case_file, system)
+def row(table: Table, system: System, variant: str) -> tables.Row:
+    """The scores of a system's answers, which true poses enter here for the first time."""
+    scores, times, asked = [], [], items(table.case_file, system)
     for item in asked:
-        _, times_path, score_path = _paths(out, system, mark, variant, item)
-        if not score_path.exists():
-            answer = kept_answer(system, variant, item, sizes, seed, out)
-            if system.kind == subjects.REGISTRATION:
-                score = _pose_score(case_file, item, answer)
-            else:
-                volume = case_file.volumes[case_file.scenes[item.scene].volume]
-                score = _volume_score(case_file, subject_of[target_of(volume)], item, answer)
-            files.write_json(score_path, score)
-        scores.append(files.read_json(score_path))
-        times.append(files.read_json(times_path))
-    used = [
-        subject_of[target_of(case_file.volumes[name])] for name in {case_file.scenes[i.scene].volume for i in asked}
+        path = _path(table, system, variant, item, "_score.json")
+        if not path.exists():
+            files.write_json(path, _score(table, system, variant, item))
+        scores.append(files.read_json(path))
+        times.append(files.read_json(_path(table, system, variant, item, "_times.json")))
+    used = {subject.target: subject for subject in (table.subject(item.scene) for item in asked)}
+    costs = [
+        system.prepare(subject, table.sizes, table.seed)[1] if system.prepare else subjects.Cost()
+        for subject in used.values()
     ]
-    costs = [system.prepare(subject, sizes, seed)[1] if system.prepare else subjects.Cost() for subject in used]
     return tables.Row(
         system.title,
         tuple(item.scene for item in asked),
@@ -169,25 +173,15 @@ def row(
     )
 
 
-def write_results(
-    case_file: cases.CaseFile, system: System, variant: str, sizes: Sizes, seed: int, out: pathlib.Path
-) -> None:
+def write_results(table: Table, system: System, variant: str) -> None:
     """A registering system's answers as a result file of the case format."""
-    mark, results = digest(system, sizes, seed), []
-    for item in items(case_file, system):
-        _, times, _ = _paths(out, system, mark, variant, item)
-        pose = kept_answer(system, variant, item, sizes, seed, out)["world_from_ct"]
-        results.append({"id": item.name, "T": pose.tolist(), **files.read_json(times)})
-    name = slug(system.title)
-    cases.write_results(pathlib.Path(out) / f"results_{name}_{variant}.json", system.title, variant, results)
-
-
-def kept_answer(
-    system: System, variant: str, item: Item, sizes: Sizes, seed: int, out: pathlib.Path
-) -> dict[str, np.ndarray]:
-    """The answer of a system about one item, as it is kept: `world_from_ct`, or `density` and `world_from_index`."""
-    names = ("world_from_ct",) if system.kind == subjects.REGISTRATION else ("density", "world_from_index")
-    return files.read_npz(_paths(out, system, digest(system, sizes, seed), variant, item)[0], *names)
+    results = []
+    for item in items(table.case_file, system):
+        pose = kept_answer(table, system, variant, item)["world_from_ct"]
+        times = files.read_json(_path(table, system, variant, item, "_times.json"))
+        results.append({"id": item.name, "T": pose.tolist(), **times})
+    path = table.out / f"results_{slug(system.title)}_{variant}.json"
+    cases.write_results(path, system.title, variant, results)
 
 
 def chosen(titles: Sequence[str], known: Sequence[System]) -> list[System]:

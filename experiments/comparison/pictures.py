@@ -1,7 +1,5 @@
 """Pictures like the paper's figures 2 and 3: each system's reconstruction in three slices, and its pose in both X-rays."""
 
-import pathlib
-from collections.abc import Mapping
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,11 +8,8 @@ from matplotlib.figure import Figure
 from data_pipelines import cases
 from experiments.comparison import answers
 from experiments.comparison import subjects
-from experiments.comparison.subjects import Sizes
-from experiments.comparison.subjects import Subject
+from experiments.comparison.answers import Table
 from experiments.comparison.subjects import System
-from experiments.patients.workdir import Target
-from experiments.patients.workdir import target_of
 from experiments.reports import pictures
 from experiments.reports.plots import save
 from radgs_jax import losses
@@ -45,36 +40,24 @@ def _title(axes, text):
     axes.set_ylabel(text.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=8)
 
 
-def write(
-    out: pathlib.Path,
-    case_file: cases.CaseFile,
-    subject_of: Mapping[Target, Subject],
-    systems: Sequence[System],
-    variant: str,
-    sizes: Sizes,
-    seed: int,
-) -> None:
-    """Writes `out`/volumes_VARIANT.png and `out`/poses_VARIANT.png of the case file's first scene and first case.
+def write(table: Table, systems: Sequence[System], variant: str) -> None:
+    """Writes volumes_VARIANT.png and poses_VARIANT.png of the first scene and the first case to the table's folder.
 
-    Every slice has the same grey scale, 0 to `losses.DENSITY_RANGE` 1/mm. True poses are drawn, too; arguments as `answers.row`.
+    Every slice has the same grey scale, 0 to `losses.DENSITY_RANGE` 1/mm. True poses are drawn, too.
     """
-    case = case_file.cases[0]
-    scene = case_file.scenes[case.scene]
-    subject, truth = subject_of[target_of(case_file.volumes[scene.volume])], cases.truth(case_file, scene)
-    found = {
-        system.title: answers.kept_answer(system, variant, answers.items(case_file, system)[0], sizes, seed, out)
-        for system in systems
-    }
-    kinds = {
-        kind: [s.title for s in systems if s.kind == kind] for kind in (subjects.RECONSTRUCTION, subjects.REGISTRATION)
-    }
-    if kinds[subjects.RECONSTRUCTION]:
-        chosen = {title: found[title] for title in kinds[subjects.RECONSTRUCTION]}
-        _volumes(out / f"volumes_{variant}.png", subject, truth, chosen)
-    if kinds[subjects.REGISTRATION]:
-        poses = {title: found[title]["world_from_ct"] for title in kinds[subjects.REGISTRATION]}
+    case_file = table.case_file
+    scene = case_file.scenes[case_file.cases[0].scene]
+    subject, truth = table.subject(scene.name), cases.truth(case_file, scene)
+    found = {kind: {} for kind in answers.ARRAYS}
+    for system in systems:
+        first = answers.items(case_file, system)[0]
+        found[system.kind][system.title] = answers.kept_answer(table, system, variant, first)
+    if volumes := found[subjects.RECONSTRUCTION]:
+        _volumes(table.out / f"volumes_{variant}.png", subject, truth, volumes)
+    if kept := found[subjects.REGISTRATION]:
+        poses = {title: answer["world_from_ct"] for title, answer in kept.items()}
         points = cases.points(case_file, scene.volume)
-        _poses(out / f"poses_{variant}.png", subject, cases.read_xrays(scene, variant), truth, poses, points)
+        _poses(table.out / f"poses_{variant}.png", subject, cases.read_xrays(scene, variant), truth, poses, points)
 
 
 def _volumes(path, subject, truth, found):

@@ -104,28 +104,19 @@ def ours_withheld(subject: Subject, given: Given, params: Any, sizes: Sizes, key
 def prepare_predictor(subject: Subject, sizes: Sizes, seed: int) -> tuple[Any, Cost]:
     """3DGR-CAR's predictor of centres, trained once for all patients, on phantoms."""
     config, model_config, own = sizes.gr_car, subject.prepared.model.config, subject.config
-    path = training.place(
-        subject.shared_folder, "gr_car", (config, sizes.pairs, sizes.phantoms, sizes.predictor_steps), seed
-    )
+    folder, size = subject.shared_folder, (config, sizes.pairs, sizes.phantoms, sizes.predictor_steps)
+
+    def pairs():
+        seeds = [data_stages.P1_SEED + data_stages.SEEDS_PER_RUN * own.seed + i for i in range(sizes.phantoms)]
+        with progress.bar(len(seeds), "phantoms") as bar:
+            scans_made = scan_files.phantoms(folder / "scans", seeds, own.phantom, bar.update)
+        vertebrae = [(*one, label) for one in scans_made for label in own.labels]
+        count = max(1, sizes.pairs // len(own.labels))
+        with progress.bar(len(vertebrae) * (2 + count), "pairs") as bar:
+            settings = count, seed, own.pairs, model_config.gaussians
+            return build.simulated_pairs(folder / "pairs", vertebrae, *settings, on_done=bar.update)
+
     init = lambda: gr_car.init(config, jax.random.key(seed))
     update = lambda mesh: gr_car.make_update(mesh, config, model_config)
-    if path.exists():
-        return training.kept_params(path, init, lambda: None)
-    seeds = [data_stages.P1_SEED + data_stages.SEEDS_PER_RUN * own.seed + i for i in range(sizes.phantoms)]
-    with progress.bar(len(seeds), "phantoms") as bar:
-        scans_made = scan_files.phantoms(subject.shared_folder / "scans", seeds, own.phantom, bar.update)
-    vertebrae = [(*one, label) for one in scans_made for label in own.labels]
-    count = max(1, sizes.pairs // len(own.labels))
-    with progress.bar(len(vertebrae) * (2 + count), "pairs") as bar:
-        pair_set = build.simulated_pairs(
-            subject.shared_folder / "pairs",
-            vertebrae,
-            count,
-            seed,
-            own.pairs,
-            model_config.gaussians,
-            1,
-            on_done=bar.update,
-        )
     settings = sizes.predictor_steps, PREDICTOR_BATCH, PREDICTOR_RATE, seed, own
-    return training.trained_params(path, init, update, "gcp", pair_set, *settings)
+    return training.trained_params(training.place(folder, "gr_car", size, seed), init, update, "gcp", pairs, *settings)

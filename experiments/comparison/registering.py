@@ -1,7 +1,6 @@
 """The registering systems of Table 1: how each is prepared, and what it answers."""
 
 import dataclasses
-import time
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.io import files
 from data_pipelines.simulation import carm
 from data_pipelines.simulation import quick
 from experiments.comparison import training
@@ -31,14 +29,13 @@ from radgs_jax.baselines import plain
 from radgs_jax.baselines import ts_sar
 from radgs_jax.geometry import rigid_host
 from radgs_jax.geometry.xray import XRay
-from radgs_jax.models import backbones
 from radgs_jax.registration import pipeline
 from radgs_jax.registration import pyramid
 from radgs_jax.registration.prepared import Prepared
 
 THREE = "crop_volume", "crop_volume", "vertebra_volume"
-"""What render-and-compare moves first, then and last where it works best: the crop shows what the X-rays show, the vertebra alone
-moves by itself."""
+"""Volumes that render-and-compare moves one after the other where it works best: the crop shows most of what X-rays of a body show;
+the vertebra alone, at last, is free of neighbours that have moved."""
 TARGET_STEP_MM = 0.5
 """Distance of samples along rays of DDGS-CT's targets, mm. Half changes them by less than its own error."""
 TRAINING_DEG, TURN_DEG, TRAINING_VIEWS = 15.0, 10.0, 30
@@ -135,56 +132,58 @@ def ddgs_pose(
     return ddgs.register(params, sizes.ddgs, seen, cameras, start)
 
 
-def _patient_pairs(subject, sizes, targets):
-    config = dataclasses.replace(
-        subject.config, p3=dataclasses.replace(subject.config.p3, pairs=sizes.pairs, ct_pairs=1)
-    )
-    return preparing.pairs_of(config, subject.folder, targets, subject.prepared.model.config.gaussians)
+def _trained(subject, sizes, seed, tree, name, size, targets, init, update, steps, batch, rate):
+    """Parameters of a network that is trained on pairs of `targets`, and their cost; init: (key) -> {tree: parameters}."""
+    config = subject.config
+
+    def pairs():
+        stage = dataclasses.replace(config.p3, pairs=sizes.pairs, ct_pairs=1)
+        count = subject.prepared.model.config.gaussians
+        return preparing.pairs_of(dataclasses.replace(config, p3=stage), subject.folder, targets, count)
+
+    path, first = training.place(subject.folder, name, (size, sizes.pairs), seed), lambda: init(jax.random.key(seed))
+    return training.trained_params(path, first, update, tree, pairs, steps, batch, rate, seed, config)
 
 
 def prepare_diffpose(subject: Subject, sizes: Sizes, seed: int) -> tuple[Any, Cost]:
     """Trains DiffPose's network on pairs of this vertebra."""
-    config, model_config, label = sizes.diffpose, subject.prepared.model.config, subject.target.label
-    path = training.place(subject.folder, f"diffpose_{label}", (config, sizes.pairs), seed)
-    init = lambda: diffpose.init(config, model_config, jax.random.key(seed))
+    config, model_config = sizes.diffpose, subject.prepared.model.config
+    init = lambda key: diffpose.init(config, model_config, key)
     update = lambda mesh: diffpose.make_update(mesh, *subject.vertebra_volume, config, model_config)
-    pair_set = _patient_pairs(subject, sizes, [subject.target])
-    settings = config.steps, config.batch, config.learning_rate, seed, subject.config
-    return training.trained_params(path, init, update, "diffpose", pair_set, *settings)
+    what = "diffpose", f"diffpose_{subject.target.label}", config, [subject.target]
+    return _trained(subject, sizes, seed, *what, init, update, config.steps, config.batch, config.learning_rate)
 
 
 def prepare_ts_sar(subject: Subject, sizes: Sizes, seed: int) -> tuple[Any, Cost]:
     """Trains both steps of TS-SAR on pairs of this vertebra."""
-    config, model_config, label = sizes.ts_sar, subject.prepared.model.config, subject.target.label
-    path = training.place(subject.folder, f"ts_sar_{label}", (config, sizes.pairs), seed)
-    init = lambda: ts_sar.init(config, model_config, jax.random.key(seed))
+    config, model_config = sizes.ts_sar, subject.prepared.model.config
+    init = lambda key: ts_sar.init(config, model_config, key)
     update = lambda mesh: ts_sar.make_update(mesh, config, model_config)
-    pair_set = _patient_pairs(subject, sizes, [subject.target])
-    settings = config.steps, config.batch, config.rate, seed, subject.config
-    return training.trained_params(path, init, update, "ts_sar", pair_set, *settings)
+    what = "ts_sar", f"ts_sar_{subject.target.label}", config, [subject.target]
+    return _trained(subject, sizes, seed, *what, init, update, config.steps, config.batch, config.rate)
 
 
 def prepare_plain(subject: Subject, sizes: Sizes, seed: int) -> tuple[Any, Cost]:
     """Trains the plain network on pairs of all the scan's vertebrae."""
-    config, model_config = plain.PlainConfig(), subject.prepared.model.config
-    path = training.place(subject.folder, "plain", (config, sizes.pairs, sizes.plain_steps), seed)
-    init = lambda: plain.init(config, model_config, jax.random.key(seed))
+    config, model_config, own = plain.PlainConfig(), subject.prepared.model.config, subject.config
+    init = lambda key: plain.init(config, model_config, key)
     update = lambda mesh: plain.make_update(mesh, config, model_config)
-    pair_set = _patient_pairs(subject, sizes, subject.targets)
-    settings = sizes.plain_steps, subject.config.batch, subject.config.p3.learning_rate, seed, subject.config
-    return training.trained_params(path, init, update, "plain", pair_set, *settings)
+    what = "plain", "plain", (config, sizes.plain_steps), subject.targets
+    return _trained(subject, sizes, seed, *what, init, update, sizes.plain_steps, own.batch, own.p3.learning_rate)
 
 
 def prepare_ours(subject: Subject, sizes: Sizes, seed: int) -> tuple[Prepared, Cost]:
     """The subject's `Prepared` with a network that was trained on its scan, and the cost of that."""
     folder = subject.folder / "baselines" / f"ours_{sizes.ours_minutes:g}"
-    began, done = time.process_time(), (folder / "manifest.json").exists()
-    preparing.prepare(subject.config, folder, subject.targets, subject.base, sizes.ours_minutes)
-    if not done:
-        spent = time.process_time() - began
-        parameters = backbones.count_parameters(subject.prepared.model.params)
-        files.write_json(folder.with_suffix(".json"), {"cpu_s": spent, "parameters": parameters})
-    return workdir.loader(folder)(subject.target), Cost(**files.read_json(folder.with_suffix(".json")))
+    cost = folder.with_name(f"{folder.name}.json")
+
+    def make():
+        preparing.prepare(subject.config, folder, subject.targets, subject.base, sizes.ours_minutes)
+        return subject.prepared.model.params
+
+    if not cost.exists():
+        training.with_cost(cost, folder.exists(), make)
+    return workdir.loader(folder)(subject.target), training.kept_cost(cost)
 
 
 def _turned(rng):

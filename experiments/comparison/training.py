@@ -25,17 +25,27 @@ DIGEST_CHARACTERS = 8
 """Length of the digest in a file's name: 32 bits, for the few sizes that a person tries."""
 
 
+def with_cost(path: pathlib.Path, resumed: bool, make: Callable[[], Any]) -> Any:
+    """What `make` makes, parameters; what it cost is kept at `path`. resumed: whether it goes on where it was stopped."""
+    began = time.process_time()
+    params = make()
+    spent = math.nan if resumed else time.process_time() - began
+    files.write_json(path, {"cpu_s": spent, "parameters": backbones.count_parameters(params)})
+    return params
+
+
+def kept_cost(path: pathlib.Path) -> Cost:
+    """What is kept by `with_cost`."""
+    return Cost(**files.read_json(path, nan=True))
+
+
 def kept_params(path: pathlib.Path, init: Callable[[], Any], make: Callable[[], Any]) -> tuple[Any, Cost]:
     """Parameters in a file, which `make` makes where it is not there, and their cost; `init` gives their names and shapes."""
+    cost = path.with_suffix(".json")
     if not path.exists():
-        resumed, began = path.with_suffix("").exists(), time.process_time()
-        params = make()
-        files.make_folder(path.parent)
-        spent = math.nan if resumed else time.process_time() - began
-        files.write_json(path.with_suffix(".json"), {"cpu_s": spent, "parameters": backbones.count_parameters(params)})
+        params = with_cost(cost, path.with_suffix("").exists(), make)
         parameter_files.write(path, {"format": FORMAT}, parameter_files.flat(params))
-    params = flax.traverse_util.unflatten_dict(parameter_files.read(path, init), sep=".")
-    return params, Cost(**files.read_json(path.with_suffix(".json"), nan=True))
+    return flax.traverse_util.unflatten_dict(parameter_files.read(path, init), sep="."), kept_cost(cost)
 
 
 def place(folder: pathlib.Path, name: str, size: object, seed: int) -> pathlib.Path:
@@ -49,7 +59,7 @@ def trained_params(
     init: Callable[[], Any],
     update: Callable[[jax.sharding.Mesh], Callable[..., Any]],
     tree: str,
-    pair_set: PairSet,
+    pairs: Callable[[], PairSet],
     steps: int,
     batch: int,
     rate: float,
@@ -60,6 +70,7 @@ def trained_params(
 
     Args:
       init: makes {tree: parameters}; update: makes the training step of a mesh, as `update.update_of`.
+      pairs: makes what it is trained on; called where the parameters are not there.
       steps, batch, rate: their number, pairs in each, and the peak of the learning rate; config: how often to save.
     Raises:
       DivergedError: as `loop.run_steps`.
@@ -75,7 +86,7 @@ def trained_params(
             mesh,
             state,
             update(mesh),
-            pair_set.batches(seed, batch),
+            pairs().batches(seed, batch),
             seed=seed,
             learning_rate=rate,
             steps=steps,

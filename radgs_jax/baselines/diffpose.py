@@ -227,10 +227,8 @@ def score(
     """Half the correlation of whole images and half that of patches, summed over windows, of a volume at given poses."""
     at_pose = dataclasses.replace(views, camera_from_box=camera_from_box)
     drawn = box.render(volume, VoxelGrid(jnp.asarray(box_from_index), volume.shape), at_pose, config.step_mm)
-    # Moments of a bright image's patches lose float32's precision unless the image is centred.
-    drawn, seen = (image - jnp.mean(image, (1, 2), keepdims=True) for image in (drawn, views.images))
-    whole = similarity.ncc(drawn, seen, views.valid)
-    return jnp.sum(0.5 * whole + 0.5 * similarity.patch_ncc(drawn, seen, views.valid, config.patch_px))
+    compared = drawn, views.images, views.valid
+    return jnp.sum(0.5 * similarity.ncc(*compared) + 0.5 * similarity.patch_ncc(*compared, config.patch_px))
 
 
 def _windows(config, seen, camera_from_world, world_from_box):

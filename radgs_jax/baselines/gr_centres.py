@@ -147,10 +147,6 @@ def first_hits(
     return jnp.any(above, -1), depths[jnp.argmax(above, -1)]
 
 
-def _mean(values, counts):
-    return jnp.sum(jnp.where(counts, values, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
-
-
 def chamfer(
     a: Float[Array, "*batch n 3"],
     a_counts: Bool[Array, "*batch n"],
@@ -164,7 +160,7 @@ def chamfer(
     def one_way(far, a, a_counts, b, b_counts):
         near = jnp.argmin(jnp.where(b_counts[..., None, :], far, jnp.inf), -1)
         away = a - jnp.take_along_axis(b, near[..., None], -2)
-        return _mean(jnp.sqrt(jnp.sum(away**2, -1) + 1e-6), a_counts)
+        return box.masked_mean(jnp.sqrt(jnp.sum(away**2, -1) + 1e-6), a_counts)
 
     return one_way(far, a, a_counts, b, b_counts) + one_way(jnp.swapaxes(far, -1, -2), b, b_counts, a, a_counts)
 
@@ -174,12 +170,14 @@ def depth_error(
 ) -> Float[jax.Array, ""]:
     """Scale-invariant error of log depths, absolute error, and absolute error of differences between neighbours, where hit."""
     log = jnp.log(found) - jnp.log(wanted)
-    silog = jnp.sqrt(jnp.maximum(_mean(log**2, hit) - SILOG_SHARE * _mean(log, hit) ** 2, 0.0) + 1e-6)
+    silog = jnp.sqrt(
+        jnp.maximum(box.masked_mean(log**2, hit) - SILOG_SHARE * box.masked_mean(log, hit) ** 2, 0.0) + 1e-6
+    )
     slopes = 0.0
     for axis in (-2, -1):
         both = jax.lax.slice_in_dim(hit, 1, None, axis=axis) & jax.lax.slice_in_dim(hit, 0, -1, axis=axis)
-        slopes += _mean(jnp.abs(jnp.diff(found - wanted, axis=axis)), both)
-    return silog + _mean(jnp.abs(found - wanted), hit) + slopes
+        slopes += box.masked_mean(jnp.abs(jnp.diff(found - wanted, axis=axis)), both)
+    return silog + box.masked_mean(jnp.abs(found - wanted), hit) + slopes
 
 
 def predict(params: Any, widths: tuple[int, ...], views: BoxViews) -> Centres:

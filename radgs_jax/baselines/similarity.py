@@ -28,14 +28,17 @@ def _correlation(mean, a, b):
     return (mean(a * b) - mean_a * mean_b) / jnp.sqrt((variance_a + EPS) * (variance_b + EPS))
 
 
+def _centred(x, valid):
+    """An image less its mean over valid pixels, 0 elsewhere: float32 loses the contrast of squares of bright images."""
+    count = jnp.maximum(jnp.sum(valid, (-2, -1), keepdims=True), 1)
+    mean = jnp.sum(jnp.where(valid, x, 0.0), (-2, -1), keepdims=True) / count
+    return jnp.where(valid, x - mean, 0.0)
+
+
 def ncc(a: Image, b: Image, valid: Pixels) -> Float[jax.Array, "*batch"]:
     """Normalised cross-correlation over all valid pixels."""
-    count = jnp.maximum(jnp.sum(valid, (-2, -1), keepdims=True), 1)
-    # Images are centred first: their means are large beside their contrast.
-    a, b = (
-        jnp.where(valid, x - jnp.sum(jnp.where(valid, x, 0.0), (-2, -1), keepdims=True) / count, 0.0) for x in (a, b)
-    )
-    return _correlation(lambda x: jnp.sum(x, (-2, -1)) / count[..., 0, 0], a, b)
+    count = jnp.maximum(jnp.sum(valid, (-2, -1)), 1)
+    return _correlation(lambda x: jnp.sum(x, (-2, -1)) / count, _centred(a, valid), _centred(b, valid))
 
 
 def patch_ncc(a: Image, b: Image, valid: Pixels, patch_px: int = PATCH_PX) -> Float[jax.Array, "*batch"]:
@@ -46,7 +49,7 @@ def patch_ncc(a: Image, b: Image, valid: Pixels, patch_px: int = PATCH_PX) -> Fl
         return jax.lax.reduce_window(x, 0.0, jax.lax.add, window, (1,) * x.ndim, "VALID") / patch_px**2
 
     whole = mean(valid.astype(a.dtype)) > 1.0 - 0.5 / patch_px**2
-    each = jnp.where(whole, _correlation(mean, a, b), 0.0)
+    each = jnp.where(whole, _correlation(mean, _centred(a, valid), _centred(b, valid)), 0.0)
     return jnp.sum(each, (-2, -1)) / jnp.maximum(jnp.sum(whole, (-2, -1)), 1)
 
 

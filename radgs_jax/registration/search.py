@@ -180,10 +180,6 @@ def refine_pose(
             refined = again(refined)
         return refined
 
-    refined = run(starts, levels, least_fit)
-    if refined.fit[-1] < least_fit:
-        return refined
-
     def in_other_depths(refined):
         if not uneven(refined, search):
             return refined
@@ -198,6 +194,9 @@ def refine_pose(
             return other
         return dataclasses.replace(other, rival_mm=away_mm, margin=margin)
 
+    refined = run(starts, levels, least_fit)
+    if refined.fit[-1] < least_fit:
+        return refined
     refined = in_other_depths(settled(refined))
     for _ in range(search.max_walk if places_mm else 0):
         places = [refined.world_from_box @ _shift((0.0, 0.0, along)) for along in places_mm]

@@ -45,9 +45,9 @@ SIZES = subjects.Sizes(
 
 
 def _bytes(folder):
-    """Name -> content of everything that does not hold a time."""
-    found = sorted(path for path in pathlib.Path(folder).rglob("*") if path.suffix in (".npz", ".png"))
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found if path.suffix == ".npz"}
+    """Name -> content of all answers."""
+    found = sorted(pathlib.Path(folder).rglob("*.npz"))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,12 @@ def table(trained, tmp_path_factory):
     scene = raw["scenes"][0]
     raw["scenes"], raw["cases"] = [scene], [case for case in raw["cases"] if case["scene"] == scene["id"]][:2]
     raw["volumes"] = {scene["volume"]: raw["volumes"][scene["volume"]]}
-    path = trained[0] / "eval" / "table1.json"
+    of_files = [(raw["volumes"][scene["volume"]], ("full_ct", "full_mask")), (scene, ("xrays",))]
+    for value, fields in of_files:
+        value |= {field: str(trained[0] / "eval" / value[field]) for field in fields}
+    path = folder / "cases.json"
     files.write_json(path, raw)
-    text = _made(path, folder, trained)
-    yield path, folder, text
-    path.unlink()
+    return path, folder, _made(path, folder, trained)
 
 
 def _made(path, folder, trained, asked=systems.SYSTEMS):
@@ -90,19 +91,16 @@ def test_no_system_sees_the_truth(table, trained, tmp_path):
     path, folder, _ = table
     raw = files.read_json(path)
     for scene in raw["scenes"]:
-        scene["T_gt"] = (np.array(scene["T_gt"]) + 40.0 * np.eye(4)[:, [3]] @ [[0, 0, 0, 1.0]])[[0, 1, 2, 3]].tolist()
-        scene["T_gt"][3] = [0.0, 0.0, 0.0, 1.0]
         scene["T_gt"][0][3] += 37.0
         scene["T_rest"] = np.eye(4).tolist()
     for case in raw["cases"]:
         case |= {"bin_mm": [20, 25], "init_mtre_mm": 1.0, "init_rot_deg": 1.0}
     for volume in raw["volumes"].values():
         volume["points"], volume["centre"] = (np.array(volume["points"]) + 9.0).tolist(), [0.0, 0.0, 0.0]
-    false = path.with_name("table1_false.json")
+    false = tmp_path / "cases.json"
     files.write_json(false, raw)
     shutil.copytree(folder / "W", tmp_path / "W")
     _made(false, tmp_path, trained)
-    false.unlink()
     assert _bytes(tmp_path / "T") == _bytes(folder / "T")
 
 
