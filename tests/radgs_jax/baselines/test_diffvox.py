@@ -4,33 +4,16 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import lumps
 import numpy as np
 import optax
 import pytest
 
 from radgs_jax.baselines import box
 from radgs_jax.baselines import diffvox
-from radgs_jax.geometry import rigid
 
 TINY = diffvox.Config(side=16, cluttered_side=16, step_mm=3.0, steps=60, rate=0.03)
 KEY = jax.random.key(0)
-
-
-def _views(count, size=24):
-    """Oblique C-arm views, not on one circle, whose principal point is not the middle; pixels of 4.6 mm."""
-    turns, shifts = zip(*[([0.1, -0.2 + 0.9 * i, 0.3 - 0.2 * i], [3.0, -2.0, 700.0 + 5.0 * i]) for i in range(count)])
-    camera_from_box = rigid.transform(rigid.exp_so3(jnp.asarray(turns)), jnp.asarray(shifts))
-    intrinsics = jnp.asarray([[152.0, 150.0, 11.0, 12.5]] * count)
-    images = jnp.zeros((count, size, size))
-    return box.BoxViews(images, jnp.ones_like(images, bool), intrinsics, camera_from_box)
-
-
-def _lump(side, voxel_mm=None):
-    """An anisotropic, off-centre lump of bone, 1/mm, on voxels of the box or of `voxel_mm`."""
-    axis = (np.arange(side) - 0.5 * (side - 1)) * (voxel_mm or box.BOX_MM / side)
-    x, y, z = np.meshgrid(axis, axis, axis, indexing="ij")
-    square = ((x - 9.0) / 10.0) ** 2 + ((y + 6.0) / 16.0) ** 2 + ((z - 3.0) / 24.0) ** 2
-    return jnp.asarray(0.045 * np.exp(-0.5 * square), jnp.float32)
 
 
 def _seen(volume, views):
@@ -38,7 +21,7 @@ def _seen(volume, views):
 
 
 def _psnr(found):
-    truth = _lump(box.SIDE)
+    truth = lumps.voxel_lump()
     near = truth > 0.005
     return -10.0 * np.log10(np.mean((found - truth)[near] ** 2) / box.UNIT_DENSITY**2)
 
@@ -54,7 +37,7 @@ def test_a_voxel_is_the_softplus_of_its_parameter_less_a_shift():
 
 def test_the_loss_is_the_l1_of_valid_pixels_and_five_times_the_total_variation():
     rng = np.random.default_rng(0)
-    views, x = _views(2), rng.uniform(0.0, 0.5, (8, 8, 8))
+    views, x = lumps.oblique_views(2), rng.uniform(0.0, 0.5, (8, 8, 8))
     target = rng.uniform(0.0, 2.0, views.images.shape)
     valid = rng.uniform(size=target.shape) < 0.6
     volume = np.log1p(np.exp(20.0 * (x - 0.3))) / 20.0
@@ -87,7 +70,7 @@ def test_the_rate_follows_one_cycle_and_the_moment_goes_against_it():
 
 @pytest.mark.parametrize("value", [np.nan, 1e6])
 def test_an_invalid_pixel_never_changes_the_result(value):
-    views = _seen(_lump(16), _views(2))
+    views = _seen(lumps.voxel_lump(16), lumps.oblique_views(2))
     valid = jnp.asarray(np.random.default_rng(2).uniform(size=views.images.shape) < 0.7)
     config = dataclasses.replace(TINY, steps=5)
     clean = diffvox.fit(config, views.replace(valid=valid), KEY)
@@ -96,7 +79,7 @@ def test_an_invalid_pixel_never_changes_the_result(value):
 
 
 def test_without_a_valid_pixel_the_box_stays_empty():
-    views = _seen(_lump(16), _views(2))
+    views = _seen(lumps.voxel_lump(16), lumps.oblique_views(2))
     found = diffvox.fit(dataclasses.replace(TINY, steps=5), views.replace(valid=jnp.zeros_like(views.valid)), KEY)
     assert found.shape == (box.SIDE,) * 3
     assert 0.0 <= np.min(found) and np.max(found) < 5e-4
@@ -104,18 +87,20 @@ def test_without_a_valid_pixel_the_box_stays_empty():
 
 def test_more_views_show_more_of_an_oblique_lump():
     config = dataclasses.replace(TINY, steps=150)
-    scores = [_psnr(diffvox.fit(config, _seen(_lump(48), _views(count)), KEY)) for count in (1, 4)]
-    assert scores[0] > _psnr(0.0 * _lump(box.SIDE))
+    scores = [
+        _psnr(diffvox.fit(config, _seen(lumps.voxel_lump(48), lumps.oblique_views(count)), KEY)) for count in (1, 4)
+    ]
+    assert scores[0] > _psnr(0.0 * lumps.voxel_lump())
     assert scores[1] > max(scores[0] + 3.0, 22.0)
 
 
 def test_what_is_outside_the_box_goes_to_the_body():
     """A trunk of water around the box: a fit of the box alone has to take it in."""
-    views = _views(3)
+    views = lumps.oblique_views(3)
     body = box.BodyConfig(side=12, voxel_mm=24.0)
     trunk = box.init_body(dataclasses.replace(body, density=0.02), 3)
     around = box.body_image(trunk, body, views)
-    cluttered = _seen(_lump(48), views)
+    cluttered = _seen(lumps.voxel_lump(48), views)
     cluttered = cluttered.replace(images=cluttered.images + around)
     config = dataclasses.replace(TINY, steps=150)
     alone = _psnr(diffvox.fit(config, cluttered, KEY))

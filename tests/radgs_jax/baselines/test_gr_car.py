@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import lumps
 import numpy as np
 import pytest
 import tiny
@@ -45,12 +46,7 @@ def _drawn(cloud, views, size=PX):
 
 @pytest.fixture(scope="module")
 def bone():
-    rng = np.random.default_rng(0)
-    mean = rng.normal(size=(40, 3)) * [10.0, 7.0, 5.0] + [4.0, -6.0, 3.0]
-    quaternion = rng.normal(size=(40, 4))
-    quaternion /= np.linalg.norm(quaternion, axis=-1, keepdims=True)
-    parts = rng.uniform(0.01, 0.03, 40), mean, rng.uniform(4.0, 6.0, (40, 3)), quaternion
-    return Gaussians(*(jnp.asarray(a, jnp.float32) for a in parts))
+    return lumps.gaussian_lump((10.0, 7.0, 5.0), (4.0, 6.0))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import lumps
 import numpy as np
 import pytest
 
@@ -33,13 +34,7 @@ def _views(count):
 
 @pytest.fixture(scope="module")
 def bone():
-    """An off-centre lump of anisotropic, turned Gaussians, mm."""
-    rng = np.random.default_rng(0)
-    mean = rng.normal(size=(40, 3)) * [12.0, 8.0, 5.0] + [4.0, -6.0, 3.0]
-    quaternion = rng.normal(size=(40, 4))
-    quaternion /= np.linalg.norm(quaternion, axis=-1, keepdims=True)
-    parts = rng.uniform(0.01, 0.03, 40), mean, rng.uniform(3.0, 6.0, (40, 3)), quaternion
-    return Gaussians(*(jnp.asarray(a, jnp.float32) for a in parts))
+    return lumps.gaussian_lump((12.0, 8.0, 5.0), (3.0, 6.0))
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import lumps
 import numpy as np
 import pytest
 
 from radgs_jax.baselines import box
 from radgs_jax.baselines import sax_nerf
-from radgs_jax.geometry import rigid
 
 TINY = sax_nerf.Config(
     levels=3,
@@ -27,23 +27,6 @@ TINY = sax_nerf.Config(
     drop=0.5,
 )
 KEY = jax.random.key(0)
-
-
-def _views(count, size=24):
-    """Oblique C-arm views, not on one circle, whose principal point is not the middle; pixels of 4.6 mm."""
-    turns, shifts = zip(*[([0.1, -0.2 + 0.9 * i, 0.3 - 0.2 * i], [3.0, -2.0, 700.0 + 5.0 * i]) for i in range(count)])
-    camera_from_box = rigid.transform(rigid.exp_so3(jnp.asarray(turns)), jnp.asarray(shifts))
-    intrinsics = jnp.asarray([[152.0, 150.0, 11.0, 12.5]] * count)
-    images = jnp.zeros((count, size, size))
-    return box.BoxViews(images, jnp.ones_like(images, bool), intrinsics, camera_from_box)
-
-
-def _lump():
-    """An anisotropic, off-centre lump of bone, 1/mm, on voxels of 1 mm."""
-    axis = np.arange(box.SIDE) - 0.5 * (box.SIDE - 1)
-    x, y, z = np.meshgrid(axis, axis, axis, indexing="ij")
-    square = ((x - 9.0) / 10.0) ** 2 + ((y + 6.0) / 16.0) ** 2 + ((z - 3.0) / 24.0) ** 2
-    return jnp.asarray(0.045 * np.exp(-0.5 * square), jnp.float32)
 
 
 def _net(config, seed=0):
@@ -139,7 +122,7 @@ def test_a_sample_hears_its_segment_alone():
 
 def test_a_constant_density_is_integrated_from_entry_to_exit():
     """Against chords by clipping a ray at each pair of faces, in float64; a ray beside the box has none."""
-    views = _views(2)
+    views = lumps.oblique_views(2)
     sources, directions = (np.asarray(a, np.float64) for a in box.box_rays(views))
     params = jax.tree.map(jnp.zeros_like, _net(TINY))
     for source, along in zip(sources, directions.reshape(2, -1, 3)):
@@ -159,7 +142,7 @@ def test_samples_are_ordered_along_each_ray_and_lie_in_equal_parts_of_it(monkeyp
         return jnp.zeros(points.shape[0])
 
     monkeypatch.setattr(sax_nerf, "density", density)
-    views = _views(1)
+    views = lumps.oblique_views(1)
     sources, directions = box.box_rays(views)
     rays = directions[0, 8:16, 8:16].reshape(-1, 3)
     sax_nerf.integrals({}, TINY, KEY, sources[0], rays)
@@ -185,7 +168,7 @@ def test_pixels_are_whole_windows_and_valid_ones_outside_them():
 
 @pytest.mark.parametrize("body", [None, box.BodyConfig(side=6, voxel_mm=48.0)])
 def test_an_invalid_pixel_never_changes_the_result(body):
-    views = _views(2)
+    views = lumps.oblique_views(2)
     images = jnp.asarray(np.random.default_rng(5).uniform(size=views.images.shape), jnp.float32)
     valid = jnp.asarray(np.random.default_rng(6).uniform(size=images.shape) < 0.2)
     config = dataclasses.replace(TINY, steps=4, body=body)
@@ -198,7 +181,7 @@ def test_an_invalid_pixel_never_changes_the_result(body):
 
 
 def test_the_loss_reaches_every_weight():
-    views = _views(2)
+    views = lumps.oblique_views(2)
     views = views.replace(images=views.images + 0.3)
     net = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(KEY, a.shape), _net(TINY))
     slope = jax.grad(sax_nerf.loss)({"box": net}, KEY, TINY, views)
@@ -215,8 +198,8 @@ def test_the_rate_falls_once():
 
 
 def test_a_lump_appears_where_it_is():
-    views = _views(4)
-    truth = _lump()
+    views = lumps.oblique_views(4)
+    truth = lumps.voxel_lump()
     views = views.replace(images=box.render(truth, box.box_grid(box.SIDE), views, 1.0))
     found = np.asarray(sax_nerf.fit(TINY, views, KEY))
     again = np.asarray(sax_nerf.fit(TINY, views, KEY))
