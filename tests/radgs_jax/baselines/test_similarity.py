@@ -106,3 +106,18 @@ def test_gradients_are_those_of_the_values(x64, both):
     a, b, valid = (x[:, :9, :11] for x in _images(2))
     valid[0, :, :3] = False
     check_grads(lambda a, b: function(a, b, valid), (jnp.asarray(a), jnp.asarray(b)), 1, ["rev"], rtol=1e-6)
+
+
+def test_float32_gradients_are_those_of_float64_on_bright_flat_images():
+    """Squares of 5 with contrasts of 0.05 are rounded by more than the contrasts' own squares differ."""
+    a, b, valid = _images(3)
+    a, b = 5.0 + 0.05 * (a - 4.0), 5.0 + 0.05 * (b - 3.0)
+
+    def slopes(a, b):
+        return jax.grad(lambda a, b: jnp.sum(similarity.patch_ncc(a, b, valid, PATCH)), (0, 1))(a, b)
+
+    found = slopes(*(jnp.asarray(x, jnp.float32) for x in (a, b)))
+    with jax.enable_x64(True):
+        expected = slopes(jnp.asarray(a), jnp.asarray(b))
+    for low, high in zip(found, expected):
+        np.testing.assert_allclose(low, high, atol=1e-3 * np.abs(high).max())
