@@ -126,7 +126,7 @@ def started_cases(
 def fit_to_cases(
     found: Sequence[CalibrationCase],
 ) -> tuple[confidence.AcceptanceRule, list[confidence.Confidence]]:
-    """Fits a rule to cases; each threshold is fitted to the cases that the one before refuses, and to uneven ones.
+    """Fits a rule to cases; each threshold is fitted to the cases that the one before refuses, and to one-sided ones.
 
     Returns:
       the rule, and its verdict on each case.
@@ -138,7 +138,7 @@ def fit_to_cases(
         asked = [
             i
             for i, j in enumerate(judged)
-            if j is None or not j.accepted or search.uneven(found[i].refined, FITTED_SEARCH)
+            if j is None or not j.accepted or search.evenness(found[i].refined) < FITTED_SEARCH.one_sided
         ]
         if not asked:
             break

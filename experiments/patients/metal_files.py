@@ -1,6 +1,7 @@
 """The network that finds metal as one npz file."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -38,7 +39,13 @@ def write_finder(path: pathlib.Path | str, finder: metal.MetalFinder, note: str)
 def read_base() -> metal.MetalFinder | None:
     """The finder of the base model; None where it has none. Raises as `read_finder`."""
     path = models.base_folder() / NAME
-    return read_finder(path) if path.exists() else None
+    return _read_once(path, path.stat().st_mtime_ns) if path.exists() else None
+
+
+@functools.lru_cache(1)
+def _read_once(path, _changed):
+    """`read_finder`, which takes as long as a vertebra's extraction, once for all vertebrae of a patient."""
+    return read_finder(path)
 
 
 def read_finder(path: pathlib.Path | str) -> metal.MetalFinder:

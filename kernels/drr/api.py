@@ -65,22 +65,31 @@ def drr_and_motion(
     height: int,
     width: int,
     *,
+    camera_from_frame: Float[Array, "..."] | None = None,
     step_mm: float | int = 1.0,
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "views height width"], Float[Array, "views height width 6"]]:
     """Line integrals, as by `drr`, and every pixel's derivative with respect to a rigid motion of the volume, for Gauss-Newton.
 
-    A motion x -> exp([w]) x + t of camera-frame points changes the image by `motion @ (w, t)` to first order. With g the
-    volume's gradient, in camera axes, at the samples tau d of a ray: d/dt = -sum g, d/dw = -sum tau d x g.
+    A motion x -> exp([w]) x + t of a frame's points changes the image by `motion @ (w, t)` to first order. With g the volume's
+    gradient, in the frame's axes, at the samples x = s + tau d of a ray from the source s: d/dt = -sum g, d/dw = -sum x x g.
 
-    Arguments and errors are those of `drr`.
+    Other arguments and errors are those of `drr`.
 
+    Args:
+      camera_from_frame: (B, 4, 4) rigid, the frame of the motion in mm; the camera's own by default.
     Returns:
-      image (B, height, width), and motion (B, height, width, 6): per rad about the source, then per mm. Neither is
+      image (B, height, width), and motion (B, height, width, 6): per rad about the frame's origin, then per mm. Neither is
       differentiable.
     """
     implementation = _checked(volume, voxel_from_camera, intrinsics, step_mm, implementation)
     dtype = jnp.result_type(volume, voxel_from_camera, intrinsics)
+    if camera_from_frame is None:
+        camera_from_frame = jnp.broadcast_to(jnp.eye(4, dtype=dtype), (*intrinsics.shape[:1], 4, 4))
+    elif camera_from_frame.shape != (*intrinsics.shape[:1], 4, 4):
+        raise ValueError(
+            f"drr: camera_from_frame has shape {camera_from_frame.shape}, wanted {(*intrinsics.shape[:1], 4, 4)}"
+        )
     if volume.size == 0:
         image = jnp.zeros((*intrinsics.shape[:1], height, width), dtype)
         return image, jnp.zeros((*image.shape, 6), dtype)
@@ -89,11 +98,29 @@ def drr_and_motion(
 
     arrays = jax.lax.stop_gradient((jnp.asarray(volume, dtype), origin, direction))
     image, by_origin, by_direction = _of_rays(PER_RAY, step_mm, implementation, *arrays)
-    # A moved volume is sampled where the inverse motion takes the rays; slopes per voxel become slopes in camera axes.
-    linear, d = jax.lax.stop_gradient((affine[:, None, None, :, :3], rays(intrinsics, height, width)))
-    push, pull = (jnp.sum(linear * slope[..., None], -2) for slope in (by_origin, by_direction))
-    d = d / jnp.linalg.norm(d, axis=-1, keepdims=True)
-    return image, -jnp.concatenate([jnp.cross(d, pull), push], -1)
+    # A moved volume is sampled where the inverse motion takes the rays; slopes per voxel become slopes along the frame's axes.
+    linear, camera_from_frame = jax.lax.stop_gradient((affine[:, :, :3], jnp.asarray(camera_from_frame, dtype)))
+    axes = camera_from_frame[:, :3, :3]
+    voxel_from_frame = jnp.matmul(linear, axes, precision=jax.lax.Precision.HIGHEST)
+    source = -jnp.sum(axes * camera_from_frame[:, :3, 3:], -2)
+    d = rays(jax.lax.stop_gradient(intrinsics), height, width)
+    d = _along_axes(d / jnp.linalg.norm(d, axis=-1, keepdims=True), axes)
+    push, pull = _along_axes(by_origin, voxel_from_frame), _along_axes(by_direction, voxel_from_frame)
+    turn = [a + b for a, b in zip(_cross([source[:, i, None, None] for i in range(3)], push), _cross(d, pull))]
+    return image, -jnp.stack([*turn, *push], -1)
+
+
+# Component by component, which XLA makes one loop over pixels of; products with small matrices take it several times as long.
+
+
+def _along_axes(vectors, axes):
+    """Components, three of (B, H, W), of row vectors (B, H, W, 3) times matrices (B, 3, 3)."""
+    return [sum(vectors[..., i] * axes[:, i, j, None, None] for i in range(3)) for j in range(3)]
+
+
+def _cross(a, b):
+    """Cross product of vectors that are given as three components."""
+    return [a[i - 2] * b[i - 1] - a[i - 1] * b[i - 2] for i in range(3)]
 
 
 def _checked(volume, voxel_from_camera, intrinsics, step_mm, implementation):

@@ -18,6 +18,7 @@ from radgs_jax.geometry import camera
 from radgs_jax.geometry import rigid
 from radgs_jax.registration import edges
 from radgs_jax.registration import gauss_newton
+from radgs_jax.registration import projection
 from radgs_jax.registration.parts import Parts
 
 SILHOUETTE = 0.02
@@ -70,7 +71,7 @@ def _least_squares(residual, jacobian):
 
 
 def _drawn(bare, pose, views, camera_from_world, size, step_mm):
-    image, motion = gauss_newton.project_part(
+    image, motion = projection.project_part(
         bare.excess, bare.box_from_excess, pose, pose[:3, 3], views, camera_from_world, size, step_mm
     )
     return image, motion * jnp.asarray(rigid.TWIST_SCALE, jnp.float32)

@@ -6,6 +6,8 @@ a flat panel (Brown 1971). The field's radius is half the smaller side of the im
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy
 from jaxtyping import Float
@@ -83,3 +85,16 @@ def straightened(xray: XRay, coefficients: Float[Array, "3"]) -> XRay:
     there = found & (seen >= 0) & (_slope(seen**2, coefficients) > 0)
     factor = np.where(there, seen / np.maximum(radius, 1e-12), 1.0)
     return _sampled(xray, u * factor, v * factor, there)
+
+
+def stretch(
+    images: Float[Array, "views size size"], intrinsics: Float[Array, "views 4"], fields: Float[Array, " views"]
+) -> Float[jax.Array, "views size size coefficients"]:
+    """Derivatives of images by the coefficients of a small distortion; fields: of `field`."""
+    along_v, along_u = jnp.gradient(images, axis=(1, 2))
+    fx, fy, cx, cy = (part[:, None, None] for part in intrinsics.T)
+    place = jnp.arange(images.shape[-1], dtype=images.dtype)
+    u, v = place[None, None, :] - cx, place[None, :, None] - cy
+    square = ((u / fx) ** 2 + (v / fy) ** 2) / fields[:, None, None] ** 2
+    outwards = along_u * u + along_v * v
+    return jnp.stack([outwards * square ** (j + 1) for j in range(COEFFICIENTS)], -1)

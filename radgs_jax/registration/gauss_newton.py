@@ -9,6 +9,7 @@ other things that the CT lacks have little weight.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -23,7 +24,6 @@ from jaxtyping import Int32
 
 from kernels.common.types import Array
 from kernels.common.types import Leaf
-from kernels.drr import drr_and_motion
 from radgs_jax.geometry import camera
 from radgs_jax.geometry import rigid
 from radgs_jax.geometry import rigid_host
@@ -37,6 +37,8 @@ from radgs_jax.registration.gains import eliminate_gains
 from radgs_jax.registration.gains import fit_gains
 from radgs_jax.registration.parts import on_device
 from radgs_jax.registration.parts import Parts
+from radgs_jax.registration.projection import project
+from radgs_jax.registration.projection import project_near
 
 STEP_MM = 5.0
 """Maximum step of any parameter, mm; rotations are multiplied by `rigid.LEVER_MM`. Chosen by hand: at half, distant starts need
@@ -67,6 +69,13 @@ reach of their starts, and 3 loses three of them, since it leaves out most of a 
 RECUT_MM = 8.0
 """A level is not gone through again where all poses have settled within this distance of the middle of their windows, mm. Chosen
 by hand, a seventh of the smallest window: half repeats levels in vain, twice lets a vertebra leave its window."""
+REUSE_PX = 0.1
+"""The rest of the body is projected anew where it has moved by this much since, pixels, turns by their lever; within it, its image
+moves by its derivatives. At half, most steps project it; at twice, a neighbour's place at the coarsest level may look worse than
+it is."""
+FEW = 8
+"""Most starts that are refined one after the other, each until it has settled; more go in step, and project the rest each time. At
+half or twice, a search takes a tenth longer."""
 MIN_CURVATURE = 1e-3
 """Added to the diagonal of every normal matrix, 1/mm^2 in the parameters' common scale: it keeps directions that no pixel
 constrains solvable. Chosen by hand, to be far below the curvature that pixels contribute; half or twice should not matter."""
@@ -120,8 +129,8 @@ class RefineConfig:
 
     levels: tuple[Level, ...] = (
         Level(3.0, 48, 8, 1.5, 3.0, 0.1, settled_mm=0.4),
-        Level(1.5, 64, 8, 1.0, 3.0, settled_mm=0.08),
-        Level(0.75, 80, 3, 1.0, 2.0, settled_mm=0.03),
+        Level(1.5, 64, 8, 1.0, 2.0, settled_mm=0.08),
+        Level(0.75, 80, 3, 0.5, 1.0, settled_mm=0.03),
     )
     blur_px: float = 1.0
     gain_ridge: float = 0.01
@@ -143,11 +152,11 @@ def levels_of(pixels_mm: Sequence[float]) -> tuple[Level, ...]:
     for index, pixel_mm in enumerate(pixels_mm):
         window_mm = np.interp(pixel_mm, [k.pixel_mm for k in known], [k.pixel_mm * k.size for k in known])
         size = 16 * int(np.ceil(window_mm / pixel_mm / 16))
-        step_mm = float(np.clip(0.5 * pixel_mm, FINEST_STEP_MM, 1.5)) if pixel_mm < 0.75 or pixel_mm > 2 else 1.0
+        step_mm = float(np.clip(pixel_mm / 1.5, FINEST_STEP_MM, 1.5))
         last = index == len(pixels_mm) - 1
         iterations = 3 if last and index else 8
         settled_mm = 0.13 * pixel_mm if index == 0 else 0.05 * pixel_mm
-        rest_step_mm, tie = 2.0 if last else 3.0, 1.0 if index else 0.1
+        rest_step_mm, tie = 1.0 if last else 2.0 if index else 3.0, 1.0 if index else 0.1
         levels.append(Level(float(pixel_mm), size, iterations, step_mm, rest_step_mm, tie, settled_mm=settled_mm))
     return tuple(levels)
 
@@ -247,32 +256,6 @@ class Window:
     camera_from_world: Leaf
 
 
-def project_part(
-    volume: Float[Array, "x y z"],
-    box_from_index: Float[Array, "4 4"],
-    world_from_box: Float[Array, "4 4"],
-    centre: Float[Array, "3"],
-    intrinsics: Float[Array, "views 4"],
-    camera_from_world: Float[Array, "views 4 4"],
-    size: int,
-    step_mm: float,
-) -> tuple[Float[Array, "views {size} {size}"], Float[Array, "views {size} {size} 6"]]:
-    """Line integrals of a part, and their derivatives by a twist (rad, mm) in world axes about `centre`.
-
-    Args:
-      volume: attenuation in 1/mm; centre: world mm; size: pixels along the square image; step_mm: sample distance.
-    """
-    camera_from_index = rigid.matmul(camera_from_world, rigid.matmul(world_from_box, box_from_index))
-    index_from_camera = jnp.linalg.inv(camera_from_index)[:, :3]
-    image, motion = drr_and_motion(volume, index_from_camera, intrinsics, size, size, step_mm=step_mm)
-    # From a twist about the source in camera axes to a twist about the centre in world axes.
-    arm = rigid.apply(camera_from_world, centre[None])[:, 0]
-    turn, shift = motion[..., :3], motion[..., 3:]
-    turn = turn - jnp.cross(arm[:, None, None], shift)
-    R = camera_from_world[:, :3, :3]
-    return image, jnp.concatenate([einsum("vyxi,vij->vyxj", part, R) for part in (turn, shift)], -1)
-
-
 def make_window(images, valid, intrinsics, camera_from_world, config):
     """The `Window` of crops (V, S, S)."""
     target = derivatives(images[..., None], config.blur_px)[..., 0, :]
@@ -306,17 +289,26 @@ def _view_disagreement(normals, rights, camera_from_world, damping):
     return jnp.max(along) - jnp.min(along)
 
 
-def _step(parts, window, poses, level, config):
-    """One Gauss-Newton step from poses (2, 4, 4): the new poses, and those fields of `Refined` that the linearisation gives."""
+def _step(parts, window, poses, rest, level, config):
+    """One Gauss-Newton step from poses (2, 4, 4): the new poses, and those fields of `Refined` that the linearisation gives.
+
+    rest: a `Projection` of the rest near its pose.
+    """
     camera_from_world, target, inside = window.camera_from_world, window.target, window.inside
     centre = poses[0, :3, 3]
-    cameras = window.intrinsics, camera_from_world, level.size
-    excess, d_excess = project_part(
-        parts.excess, parts.box_from_excess, poses[0], centre, *cameras, level.vertebra_step_mm
+    vertebra = project(
+        parts.excess,
+        parts.box_from_excess,
+        poses[0],
+        centre,
+        window.intrinsics,
+        camera_from_world,
+        level.size,
+        level.vertebra_step_mm,
+        config.blur_px,
     )
-    rest, d_rest = project_part(parts.rest, parts.box_from_rest, poses[1], centre, *cameras, level.rest_step_mm)
-    filtered = derivatives(jnp.concatenate([rest[..., None], excess[..., None], d_excess, d_rest], -1), config.blur_px)
-    of_rest, of_excess = filtered[..., 0, :], filtered[..., 1, :]
+    rest_image, rest_filtered = project_near(rest, poses[1], centre)
+    of_rest, of_excess = rest_filtered[..., 0, :], vertebra.filtered[..., 0, :]
     gain_rest, gain_excess, columns, gains, weights = fit_gains(
         target,
         inside,
@@ -324,13 +316,13 @@ def _step(parts, window, poses, level, config):
         window.edge_count,
         of_rest,
         of_excess,
-        rest + excess,
+        rest_image + vertebra.image,
         config.gain_ridge,
     )
-    scaled = filtered[..., 2:, :] * jnp.asarray(np.tile(rigid.TWIST_SCALE, 2), jnp.float32)[:, None]
-    jacobian = jnp.concatenate(
-        [scaled[..., :6, :] * gain_excess[..., None, None], scaled[..., 6:, :] * gain_rest[..., None, None]], -2
-    )
+    scale = jnp.asarray(rigid.TWIST_SCALE, jnp.float32)[:, None]
+    of_parts = ((vertebra.filtered, gain_excess), (rest_filtered, gain_rest))
+    jacobian = [filtered[..., 1:, :] * scale * gain[..., None, None] for filtered, gain in of_parts]
+    jacobian = jnp.concatenate(jacobian, -2)
     model_rest, model_excess = gain_rest[..., None] * of_rest, gain_excess[..., None] * of_excess
     residual = target - model_rest - model_excess
     normals, rights, blocks = eliminate_gains(columns, gains, jacobian, residual, weights, config.gain_ridge)
@@ -377,6 +369,7 @@ def refine_level(
       views: X-rays at the level's resolution; poses: world_from_box of the vertebra and of the rest, mm; iterations: 1 or more.
       level: its own numbers of steps and of candidates are not used.
     """
+    few = len(poses) <= FEW
 
     def run(poses):
         camera_from_box = rigid.matmul(camera_from_world, poses[0])
@@ -384,23 +377,40 @@ def refine_level(
             views.images, views.valid, views.intrinsics, camera_from_box, level.size
         )
         window = make_window(images, valid, intrinsics, camera_from_world, config)
-        step = lambda poses: _step(parts, window, poses, level, config)
-        unknown = jax.tree.map(lambda a: jnp.full(a.shape, jnp.inf, a.dtype), jax.eval_shape(step, poses)[1])
+
+        def project_rest(poses):
+            rest = parts.rest, parts.box_from_rest, poses[1], poses[0, :3, 3], intrinsics, camera_from_world
+            return project(*rest, level.size, level.rest_step_mm, config.blur_px)
+
+        def step(poses, near):
+            if near is None:
+                return *_step(parts, window, poses, project_rest(poses), level, config), None
+            motion = rigid.matmul(poses[1], rigid.inverse(near.world_from_box))
+            moved = jnp.abs(rigid.twist_about(poses[0, :3, 3], motion)) / rigid.TWIST_SCALE
+            has_moved = jnp.max(moved) > REUSE_PX * level.pixel_mm
+            near = jax.lax.cond(has_moved, project_rest, lambda _: near, poses)
+            return *_step(parts, window, poses, near, level, config), near
+
+        # `vmap` would compute both branches of the condition.
+        near = project_rest(poses) if few else None
+        shapes = jax.eval_shape(lambda poses: step(poses, None)[1], poses)
+        unknown = jax.tree.map(lambda a: jnp.full(a.shape, jnp.inf, a.dtype), shapes)
 
         def goes_on(carry):
-            count, _, found = carry
+            count, _, found, _ = carry
             return (count < iterations) & (found["step_mm"] > level.settled_mm)
 
         def body(carry):
-            count, poses, _ = carry
-            return count + 1, *step(poses)
+            count, poses, _, near = carry
+            return count + 1, *step(poses, near)
 
-        _, poses, found = jax.lax.while_loop(goes_on, body, (jnp.int32(0), poses, unknown))
-        return poses, found
+        last: Any = jax.lax.while_loop(goes_on, body, (jnp.int32(0), poses, unknown, near))
+        _, poses, found, _ = last
+        fit = jnp.mean(found["similarity"], -1) + jnp.mean(found["support"], -1)
+        return Candidates(poses=poses, fit=fit, **found)
 
-    poses, found = jax.vmap(run)(poses)
-    found |= {"poses": poses, "fit": jnp.mean(found["similarity"], -1) + jnp.mean(found["support"], -1)}
-    return Candidates(**found)
+    every = functools.partial(jax.lax.map, run) if few else jax.vmap(run)
+    return every(poses)
 
 
 def level_arguments(

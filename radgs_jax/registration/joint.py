@@ -23,11 +23,13 @@ from jaxtyping import Float
 from kernels.common.types import Array
 from kernels.common.types import Leaf
 from radgs_jax.geometry import camera
+from radgs_jax.geometry import distortion
 from radgs_jax.geometry import resample
 from radgs_jax.geometry import rigid
 from radgs_jax.geometry import rigid_host
 from radgs_jax.geometry.distortion import COEFFICIENTS
 from radgs_jax.registration import gauss_newton
+from radgs_jax.registration import projection
 from radgs_jax.registration.edges import derivatives
 from radgs_jax.registration.gains import eliminate_gains
 from radgs_jax.registration.gains import fit_gains
@@ -51,6 +53,9 @@ half of it leaves more of that error."""
 NARROW = (96, 5)
 """The same of the last level, where vertebrae in right views are near their places already. Chosen by hand on the bent scenes
 of the operating room (docs/accuracy.md): larger windows show more of what has bent by itself, smaller ones less of the vertebra."""
+SAMPLES_PX = (4.0 / 3.0, 8.0 / 3.0)
+"""Sample distances along rays through a vertebra and through the rest, pixels of the last level. All parts are projected in every
+step here: half takes nearly twice the time and changes poses by some micrometres; twice is longer than voxels."""
 SETTLED_MM = 2e-3
 """Step of the vertebra that moves most at which a level ends, mm. Chosen by hand, a tenth of the best accuracy."""
 DISCREPANCY = ((math.radians(0.3), 0.1, 1.0), (math.radians(1.0), 0.6, 2.0))
@@ -196,7 +201,9 @@ def _stacked(volumes):
 
 def fine_levels(config: RefineConfig, vertebrae: int, corrects: bool) -> tuple[Level, ...]:
     """The levels of a joint refinement: the last two of a single one's where it corrects the views, the last where not."""
-    last = config.levels[-len(WIDE) :]
+    along_rays = [pixels * config.levels[-1].pixel_mm for pixels in SAMPLES_PX]
+    steps = dict(zip(("vertebra_step_mm", "rest_step_mm"), along_rays))
+    last = tuple(dataclasses.replace(level, **steps) for level in config.levels[-len(WIDE) :])
     if not corrects:
         size, iterations = NARROW
         return (dataclasses.replace(last[-1], size=min(size, last[-1].size), iterations=iterations),)
@@ -212,17 +219,6 @@ def _carried(centre, about):
     found = np.eye(6)
     found[3:, :3] = [[0, -z, y], [z, 0, -x], [-y, x, 0]]
     return found
-
-
-def _stretch(image, intrinsics, fields):
-    """Derivatives (V, S, S, 3) of images (V, S, S) by the coefficients of `distortion`, near none; fields: (V,) of its `field`."""
-    along_v, along_u = jnp.gradient(image, axis=(1, 2))
-    fx, fy, cx, cy = (part[:, None, None] for part in intrinsics.T)
-    place = jnp.arange(image.shape[-1], dtype=image.dtype)
-    u, v = place[None, None, :] - cx, place[None, :, None] - cy
-    square = ((u / fx) ** 2 + (v / fy) ** 2) / fields[:, None, None] ** 2
-    outwards = along_u * u + along_v * v
-    return jnp.stack([outwards * square ** (j + 1) for j in range(COEFFICIENTS)], -1)
 
 
 def linearised(
@@ -266,7 +262,7 @@ def linearised(
         for part in range(PARTS_SEEN):
             rest = part == PARTS_SEEN - 1
             there = present[k, part - 1] if part in (1, 2) else 1.0
-            image, motion = gauss_newton.project_part(
+            image, motion = projection.project_part(
                 bodies.rest[k] if rest else bodies.excess[parts[part]],
                 bodies.ct_from_rest[k] if rest else bodies.ct_from_excess[parts[part]],
                 world_from_ct[parts[part]],
@@ -279,7 +275,7 @@ def linearised(
             images.append(image * there)
             motions.append(motion * there)
         total = jnp.sum(jnp.stack(images), 0)
-        stretch = _stretch(total, window.intrinsics, fields)
+        stretch = distortion.stretch(total, window.intrinsics, fields)
         filtered = derivatives(jnp.concatenate([jnp.stack(images, -1), *motions, stretch], -1), config.blur_px)
         # What the distortion moves is mostly the rest's, and has its gain.
         stretched = jnp.sum(filtered[..., -COEFFICIENTS:, :] * distortions[:, None, None, :, None], -2)

@@ -291,7 +291,7 @@ def refine_until_trusted(
         judged = confidence.judge(refined, points, rule, count, angle, half_pixel_mm, of_cameras)
         # No pose from views of nearly one direction is accepted, however long it is searched for.
         hopeless = angle is not None and angle < confidence.MIN_VIEW_ANGLE_RAD
-        if hopeless or (judged.trusted and not searching.uneven(refined, prepared.search)):
+        if hopeless or (judged.trusted and searching.evenness(refined) >= prepared.search.one_sided):
             break
     return refined, judged
 

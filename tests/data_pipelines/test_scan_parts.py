@@ -59,6 +59,24 @@ def test_rest_and_excess_add_up_to_the_whole_scan(scan, spacing_mm):
     assert alone.max() > 0.8 and (excess <= alone + 1e-4).all()
 
 
+def test_a_coarser_array_is_as_sharp_as_the_finer_one():
+    """Second moments of a single voxel after averaging, sharpening and linear interpolation, over all places in a block."""
+    factor, side = np.array([2, 3, 1]), 12
+    moments = []
+    for place in np.ndindex(*factor):
+        fine = np.zeros((side,) * 3)
+        at = 6 + np.array(place)
+        fine[tuple(at)] = 1.0
+        coarse, _ = resample.block_average(fine, np.diag([3.0, 2.0, 6.0, 1.0]), 6.0)
+        sharp = whole_body.sharpened(coarse, factor)
+        assert sharp.sum() == pytest.approx(coarse.sum())
+        middles = [np.arange(n) * f + 0.5 * (f - 1) for n, f in zip(sharp.shape, factor)]
+        away = np.meshgrid(*[m - a for m, a in zip(middles, at)], indexing="ij")
+        # A voxel's own tent, of half width f, has the variance f^2 / 6.
+        moments.append([np.sum(sharp * d**2) / sharp.sum() + f**2 / 6 for d, f in zip(away, factor)])
+    np.testing.assert_allclose(np.mean(moments, 0), 1 / 6, atol=1e-6)
+
+
 def test_the_body_goes_on_where_the_scan_stops(scan):
     """A last block that the scan fills in part has the attenuation of the end slice, without air mixed in."""
     odd = scan.hu.shape[2] - 1 + scan.hu.shape[2] % 2

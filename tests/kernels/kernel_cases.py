@@ -150,6 +150,14 @@ def voxelize_case(seed):
     return arrays, cotangent, exact_value_and_gradients("voxelize", SHAPE, cotangent, *arrays)
 
 
+def camera_from_frame(depth_mm=690.0):
+    """A turned frame for each of those poses, its origin some centimetres from the volume."""
+    frames = np.tile(np.eye(4), (2, 1, 1))
+    frames[:, :3, :3] = Rotation.from_rotvec([[0.3, 1.1, -0.4], [-0.8, 0.2, 0.9]]).as_matrix()
+    frames[:, :3, 3] = [[20.0, -35.0, depth_mm + 15.0], [-12.0, 30.0, depth_mm - 40.0]]
+    return frames
+
+
 def drr_rays(arrays, size):
     """Origins and directions (float32) of the rays of `drr`'s arrays, as its backends take them."""
     return to_single(*geometry.voxel_rays(*to_single(*arrays[1:]), *size))

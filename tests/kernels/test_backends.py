@@ -132,9 +132,11 @@ def test_drr_gradients_of_every_ray(implementation, step_mm):
     kernel_cases.assert_gradients_close(gradients, wanted)
 
 
+@pytest.mark.parametrize("frame", [None, kernel_cases.camera_from_frame()], ids=["camera", "frame"])
 @kernel_cases.over_backends(drr_api.PER_RAY)
-def test_drr_and_motion(implementation):
-    """Every pixel's derivative to a turn about the source and a shift of the volume, by the oracle in float64."""
+def test_drr_and_motion(implementation, frame):
+    """Every pixel's derivative to a turn about a frame's origin and a shift of the volume, by the oracle in float64."""
+    camera_from_frame = np.tile(np.eye(4), (2, 1, 1)) if frame is None else frame
     arrays = kernel_cases.to_single(
         kernel_cases.smooth_volume(), kernel_cases.voxel_from_camera(), kernel_cases.DRR_CAMERAS
     )
@@ -143,17 +145,15 @@ def test_drr_and_motion(implementation):
 
         def moved(twist):
             w, t = twist[:3], twist[3:]
-            inverse = jnp.eye(3) + jnp.cross(jnp.eye(3), w[None]).T  # of a small turn: x + x x w
-            linear = affine[:, :, :3] @ inverse
-            shifted = affine[:, :, 3] - jnp.einsum("bij,j->bi", linear, t)
-            return kernel_cases.ORACLES["drr"](
-                volume, jnp.concatenate([linear, shifted[..., None]], -1), k, kernel_cases.DRR_SIZE
-            )
+            inverse = jnp.eye(4).at[:3, :3].add(jnp.cross(jnp.eye(3), w[None]).T).at[:3, 3].set(-t)  # of a small motion
+            motion = camera_from_frame @ inverse @ jnp.linalg.inv(camera_from_frame)
+            return kernel_cases.ORACLES["drr"](volume, affine @ motion, k, kernel_cases.DRR_SIZE)
 
         wanted_image, wanted = moved(jnp.zeros(6)), np.asarray(jax.jacfwd(moved)(jnp.zeros(6)))
     try:
         run = functools.partial(drr_api.drr_and_motion, height=14, width=18, implementation=implementation)
-        image, motion = jax.jit(run)(*arrays)
+        of_frame = {} if frame is None else {"camera_from_frame": jnp.asarray(frame, jnp.float32)}
+        image, motion = jax.jit(run)(*arrays, **of_frame)
     except NotImplementedError as reason:
         pytest.skip(str(reason))
     assert kernel_cases.relative_error(image, np.asarray(wanted_image)) < kernel_cases.IMAGE_TOLERANCE

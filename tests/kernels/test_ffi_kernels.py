@@ -218,6 +218,15 @@ def test_drr_of_a_padded_volume_is_that_of_the_volume():
             assert _relative(one, other) < 1e-6
 
 
+@pytest.mark.parametrize("place", [(0, 0, 0), (11, 14, 9), (11, 0, 0), (0, 14, 3), (5, 7, 9), (6, 8, 1)])
+def test_drr_sees_a_voxel_wherever_it_lies(place):
+    """Zeros at the ends of a volume are passed over."""
+    volume, *view = _drr_inputs()
+    single = jnp.zeros_like(volume).at[place].set(1.0)
+    ours = drr_api.drr(single, *view, *DRR_SIZE, implementation="ffi_cpu")
+    assert _relative(ours, drr_api.drr(single, *view, *DRR_SIZE, implementation="xla")) < 1e-5
+
+
 @pytest.mark.parametrize("arguments,kept", [((0, 1, 2), "backward_of_cloud"), ((3,), "backward")])
 def test_splat_pays_for_a_camera_gradient_only_where_it_is_needed(arguments, kept):
     arrays = _splat_inputs(40)

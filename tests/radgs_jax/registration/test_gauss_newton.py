@@ -10,6 +10,7 @@ import pytest
 from kernels.drr import drr
 from radgs_jax.geometry import rigid
 from radgs_jax.registration import gauss_newton
+from radgs_jax.registration import projection
 from radgs_jax.registration.parts import Parts
 
 CONFIG = gauss_newton.RefineConfig(
@@ -161,9 +162,7 @@ def test_projections_move_as_their_derivatives_say(parts):
     k = jnp.asarray([[350.0, 350.0, 19.5, 19.5]] * 2)
     cameras = (k, jnp.asarray(CAMERA_FROM_WORLD, jnp.float32), 40, 0.5)
     centre = jnp.asarray(TRUTH[:3, 3], jnp.float32)
-    project = jax.jit(
-        lambda pose: gauss_newton.project_part(parts.excess, parts.box_from_excess, pose, centre, *cameras)
-    )
+    project = jax.jit(lambda pose: projection.project_part(parts.excess, parts.box_from_excess, pose, centre, *cameras))
     _, derivative = project(jnp.asarray(TRUTH, jnp.float32))
     for axis, h in ((0, 0.003), (2, 0.003), (3, 0.1), (5, 0.1)):
         e = jnp.zeros(6).at[axis].set(h)
@@ -174,3 +173,30 @@ def test_projections_move_as_their_derivatives_say(parts):
         difference = (ahead - behind) / (2 * h)
         miss = jnp.linalg.norm(difference - derivative[..., axis]) / jnp.linalg.norm(difference)
         assert miss < 0.06
+
+
+def test_a_projection_moved_by_its_derivatives_is_that_of_the_near_pose(parts):
+    """To first order, so that half the motion leaves half the relative error, with derivatives by twists about the new centre."""
+    k = jnp.asarray([[350.0, 350.0, 19.5, 19.5]] * 2)
+    pose, centre = jnp.asarray(REST, jnp.float32), jnp.asarray([12.0, -9.0, 20.0])
+
+    @jax.jit
+    def project(pose, centre):
+        rest = parts.rest, parts.box_from_rest, pose, centre
+        return projection.project(*rest, k, jnp.asarray(CAMERA_FROM_WORLD, jnp.float32), 40, 0.5, 1.0)
+
+    miss = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+    here, other = project(pose, centre), centre + 5.0
+
+    def moved(size):
+        twist = size * jnp.asarray([0.02, -0.03, 0.01, 0.8, -0.5, 0.6])
+        near = rigid.matmul(rigid.motion_about(centre, twist), pose)
+        return projection.project_near(here, near, other), project(near, other)
+
+    for size, least in ((0.5, 0.25), (0.25, 0.13)):
+        (image, filtered), wanted = moved(size)
+        assert miss(image - here.image, wanted.image - here.image) < least
+        filtered_there, filtered_here = wanted.filtered[..., 0, :], here.filtered[..., 0, :]
+        assert miss(filtered[..., 0, :] - filtered_here, filtered_there - filtered_here) < least
+    (_, filtered), wanted = moved(0.0)
+    assert miss(filtered, wanted.filtered) < 1e-5

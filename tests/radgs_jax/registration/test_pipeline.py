@@ -52,7 +52,7 @@ def test_register_is_a_function_of_its_arguments(prepared, monkeypatch):
 
 def test_a_second_case_of_the_same_shapes_compiles_nothing(prepared, compilations):
     # Where views differ, as these of noise do by chance, other depths are tried, by a program of their own.
-    prepared = dataclasses.replace(prepared, search=search.SearchConfig(uneven=0.0))
+    prepared = dataclasses.replace(prepared, search=search.SearchConfig(uneven=0.0, one_sided=0.0))
     pipeline.register(prepared, tiny_cases.two_xrays(), tiny_cases.start(), OPTIONS)
     compilations.clear()
     start = tiny_cases.start() @ rigid_host.matrix([0.0, 0.0, 0.0], (1.0, 1.0, 1.0))

@@ -101,8 +101,8 @@ def test_an_answer_that_one_view_alone_shows_is_tried_in_other_depths_of_that_vi
         how = search.SearchConfig(uneven=limit, max_settlings=0)
         found[limit] = search.refine_pose(programs_of(jax.jit), spine, seen, [start], fine, how, (), fine.levels)
         off_mm.append(np.linalg.norm(found[limit].world_from_box[:3, 3] - TRUTH[:3, 3]))
-    assert off_mm[0] > 5.0 and search.uneven(found[0.0], search.SearchConfig())
-    assert off_mm[1] < 0.1 and not search.uneven(found[0.65], search.SearchConfig())
+    assert off_mm[0] > 5.0 and search.evenness(found[0.0]) < search.SearchConfig().one_sided
+    assert off_mm[1] < 0.1 and search.evenness(found[0.65]) > search.SearchConfig().uneven
     # The answer that was left is the rival.
     assert found[0.65].rival_mm > gauss_newton.DISTINCT_MM and 0.0 < found[0.65].margin < 1.0
 
