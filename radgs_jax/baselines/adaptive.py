@@ -128,10 +128,15 @@ def in_slots(cloud: Gaussians, slots: int) -> tuple[Gaussians, Bool[jax.Array, "
     count = cloud.density.shape[0]
     if count > slots:
         raise ValueError(f"in_slots: found {count} Gaussians, wanted {slots} or fewer")
-    # A dead slot's parameters count for nothing; these stay finite however a system activates them.
-    half, turn = jnp.full(slots, 0.5), jnp.tile(jnp.asarray([1.0, 0, 0, 0]), (slots, 1))
-    empty = Gaussians(half, jnp.zeros((slots, 3)), jnp.full((slots, 3), 0.5), turn)
-    return jax.tree.map(lambda a, b: a.at[:count].set(b), empty, cloud), jnp.arange(slots) < count
+    # On the host, where another number of Gaussians is no other program. A dead slot's parameters count for nothing; these stay
+    # finite however a system activates them.
+    half, turn = np.full(slots, 0.5), np.tile([1.0, 0, 0, 0], (slots, 1))
+    empty = Gaussians(half, np.zeros((slots, 3)), np.full((slots, 3), 0.5), turn)
+
+    def filled(empty, given):
+        return jnp.asarray(np.concatenate([given, empty[count:]]), jnp.float32)
+
+    return jax.tree.map(filled, empty, cloud), jnp.asarray(np.arange(slots) < count)
 
 
 def only_alive(cloud: Gaussians, alive: Bool[Array, " slots"]) -> Gaussians:

@@ -99,6 +99,9 @@ def world_from_box(
     return found
 
 
+_windows = jax.jit(camera.windows, static_argnums=4)
+
+
 def box_views(
     xrays: Sequence[XRay],
     world_from_box: Float[np.ndarray, "4 4"],
@@ -109,7 +112,7 @@ def box_views(
     seen = pyramid.at_resolution(xrays, pixel_mm)
     poses = np.stack([xray.camera.camera_from_world for xray in xrays]) @ world_from_box
     camera_from_box = jnp.asarray(poses, jnp.float32)
-    images, valid, intrinsics = camera.windows(seen.images, seen.valid, seen.intrinsics, camera_from_box, crop_px)
+    images, valid, intrinsics = _windows(seen.images, seen.valid, seen.intrinsics, camera_from_box, crop_px)
     return BoxViews(images, valid, intrinsics, camera_from_box)
 
 

@@ -233,6 +233,26 @@ def backprojection(config: Config, views: BoxViews) -> Float[jax.Array, "side si
     return scale * mean / box.UNIT_DENSITY
 
 
+def _steepest(config, volume):
+    """Voxels of a volume: which are denser than air, their places in boxes, and densities; the steepest ones alone."""
+    volume = np.asarray(volume)
+    slopes = [np.diff(volume, axis=axis, append=np.float32(0.0)) for axis in range(3)]
+    steepness = np.sum(np.square(np.stack(slopes)), 0).reshape(-1)
+    best = np.argsort(-steepness, kind="stable")[: config.gaussians]
+    level, index = volume.reshape(-1)[best], np.stack(np.unravel_index(best, volume.shape), -1)
+    return level >= AIR, ((index + 0.5) / config.side).astype(np.float32), level
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _predicted(config, volume, views, params):
+    """As `_steepest`, of what the centre predictor sees."""
+    found = gr_centres.predict(params, config.widths, resized(views, config.crop_px, config.pixel_mm))
+    found = jax.tree.map(lambda a: a[: None if config.pooled else 1], found)
+    mean = found.place.reshape(-1, 3) / box.BOX_MM + 0.5
+    level = jax.scipy.ndimage.map_coordinates(volume, list(mean.T * config.side - 0.5), order=1, mode="nearest")
+    return found.presence.reshape(-1) > 0.5, mean, jnp.maximum(level, AIR)
+
+
 def start(
     config: Config, views: BoxViews, key: jax.Array, params: Any = None
 ) -> tuple[dict[str, jax.Array], Bool[jax.Array, " slots"]]:
@@ -242,24 +262,15 @@ def start(
       params: of the centre predictor, which sees the views `resized`; None starts at the steepest voxels of the backprojection.
     """
     volume = backprojection(config, views)
-    if params is None:
-        slopes = [jnp.diff(volume, axis=axis, append=0.0) for axis in range(3)]
-        _, best = jax.lax.top_k(jnp.sum(jnp.square(jnp.stack(slopes)), 0).reshape(-1), config.gaussians)
-        level, index = volume.reshape(-1)[best], jnp.stack(jnp.unravel_index(best, volume.shape), -1)
-        chosen, mean = level >= AIR, (index + 0.5) / config.side
-    else:
-        found = gr_centres.predict(params, config.widths, resized(views, config.crop_px, config.pixel_mm))
-        found = jax.tree.map(lambda a: a[: None if config.pooled else 1], found)
-        mean = found.place.reshape(-1, 3) / box.BOX_MM + 0.5
-        level = jax.scipy.ndimage.map_coordinates(volume, list(mean.T * config.side - 0.5), order=1, mode="nearest")
-        chosen, level = found.presence.reshape(-1) > 0.5, jnp.maximum(level, AIR)
-    places = np.flatnonzero(np.asarray(chosen))
-    places = np.asarray(jax.random.permutation(key, places))[: config.gaussians]
-    mean, level = mean[places], jnp.clip(level[places], 0.0, 1.0)
-    away = jnp.asarray(np.clip(adaptive.neighbour_distance(np.asarray(mean)), 1e-3, 1.0))
+    found = _steepest(config, volume) if params is None else _predicted(config, volume, views, params)
+    # On the host: the number of places differs from case to case, and each would be compiled for.
+    chosen, mean, level = (np.asarray(a) for a in found)
+    places = np.asarray(jax.random.permutation(key, np.flatnonzero(chosen)))[: config.gaussians]
+    mean, level = mean[places], np.clip(level[places], 0.0, 1.0)
+    away = np.clip(adaptive.neighbour_distance(mean), 1e-3, 1.0)
     # The public code takes the distance's logarithm for a scale before activation.
-    scale = jnp.tile((away / (1.0 + away))[:, None], (1, 3))
-    quaternion = jnp.tile(jnp.asarray([1.0, 0, 0, 0]), (len(places), 1))
+    scale = np.tile((away / (1.0 + away))[:, None], (1, 3))
+    quaternion = np.tile(np.float32([1.0, 0, 0, 0]), (len(places), 1))
     cloud, alive = adaptive.in_slots(Gaussians(START_DENSITY * level, mean, scale, quaternion), config.capacity)
     return deactivate(cloud), alive
 
