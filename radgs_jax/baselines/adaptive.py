@@ -12,6 +12,7 @@ import math
 from collections.abc import Hashable
 from collections.abc import Mapping
 from typing import Any
+from typing import cast
 from typing import TYPE_CHECKING
 
 import flax.struct
@@ -130,11 +131,11 @@ def in_slots(cloud: Gaussians, slots: int) -> tuple[Gaussians, Bool[jax.Array, "
         raise ValueError(f"in_slots: found {count} Gaussians, wanted {slots} or fewer")
     # On the host, where another number of Gaussians is no other program. A dead slot's parameters count for nothing; these stay
     # finite however a system activates them.
-    half, turn = np.full(slots, 0.5), np.tile([1.0, 0, 0, 0], (slots, 1))
-    empty = Gaussians(half, np.zeros((slots, 3)), np.full((slots, 3), 0.5), turn)
+    empty = cast(Any, Gaussians)(0.5, np.zeros(3), np.full(3, 0.5), np.array([1.0, 0, 0, 0]))
 
     def filled(empty, given):
-        return jnp.asarray(np.concatenate([given, empty[count:]]), jnp.float32)
+        rest = np.broadcast_to(empty, (slots - count, *given.shape[1:]))
+        return jnp.asarray(np.concatenate([given, rest]), jnp.float32)
 
     return jax.tree.map(filled, empty, cloud), jnp.asarray(np.arange(slots) < count)
 

@@ -270,8 +270,9 @@ def start(
     away = np.clip(adaptive.neighbour_distance(mean), 1e-3, 1.0)
     # The public code takes the distance's logarithm for a scale before activation.
     scale = np.tile((away / (1.0 + away))[:, None], (1, 3))
-    quaternion = np.tile(np.float32([1.0, 0, 0, 0]), (len(places), 1))
-    cloud, alive = adaptive.in_slots(Gaussians(START_DENSITY * level, mean, scale, quaternion), config.capacity)
+    quaternion = np.tile([1.0, 0.0, 0.0, 0.0], (len(places), 1))
+    parts = (jnp.asarray(a, jnp.float32) for a in (START_DENSITY * level, mean, scale, quaternion))
+    cloud, alive = adaptive.in_slots(Gaussians(*parts), config.capacity)
     return deactivate(cloud), alive
 
 
