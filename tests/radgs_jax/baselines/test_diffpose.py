@@ -23,7 +23,7 @@ from radgs_jax.training import examples
 from radgs_jax.training import sharding
 from radgs_jax.training.update import state_of
 
-CONFIG = diffpose.Config(width=4, crop_px=32, step_mm=2.0, refine_steps=150, patch_px=7)
+CONFIG = diffpose.Config(width=4, crop_px=32, refine_px=28, step_mm=2.0, refine_steps=150, patch_px=7)
 SIZE = 48
 PAIRS = 2
 CAMERA_FROM_WORLD = np.zeros((2, 4, 4), np.float32)
@@ -256,7 +256,7 @@ def test_a_score_is_half_the_whole_image_and_half_its_patches(lump):
 def test_the_presets_are_the_published_and_the_cheaper_ones():
     c = diffpose.Config()
     assert (c.width, c.crop_px, c.batch, c.steps, c.refine_steps, c.patch_px) == (32, 64, 8, 3000, 200, 13)
-    assert (c.refine_rad, c.refine_mm, c.decay, c.decay_steps) == (7.5e-3, 7.5, 0.9, 25)
+    assert (c.refine_px, c.refine_rad, c.refine_mm, c.decay, c.decay_steps) == (48, 7.5e-3, 1.0, 0.9, 25)
     assert (diffpose.QUICK.steps, diffpose.QUICK.refine_steps) == (1500, 100)
     o = diffpose.ORIGINAL
-    assert (o.width, o.crop_px, o.batch, o.steps, o.refine_steps) == (64, 256, 8, 100_000, 500)
+    assert (o.width, o.crop_px, o.batch, o.steps, o.refine_steps, o.refine_mm) == (64, 256, 8, 100_000, 500, 7.5)
