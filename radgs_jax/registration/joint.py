@@ -56,8 +56,9 @@ of the operating room (docs/accuracy.md): larger windows show more of what has b
 SAMPLES_PX = (4.0 / 3.0, 8.0 / 3.0)
 """Sample distances along rays through a vertebra and through the rest, pixels of the last level. All parts are projected in every
 step here: half takes nearly twice the time and changes poses by some micrometres; twice is longer than voxels."""
-SETTLED_MM = 2e-3
-"""Step of the vertebra that moves most at which a level ends, mm. Chosen by hand, a tenth of the best accuracy."""
+SETTLED_MM = 1e-2
+"""Step of the vertebra that moves most at which a level ends, mm. Chosen by hand, half of the best accuracy: a step leaves at most
+as much as it took."""
 DISCREPANCY = ((math.radians(0.3), 0.1, 1.0), (math.radians(1.0), 0.6, 2.0))
 """Standard deviations of what each view by itself is wrong by about the pose of a window's vertebra, and of the other bodies there,
 which its border cuts: a turn, rad, a shift across the rays and one along them, mm. Crude masks, bent bodies and unknown pixels
@@ -432,6 +433,8 @@ def refine_together(
     view_errors = errors_of_views(discrepancy, given)
     seen_normal = doubt = prior = np.zeros(0)
     moved_mm = 0.0
+    # Errors of views are held by their prior alone, whose optimum longer steps would swing about.
+    relaxation = config.relaxation if stretched is None and not np.any(camera_sd) else 1.0
     # The equations know small distortions, so that the X-rays are straightened between levels.
     rounds = 1 if stretched is None else STRAIGHTENINGS
     for number, level in list(enumerate(config.levels)) * rounds:
@@ -452,7 +455,7 @@ def refine_together(
             prior, prior_right = _prior(bodies, poses, centres, motions, distortions, camera_sd, distortion_sd)
             normal = (seen_normal + prior) * scale[:, None] * scale
             step = np.linalg.solve(normal + LEAST_CURVATURE * np.eye(len(normal)), (right + prior_right) * scale)
-            step /= max(1.0, np.abs(step).max() / gauss_newton.STEP_MM)
+            step *= relaxation / max(1.0, relaxation * np.abs(step).max() / gauss_newton.STEP_MM)
             if stretched is not None:
                 distortions += (step * scale)[-distortions.size :].reshape(distortions.shape)
             twists = (step * scale)[: -distortions.size].reshape(-1, 6)

@@ -177,7 +177,9 @@ def refine_pose(
 
     def settled(refined):
         for _ in range(search.max_settlings):
-            if not refined.step_mm > search.settled_mm:
+            # At a wrong depth the other view's edges count little, so that short steps are no sign of the optimum.
+            is_uneven = evenness(refined) < search.uneven
+            if not refined.step_mm > (config.levels[-1].settled_mm if is_uneven else search.settled_mm):
                 break
             refined = again(refined)
         return refined
