@@ -224,7 +224,8 @@ def test_drr_sees_a_voxel_wherever_it_lies(place):
     volume, *view = _drr_inputs()
     single = jnp.zeros_like(volume).at[place].set(1.0)
     ours = drr_api.drr(single, *view, *DRR_SIZE, implementation="ffi_cpu")
-    assert _relative(ours, drr_api.drr(single, *view, *DRR_SIZE, implementation="xla")) < 1e-5
+    # Places along a ray of 700 mm are rounded to about 1e-4 of a voxel, whose slope is steep here.
+    assert _relative(ours, drr_api.drr(single, *view, *DRR_SIZE, implementation="xla")) < 1e-4
 
 
 @pytest.mark.parametrize("arguments,kept", [((0, 1, 2), "backward_of_cloud"), ((3,), "backward")])
