@@ -28,7 +28,8 @@ class Row:
       scenes: the scene of each answer, in their order.
       scores: name -> (answers,) of `VOLUME_SCORES` or of `start_mm` and `error_mm`.
       runtime_s, cpu_s: (answers,); both empty where nothing is computed.
-      preparation_s: CPU seconds of preparing it for a vertebra, or of training it, for one of several; parameters: their number.
+      preparation_s: CPU seconds of preparing it for a vertebra, or of training it, for one of several; nan where that was
+        interrupted. parameters: their number.
       paper: the paper's own row, on its own data; empty where it has none.
     """
 
@@ -96,10 +97,17 @@ def _times(row):
     return [f"{np.median(row.runtime_s):.2f}", f"{np.median(row.cpu_s):.2f}"]
 
 
+def preparation(row: Row) -> str:
+    """CPU minutes of preparing a system, as a cell."""
+    if math.isnan(row.preparation_s):
+        return "not known"
+    return f"{row.preparation_s / 60.0:.1f}" if row.preparation_s else "-"
+
+
 def _common(row, p):
     return [
         *_times(row),
-        f"{row.preparation_s / 60.0:.1f}" if row.preparation_s else "-",
+        preparation(row),
         f"{row.parameters:,}" if row.parameters else "-",
         "-" if math.isnan(p) else f"{p:.3f}",
         row.paper or "-",
@@ -183,4 +191,5 @@ def as_values(row: Row) -> dict[str, Any]:
     """A row as plain values for JSON."""
     value = dataclasses.asdict(row)
     value["scores"] = {name: np.asarray(v).tolist() for name, v in row.scores.items()}
+    value["preparation_s"] = None if math.isnan(row.preparation_s) else row.preparation_s
     return value | {"runtime_s": row.runtime_s.tolist(), "cpu_s": row.cpu_s.tolist(), "scenes": list(row.scenes)}

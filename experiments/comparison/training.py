@@ -29,14 +29,15 @@ def with_cost(path: pathlib.Path, resumed: bool, make: Callable[[], Any]) -> Any
     """What `make` makes, parameters; what it cost is kept at `path`. resumed: whether it goes on where it was stopped."""
     began = time.process_time()
     params = make()
-    spent = math.nan if resumed else time.process_time() - began
+    spent = None if resumed else time.process_time() - began
     files.write_json(path, {"cpu_s": spent, "parameters": backbones.count_parameters(params)})
     return params
 
 
 def kept_cost(path: pathlib.Path) -> Cost:
     """What is kept by `with_cost`."""
-    return Cost(**files.read_json(path, nan=True))
+    kept = files.read_json(path)
+    return Cost(math.nan if kept["cpu_s"] is None else kept["cpu_s"], kept["parameters"])
 
 
 def kept_params(path: pathlib.Path, init: Callable[[], Any], make: Callable[[], Any]) -> tuple[Any, Cost]:

@@ -19,6 +19,7 @@ from experiments.comparison import pictures
 from experiments.comparison import subjects
 from experiments.comparison import systems
 from experiments.comparison import tables
+from experiments.comparison import training
 from radgs_jax.baselines import ddgs
 from radgs_jax.baselines import diffpose
 from radgs_jax.baselines import diffvox
@@ -206,6 +207,14 @@ def test_rows_that_share_code_run_and_what_was_traced_trains(table, trained, tmp
     assert _titles(text)["registration, variant real"] == titles
     kept = [np.load(one)["world_from_ct"] for one in (tmp_path / "T" / "answers").rglob("*.npz")]
     assert len(kept) == 2 * len(titles) and all(np.isfinite(pose).all() for pose in kept)
+
+
+def test_what_a_stopped_preparation_cost_is_not_known(tmp_path):
+    training.with_cost(tmp_path / "cost.json", True, lambda: {"weights": np.zeros(3)})
+    cost = training.kept_cost(tmp_path / "cost.json")
+    row = dataclasses.replace(_row("x", [1.0], ["a"]), preparation_s=cost.cpu_s)
+    assert math.isnan(cost.cpu_s) and cost.parameters == 3
+    assert "not known" in tables.registration([row], "")[1][0] and tables.as_values(row)["preparation_s"] is None
 
 
 def test_other_sizes_are_asked_anew(table):
