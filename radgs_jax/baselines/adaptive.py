@@ -12,7 +12,6 @@ import math
 from collections.abc import Hashable
 from collections.abc import Mapping
 from typing import Any
-from typing import cast
 from typing import TYPE_CHECKING
 
 import flax.struct
@@ -131,7 +130,7 @@ def in_slots(cloud: Gaussians, slots: int) -> tuple[Gaussians, Bool[jax.Array, "
         raise ValueError(f"in_slots: found {count} Gaussians, wanted {slots} or fewer")
     # On the host, where another number of Gaussians is no other program. A dead slot's parameters count for nothing; these stay
     # finite however a system activates them.
-    empty = cast(Any, Gaussians)(0.5, np.zeros(3), np.full(3, 0.5), np.array([1.0, 0, 0, 0]))
+    empty = Gaussians(*(jnp.asarray(value) for value in (0.5, [0.0] * 3, [0.5] * 3, [1.0, 0.0, 0.0, 0.0])))
 
     def filled(empty, given):
         rest = np.broadcast_to(empty, (slots - count, *given.shape[1:]))

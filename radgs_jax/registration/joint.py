@@ -54,8 +54,8 @@ NARROW = (96, 5)
 """The same of the last level, where vertebrae in right views are near their places already. Chosen by hand on the bent scenes
 of the operating room (docs/accuracy.md): larger windows show more of what has bent by itself, smaller ones less of the vertebra."""
 SAMPLES_PX = (4.0 / 3.0, 8.0 / 3.0)
-"""Sample distances along rays through a vertebra and through the rest, pixels of the last level. All parts are projected in every
-step here: half takes nearly twice the time and changes poses by some micrometres; twice is longer than voxels."""
+"""Sample distances along rays through a vertebra and through the rest, pixels of the last level. Chosen by hand, longer than those
+of a single refinement, since all parts are projected in every step here. Half takes longer; twice is longer than voxels."""
 SETTLED_MM = 1e-2
 """Step of the vertebra that moves most at which a level ends, mm. Chosen by hand, half of the best accuracy: a step leaves at most
 as much as it took."""
@@ -202,9 +202,11 @@ def _stacked(volumes):
 
 def fine_levels(config: RefineConfig, vertebrae: int, corrects: bool) -> tuple[Level, ...]:
     """The levels of a joint refinement: the last two of a single one's where it corrects the views, the last where not."""
-    along_rays = [pixels * config.levels[-1].pixel_mm for pixels in SAMPLES_PX]
-    steps = dict(zip(("vertebra_step_mm", "rest_step_mm"), along_rays))
-    last = tuple(dataclasses.replace(level, **steps) for level in config.levels[-len(WIDE) :])
+    vertebra_mm, rest_mm = (pixels * config.levels[-1].pixel_mm for pixels in SAMPLES_PX)
+    last = tuple(
+        dataclasses.replace(level, vertebra_step_mm=vertebra_mm, rest_step_mm=rest_mm)
+        for level in config.levels[-len(WIDE) :]
+    )
     if not corrects:
         size, iterations = NARROW
         return (dataclasses.replace(last[-1], size=min(size, last[-1].size), iterations=iterations),)

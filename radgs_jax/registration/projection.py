@@ -82,11 +82,7 @@ def project_near(
     motion = rigid.matmul(world_from_box, rigid.inverse(projection.world_from_box))
     twist = rigid.twist_about(projection.centre, motion)
     image = projection.image + einsum("vyxp,p->vyx", projection.motion, twist)
-    here, turn, shift = (
-        projection.filtered[..., :1, :],
-        projection.filtered[..., 1:4, :],
-        projection.filtered[..., 4:, :],
-    )
+    here, turn, shift = jnp.split(projection.filtered, (1, 4), -2)
     here = here + einsum("vyxpd,p->vyxd", projection.filtered[..., 1:, :], twist)[..., None, :]
     # A turn about the new centre is one about the old centre and a shift.
     turn = turn + jnp.cross((projection.centre - centre)[:, None], shift, axis=-2)

@@ -41,10 +41,11 @@ class SearchConfig:
         neighbouring levels lie along arcs of this turn, to the front and back: at twice, straight spines are missed.
       depth_mm: shifts along the rays of a view that are tried: where one view fits, it fits in other depths as well.
       uneven: ratio of the views' least and largest support below which the answer is tried in other depths of the view with the
-        largest. Wrong answers that one view shows well have up to 0.67, most right ones without metal in the vertebra 0.85 and
-        more. At half, they stay wrong and are accepted; at 1, every answer takes as long again.
-      one_sided: ratio below which an answer is searched for wider, even where it is trusted. Right ones without metal in the
-        vertebra have 0.69 and more. At half, wrong ones are accepted; at 1, every answer is searched for.
+        largest. Wrong answers that one view shows well have up to 0.67; right ones 0.8 and more where the body has moved as one
+        piece, 0.67 and more where it has bent, and less with metal in the vertebra. At half, wrong ones stay and are accepted; at
+        1, every answer is tried.
+      one_sided: ratio below which an answer is searched for wider, even where it is trusted: below that of right ones without metal
+        in the vertebra. At half, wrong ones are accepted; at 1, every answer is searched for.
       overview: how a wider search looks for the body.
       starts: how many starts a wider search has. Half loses right poses; twice takes twice as long.
       glance_iterations: steps of the coarsest level taken in a neighbour's place before it is compared.
