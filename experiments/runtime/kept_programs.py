@@ -38,9 +38,13 @@ from radgs_jax.models import matching
 from radgs_jax.models import radgs_reg
 from radgs_jax.models import recm
 from radgs_jax.registration import gauss_newton
+from radgs_jax.registration import projection
 
 PACKAGES = ("kernels", "radgs_jax", "data_pipelines", "experiments")
-RESULTS = (gaussians.Gaussians, matching.Matches, recm.Reconstruction, radgs_reg.Registration, gauss_newton.Candidates)
+RESULTS = (
+    gaussians.Gaussians, matching.Matches, recm.Reconstruction, radgs_reg.Registration,
+    gauss_newton.Candidates, gauss_newton.Window, projection.Projection,
+)  # fmt: skip
 """Classes of the pytree nodes that kept functions take and return, apart from tuples, lists and dicts."""
 
 DIGEST_CHARACTERS = 24

@@ -67,7 +67,7 @@ def resample(
     index_from_grid = np.linalg.inv(ct_from_index) @ ct_from_grid
     found = np.full([int(n) for n in shape], outside, np.float32)
     # A vertebra on the grid of its body fills a hundredth of it.
-    met = _reached(np.linalg.inv(index_from_grid), array.shape, found.shape)
+    met = reached(np.linalg.inv(index_from_grid), array.shape, found.shape)
     first = np.array([part.start for part in met])
     scipy.ndimage.affine_transform(
         np.asarray(array, np.float32),
@@ -82,7 +82,9 @@ def resample(
     return found
 
 
-def _reached(grid_from_index, array_shape, grid_shape):
+def reached(
+    grid_from_index: Real[np.ndarray, "4 4"], array_shape: Sequence[int], grid_shape: Sequence[int]
+) -> tuple[slice, ...]:
     """The part of a grid, a slice an axis, that an array and the voxel around it reach: the rest is outside."""
     corners = np.array(list(itertools.product(*[(-1.0, float(n)) for n in array_shape])))
     places = apply_affine(grid_from_index, corners)

@@ -1,12 +1,10 @@
 """Several vertebrae, the rest of the body and the errors of the views, refined together.
 
-Each vertebra moves by itself. Around each a window of every X-ray is modelled as the vertebra, its two neighbours and the rest of
-the body, which bends: in each window it is a rigid piece of its own, tied to those in the windows beside it. One Gauss-Newton step
+Each vertebra moves by itself, and the rest of the body bends: in the window around each vertebra (`bodies`) it is a rigid piece of
+its own, tied to those in the windows beside it. One Gauss-Newton step
 moves all bodies and all cameras, whose errors have a known size: what a camera sees depends on the bodies' poses relative to it, so
 that two views of one body show how the cameras are off relative to each other, and nothing shows how they are off together. That
 part stays in the covariance. A view's radial distortion has a known size, too, and is fitted in the same way.
-
-The terms are those of `gauss_newton`, window by window: derivatives of images, gains, and t-distributed residuals.
 """
 
 import dataclasses
@@ -14,30 +12,22 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from kernels.common.types import Array
-from kernels.common.types import Leaf
-from radgs_jax.geometry import camera
-from radgs_jax.geometry import distortion
-from radgs_jax.geometry import resample
 from radgs_jax.geometry import rigid
 from radgs_jax.geometry import rigid_host
 from radgs_jax.geometry.distortion import COEFFICIENTS
 from radgs_jax.registration import gauss_newton
-from radgs_jax.registration import projection
-from radgs_jax.registration.edges import derivatives
-from radgs_jax.registration.gains import eliminate_gains
-from radgs_jax.registration.gains import fit_gains
+from radgs_jax.registration.bodies import Bodies
+from radgs_jax.registration.bodies import OF_BODIES
+from radgs_jax.registration.bodies import OF_WINDOW
+from radgs_jax.registration.bodies import PARTS_SEEN
 from radgs_jax.registration.gauss_newton import Level
-from radgs_jax.registration.gauss_newton import LevelViews
 from radgs_jax.registration.gauss_newton import RefineConfig
 from radgs_jax.registration.parts import on_device
-from radgs_jax.registration.parts import Parts
 from radgs_jax.registration.pyramid import Pyramid
 
 BEND = (math.radians(4.0), 2.0)
@@ -69,10 +59,6 @@ NO_DISCREPANCY = ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
 """Of views that are right: pixels alone decide. With right cameras it is the better model of a bent spine (docs/accuracy.md)."""
 LEAST_CURVATURE = 1e-6
 """Added to the diagonal of the normal matrix, 1/mm^2 in the parameters' common scale, far below any prior: it keeps it solvable."""
-PARTS_SEEN = 4
-"""Bodies in a window: the vertebra, the one above, the one below, the rest."""
-OF_BODIES, OF_WINDOW = 6 * PARTS_SEEN, 6 * PARTS_SEEN + COEFFICIENTS
-"""Parameters of a window in one view: twists of its bodies, then the view's distortion."""
 DISTORTION_SCALE = 0.01
 """Change of a coefficient of distortion that moves pixels at the field's border by about 1 mm. It makes a step of a coefficient as
 long as one of a pose; half or twice changes how far a first step goes."""
@@ -82,27 +68,6 @@ takes twice the time and changes nothing."""
 NO_DISTORTION = 1e-6
 """Standard deviation of coefficients of views without distortion: a thousandth of a pixel, and large enough to be divided by; half
 or twice does not matter."""
-
-
-@flax.struct.dataclass
-class Bodies:
-    """K vertebrae and the rest of their body, as volumes of attenuation in 1/mm, padded to common shapes.
-
-    Attributes:
-      excess: (K, X, Y, Z) each vertebra above the muscle that fills its hole; ct_from_excess: (K, 4, 4) from its voxel index.
-      rest: (K, X', Y', Z') around each vertebra, everything but it and its two neighbours; ct_from_rest: (K, 4, 4).
-      centres: (K, 3) of the vertebrae, CT mm.
-      neighbours: (K, 2) places in this list of the vertebrae above and below; -1 where it is not in the list.
-      steps_apart: (K, 2) number of levels between the two, where there is one.
-    """
-
-    excess: Leaf
-    ct_from_excess: Leaf
-    rest: Leaf
-    ct_from_rest: Leaf
-    centres: Leaf
-    neighbours: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
-    steps_apart: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,45 +126,6 @@ def _place_of_distortion(vertebrae, views, view):
     return slice(first, first + COEFFICIENTS)
 
 
-def bodies_of(
-    ct_from_box: Sequence[Float[Array, "4 4"]], parts: Sequence[Parts], levels_between: Sequence[int]
-) -> Bodies:
-    """`Bodies` of vertebrae of one scan, from head to feet.
-
-    Args:
-      ct_from_box, parts: K of each; levels_between: K - 1 numbers of levels from each to the next, 1 for neighbours.
-    """
-    boxes = [np.asarray(box, np.float64) for box in ct_from_box]
-    ct_from_excess = [box @ np.asarray(p.box_from_excess, np.float64) for box, p in zip(boxes, parts)]
-    ct_from_rest = [box @ np.asarray(p.box_from_rest, np.float64) for box, p in zip(boxes, parts)]
-    excess, rest = _stacked([p.excess for p in parts]), _stacked([p.rest for p in parts])
-    neighbours, apart = [], []
-    for k, p in enumerate(parts):
-        near = [j if 0 <= j < len(parts) else -1 for j in (k - 1, k + 1)]
-        neighbours.append(tuple(near))
-        apart.append(tuple(levels_between[min(j, k)] if j >= 0 else 1 for j in near))
-        for j in near:
-            if j >= 0:
-                own = rest[k][tuple(slice(n) for n in p.rest.shape)]
-                own -= resample.resample(excess[j], ct_from_excess[j], ct_from_rest[k], own.shape)
-    return Bodies(
-        on_device(excess),
-        on_device(ct_from_excess),
-        on_device(rest),
-        on_device(ct_from_rest),
-        on_device([box[:3, 3] for box in boxes]),
-        tuple(neighbours),
-        tuple(apart),
-    )
-
-
-def _stacked(volumes):
-    found = np.zeros((len(volumes), *np.max([v.shape for v in volumes], axis=0)), np.float32)
-    for k, volume in enumerate(volumes):
-        found[(k, *(slice(n) for n in volume.shape))] = volume
-    return found
-
-
 def fine_levels(config: RefineConfig, vertebrae: int, corrects: bool) -> tuple[Level, ...]:
     """The levels of a joint refinement: the last two of a single one's where it corrects the views, the last where not."""
     vertebra_mm, rest_mm = (pixels * config.levels[-1].pixel_mm for pixels in SAMPLES_PX)
@@ -222,83 +148,6 @@ def _carried(centre, about):
     found = np.eye(6)
     found[3:, :3] = [[0, -z, y], [z, 0, -x], [-y, x, 0]]
     return found
-
-
-def linearised(
-    bodies: Bodies,
-    views: LevelViews,
-    camera_from_world: Float[Array, "views 4 4"],
-    at: Float[Array, "windows 4 4"],
-    world_from_ct: Float[Array, "bodies 4 4"],
-    distortions: Float[Array, "views 3"],
-    fields: Float[Array, " views"],
-    config: RefineConfig,
-) -> tuple[
-    Float[jax.Array, "windows views 27 27"],
-    Float[jax.Array, "windows views 27"],
-    Float[jax.Array, "windows views blocks 27"],
-]:
-    """Normal equations of each window in each view, over the twists of its bodies about their own centres and its distortion.
-
-    Args:
-      camera_from_world: (V, 4, 4) corrected; at: (K, 4, 4) poses world_from_ct that windows are cut at, which stay the same from
-        step to step; world_from_ct: (2 K, 4, 4) current poses; distortions: (V, 3), small; fields: (V,) of `distortion.field`;
-        config: of one level, that of `views`.
-    Returns:
-      normal matrices (K, V, 27, 27), right sides (K, V, 27), and what each square of pixels adds to those (K, V, B, 27), rad and
-      mm; bodies are the vertebra, the one above, the one below and the rest, and 0 where there is none; then the distortion's
-      coefficients, which have no unit.
-    """
-    (level,) = config.levels
-    count = len(bodies.neighbours)
-    seen = jnp.asarray([[k, max(a, 0), max(b, 0), count + k] for k, (a, b) in enumerate(bodies.neighbours)])
-    present = jnp.asarray(np.array(bodies.neighbours) >= 0, jnp.float32)
-    centres = jnp.tile(rigid.apply(world_from_ct[:count], bodies.centres[:, None])[:, 0], (2, 1))
-
-    def of_window(k):
-        parts = seen[k]
-        box = jnp.eye(4).at[:3, 3].set(bodies.centres[k])
-        camera_from_box = rigid.matmul(camera_from_world, rigid.matmul(at[k], box))
-        crops = camera.windows(views.images, views.valid, views.intrinsics, camera_from_box, level.size)
-        window = gauss_newton.make_window(*crops, camera_from_world, config)
-        images, motions = [], []
-        for part in range(PARTS_SEEN):
-            rest = part == PARTS_SEEN - 1
-            there = present[k, part - 1] if part in (1, 2) else 1.0
-            image, motion = projection.project_part(
-                bodies.rest[k] if rest else bodies.excess[parts[part]],
-                bodies.ct_from_rest[k] if rest else bodies.ct_from_excess[parts[part]],
-                world_from_ct[parts[part]],
-                centres[parts[part]],
-                window.intrinsics,
-                camera_from_world,
-                level.size,
-                level.rest_step_mm if rest else level.vertebra_step_mm,
-            )
-            images.append(image * there)
-            motions.append(motion * there)
-        total = jnp.sum(jnp.stack(images), 0)
-        stretch = distortion.stretch(total, window.intrinsics, fields)
-        filtered = derivatives(jnp.concatenate([jnp.stack(images, -1), *motions, stretch], -1), config.blur_px)
-        # What the distortion moves is mostly the rest's, and has its gain.
-        stretched = jnp.sum(filtered[..., -COEFFICIENTS:, :] * distortions[:, None, None, :, None], -2)
-        of_excess, of_rest = filtered[..., 0, :], jnp.sum(filtered[..., 1:PARTS_SEEN, :], -2) + stretched
-        gain_rest, gain_excess, columns, gains, weights = fit_gains(
-            window.target,
-            window.inside,
-            window.weights,
-            window.edge_count,
-            of_rest,
-            of_excess,
-            total,
-            config.gain_ridge,
-        )
-        own, others = filtered[..., PARTS_SEEN : PARTS_SEEN + 6, :], filtered[..., PARTS_SEEN + 6 :, :]
-        jacobian = [own * gain_excess[..., None, None], others * gain_rest[..., None, None]]
-        residual = window.target - gain_rest[..., None] * of_rest - gain_excess[..., None] * of_excess
-        return eliminate_gains(columns, gains, jnp.concatenate(jacobian, -2), residual, weights, config.gain_ridge)
-
-    return jax.lax.map(of_window, jnp.arange(count))
 
 
 def _prior(bodies, poses, centres, motions, distortions, camera_sd, distortion_sd):
@@ -376,7 +225,7 @@ def assembled(
     that no pixel shows. With these eliminated they are N' x = W r, where W = (1 + N C)^-1 and N' = W N.
 
     Args:
-      neighbours: as in `Bodies`; normals, rights, blocks: from `linearised`.
+      neighbours: as in `Bodies`; normals, rights, blocks: from `bodies.linearised`.
       centres: of the vertebrae and of the rest around each, world mm.
       view_errors: from `errors_of_views`; growth: as in `refine_together`.
     Returns:
@@ -404,7 +253,8 @@ def assembled(
 
 
 def refine_together(
-    program: Callable,
+    cut: Callable,
+    linearised: Callable,
     bodies: Bodies,
     seen: Pyramid,
     world_from_ct: Float[Array, "bodies 4 4"],
@@ -420,7 +270,7 @@ def refine_together(
     pixels: the equations are solved in float64, on the host.
 
     Args:
-      program: `linearised`, compiled; seen: X-rays at the resolution of each of config.levels.
+      cut, linearised: of `bodies`, compiled; seen: X-rays at the resolution of each of config.levels.
       world_from_ct: start poses of the K vertebrae, and of the rest around each.
       camera_sd: sizes of the cameras' errors: root mean square angle of turn, rad, and length of shift, mm; 0 for none.
       discrepancy: as `DISCREPANCY`; growth: ratio of an error to what squares of pixels say of it by their disagreement.
@@ -436,19 +286,29 @@ def refine_together(
     seen_normal = doubt = prior = np.zeros(0)
     moved_mm = 0.0
     # Errors of views are held by their prior alone, whose optimum longer steps would swing about.
-    relaxation = config.relaxation if stretched is None and not np.any(camera_sd) else 1.0
+    corrects = stretched is not None or np.any(camera_sd)
+    relaxation = 1.0 if corrects else config.relaxation
     # The equations know small distortions, so that the X-rays are straightened between levels.
     rounds = 1 if stretched is None else STRAIGHTENINGS
     for number, level in list(enumerate(config.levels)) * rounds:
         if stretched is not None and distortions.any():
             seen = stretched.straightened(distortions)
-        views, taken_out = seen.levels[number], distortions.copy()
-        one, at = dataclasses.replace(config, levels=(level,)), on_device(poses[:count])
-        for _ in range(level.iterations):
-            left = on_device(distortions - taken_out)
-            arguments = bodies, views, on_device(given @ motions), at, on_device(poses), left, on_device(fields)
-            found = jax.device_get(program(*arguments, config=one))
-            normals, rights, blocks = (np.asarray(a, np.float64) for a in found)
+        taken_out, one = distortions.copy(), dataclasses.replace(config, levels=(level,))
+        start = seen.levels[number], on_device(given @ motions)
+        windows = [
+            cut(*start, on_device(poses[k]), on_device(centre), config=one) for k, centre in enumerate(bodies.centres)
+        ]
+        for iteration in range(level.iterations):
+            # What is seen of the rest moves with the cameras, too.
+            again = jax.device_put(np.array(iteration == 0 or corrects))
+            cameras, left = on_device(given @ motions), on_device(distortions - taken_out)
+            equations = []
+            for k, (window, near) in enumerate(windows):
+                moving = again, cameras, on_device(poses[bodies.seen(k)]), left, on_device(fields)
+                *found, near = linearised(bodies.around[k], window, near, *moving, config=one)
+                equations.append(found)
+                windows[k] = window, near
+            normals, rights, blocks = (np.stack(a).astype(np.float64) for a in zip(*jax.device_get(equations)))
             places = np.einsum("kij,kj->ki", poses[:count, :3, :3], bodies.centres) + poses[:count, :3, 3]
             centres = np.tile(places, (2, 1))
             seen_normal, right, doubt = assembled(

@@ -28,6 +28,7 @@ from radgs_jax.registration import overview
 from radgs_jax.registration import plausibility
 from radgs_jax.registration import prepared as preparing
 from radgs_jax.registration import search as searching
+from radgs_jax.registration.bodies import bodies_of
 from radgs_jax.registration.confidence import Confidence
 from radgs_jax.registration.gauss_newton import RefineConfig
 from radgs_jax.registration.gauss_newton import Refined
@@ -362,13 +363,12 @@ def _refined_together(prepared, xrays, starts, options, compile):
     labels = [p.vertebra.label for p in prepared]
     between = [levels.steps(a, b, labels + [*range(a + 1, b)]) for a, b in zip(labels, labels[1:])]
     boxes, parts = [p.vertebra.ct_from_box for p in prepared], [parts_in(p, xrays) for p in prepared]
-    bodies = joint.bodies_of(boxes, parts, between)
+    bodies = bodies_of(boxes, parts, between)
     growth = 1.0 if prepared[0].rule is None else confidence.error_per_misfit(prepared[0].rule)
     discrepancy = joint.DISCREPANCY if options.corrects else joint.NO_DISCREPANCY
-    program = programs_of(compile).linearised
-    return joint.refine_together(
-        program, bodies, seen, starts, options.camera_sd, config, discrepancy, growth, stretched
-    )
+    programs = programs_of(compile)
+    known = seen, starts, options.camera_sd, config, discrepancy, growth, stretched
+    return joint.refine_together(programs.cut, programs.linearised, bodies, *known)
 
 
 def shows_bare_bone(xrays: Sequence[XRay], search: searching.SearchConfig) -> bool:

@@ -13,8 +13,8 @@ from kernels.common.types import Array
 from radgs_jax import gaussians
 from radgs_jax.models import radgs_reg
 from radgs_jax.models.config import ModelConfig
+from radgs_jax.registration import bodies
 from radgs_jax.registration import gauss_newton
-from radgs_jax.registration import joint
 from radgs_jax.registration import overview
 from radgs_jax.registration import reconstruct
 
@@ -27,13 +27,14 @@ class Programs:
     """Compiled functions.
 
     Attributes:
-      network_pass: `network_pass`; refine_level: `gauss_newton.refine_level`; best_shifts: `overview.best_shifts`; linearised:
-        `joint.linearised`; move: `gaussians.move`; as_bone: `reconstruct.as_bone`.
+      network_pass: `network_pass`; refine_level: `gauss_newton.refine_level`; best_shifts: `overview.best_shifts`; cut,
+        linearised: of `bodies`; move: `gaussians.move`; as_bone: `reconstruct.as_bone`.
     """
 
     network_pass: Callable
     refine_level: Callable
     best_shifts: Callable
+    cut: Callable
     linearised: Callable
     move: Callable
     as_bone: Callable
@@ -46,7 +47,8 @@ def programs_of(compile: Compile) -> Programs:
         compile(network_pass, static_argnames="config"),
         compile(gauss_newton.refine_level, static_argnames=("level", "config")),
         compile(overview.best_shifts, static_argnames=("size", "depths", "config")),
-        compile(joint.linearised, static_argnames="config"),
+        compile(bodies.cut, static_argnames="config"),
+        compile(bodies.linearised, static_argnames="config"),
         compile(gaussians.move),
         compile(reconstruct.as_bone, static_argnames="registered"),
     )

@@ -49,7 +49,7 @@ def test_the_part_that_is_reached_is_all_that_there_is(order):
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, _everywhere(array, *affines, order, -7.0), atol=2e-5)
         shares.append(np.mean(found != -7.0))
-        part = resample._reached(np.linalg.inv(affines[1]) @ affines[0], SHAPE, GRID)
+        part = resample.reached(np.linalg.inv(affines[1]) @ affines[0], SHAPE, GRID)
         computed.append(np.prod([one.stop - one.start for one in part]) / np.prod(GRID))
     assert 0.0 < min(shares) < 0.01 and 0.4 < max(shares) < 1.0
     assert min(computed) < 0.1 and max(computed) == 1.0

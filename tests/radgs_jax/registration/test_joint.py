@@ -17,6 +17,9 @@ from radgs_jax.geometry.camera import Camera
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.registration import gauss_newton
 from radgs_jax.registration import joint
+from radgs_jax.registration.bodies import bodies_of
+from radgs_jax.registration.bodies import cut
+from radgs_jax.registration.bodies import linearised
 from radgs_jax.registration.parts import Parts
 from radgs_jax.registration.pyramid import Pyramid
 
@@ -26,7 +29,7 @@ GIVEN[0, :3, :3] = [[-1, 0, 0], [0, 0, -1], [0, -1, 0]]
 GIVEN[1, :3, :3] = [[0, -1, 0], [0, 0, -1], [1, 0, 0]]
 GIVEN[:, 2, 3], GIVEN[:, 3, 3] = 700.0, 1.0
 PLACES = np.array([[-3.0, 2.0, 31.0], [0.0, 0.0, 0.0], [2.0, -1.0, -30.0]])
-linearised = jax.jit(joint.linearised, static_argnames="config")
+PROGRAMS = [jax.jit(function, static_argnames="config") for function in (cut, linearised)]
 
 
 def motion(*twist):
@@ -81,11 +84,11 @@ def away_mm(pose, truth, point):
 
 def test_bodies_hold_each_voxel_once(spine):
     parts, boxes, rest, of_rest = spine
-    bodies = joint.bodies_of(boxes, parts, [1, 1])
-    assert bodies.neighbours == ((-1, 1), (0, 2), (1, -1)) and bodies.excess.shape[0] == 3
+    bodies = bodies_of(boxes, parts, [1, 1])
+    assert bodies.neighbours == ((-1, 1), (0, 2), (1, -1)) and bodies.seen(0) == [0, 0, 1, 3]
     # The middle one has both neighbours taken out of its rest; the first keeps the third, which it does not touch.
-    np.testing.assert_allclose(bodies.rest[1], rest, atol=2e-3)
-    assert np.abs(np.asarray(bodies.rest[0]) - rest).max() > 5e-3
+    np.testing.assert_allclose(bodies.around[1].volumes[-1], rest, atol=2e-3)
+    assert np.abs(np.asarray(bodies.around[0].volumes[-1]) - rest).max() > 5e-3
 
 
 def test_each_vertebra_is_found_in_a_bent_spine(spine):
@@ -98,7 +101,7 @@ def test_each_vertebra_is_found_in_a_bent_spine(spine):
     truth = np.stack([*bends, motion(0.01, 0.0, 0.01, 0.5, -1.0, 0.5)])
     seen = xrays(spine, truth, GIVEN)
     start = np.stack([motion(0, 0, 0, 0, 0, 0)] * 6)
-    found = joint.refine_together(linearised, joint.bodies_of(boxes, parts, [1, 1]), seen, start, (0.0, 0.0), CONFIG)
+    found = joint.refine_together(*PROGRAMS, bodies_of(boxes, parts, [1, 1]), seen, start, (0.0, 0.0), CONFIG)
     for pose, true, place in zip(found.world_from_ct, truth, PLACES):
         assert away_mm(pose, true, place) < 0.15
     np.testing.assert_allclose(found.motions, [np.eye(4)] * 2, atol=1e-2)
@@ -110,9 +113,9 @@ def test_cameras_are_corrected_relative_to_each_other(spine):
     truth = np.stack([motion(0.02, 0.01, -0.02, 1.0, 1.0, -1.0)] * 4)
     seen = xrays(spine, truth, GIVEN @ np.stack(off))
     start, sd = np.stack([np.eye(4)] * 6), (math.radians(0.4), 1.5)
-    bodies = joint.bodies_of(boxes, parts, [1, 1])
-    blind = joint.refine_together(linearised, bodies, seen, start, (0.0, 0.0), CONFIG)
-    found = joint.refine_together(linearised, bodies, seen, start, sd, CONFIG, joint.NO_DISCREPANCY)
+    bodies = bodies_of(boxes, parts, [1, 1])
+    blind = joint.refine_together(*PROGRAMS, bodies, seen, start, (0.0, 0.0), CONFIG)
+    found = joint.refine_together(*PROGRAMS, bodies, seen, start, sd, CONFIG, joint.NO_DISCREPANCY)
     relative = np.linalg.inv(off[1]) @ off[0]
     left = np.linalg.inv(found.motions[1]) @ found.motions[0] @ np.linalg.inv(relative)
     turn, shift = left[:3, :3], left[:3, 3]
@@ -133,10 +136,10 @@ def test_views_that_are_wrong_by_themselves_correct_cameras_by_no_more_than_they
     seen, other = xrays(spine, np.stack([np.eye(4)] * 4), GIVEN), xrays(spine, shown, GIVEN)
     (views,) = seen.levels
     seen = Pyramid([views.replace(images=[other.levels[0].images[0], views.images[1]])], seen.camera_from_world)
-    bodies, start, sd = joint.bodies_of(boxes, parts, [1, 1]), np.stack([np.eye(4)] * 6), (math.radians(0.1), 0.3)
+    bodies, start, sd = bodies_of(boxes, parts, [1, 1]), np.stack([np.eye(4)] * 6), (math.radians(0.1), 0.3)
 
     def relative(discrepancy):
-        found = joint.refine_together(linearised, bodies, seen, start, sd, CONFIG, discrepancy)
+        found = joint.refine_together(*PROGRAMS, bodies, seen, start, sd, CONFIG, discrepancy)
         twist = rigid_host.twist_about(np.zeros(3), np.linalg.inv(found.motions[1]) @ found.motions[0])
         return np.abs(twist[[0, 5]]), joint.covariance(found)
 
@@ -167,11 +170,11 @@ def test_distortion_is_fitted_with_the_poses(spine):
         images, valid = [jnp.asarray(x.line_integrals) for x in made], [jnp.asarray(x.valid) for x in made]
         return Pyramid([gauss_newton.LevelViews(images, valid, views.intrinsics)], exact.camera_from_world)
 
-    bodies, start = joint.bodies_of(boxes, parts, [1, 1]), np.stack([np.eye(4)] * 6)
+    bodies, start = bodies_of(boxes, parts, [1, 1]), np.stack([np.eye(4)] * 6)
     stretched = joint.Stretched(0.03, [distortion.field(camera) for camera in cameras], straightened)
     fixed = straightened(np.zeros((2, 3))), start, (0.0, 0.0), CONFIG, joint.NO_DISCREPANCY
-    blind = joint.refine_together(linearised, bodies, *fixed)
-    found = joint.refine_together(linearised, bodies, *fixed, stretched=stretched)
+    blind = joint.refine_together(*PROGRAMS, bodies, *fixed)
+    found = joint.refine_together(*PROGRAMS, bodies, *fixed, stretched=stretched)
     error = lambda poses: max(away_mm(pose, true, place) for pose, true, place in zip(poses, truth, PLACES))
     assert error(found.world_from_ct) < min(0.05, 0.7 * error(blind.world_from_ct))
     # What counts is where pixels go: at half the field's radius and near its border.
@@ -207,13 +210,13 @@ def test_errors_of_a_view_are_eliminated_as_further_unknowns():
 def test_the_covariance_holds_what_no_view_shows(spine):
     parts, boxes, _, _ = spine
     truth = np.stack([np.eye(4)] * 6)
-    seen, bodies = xrays(spine, truth, GIVEN), joint.bodies_of(boxes, parts, [1, 1])
+    seen, bodies = xrays(spine, truth, GIVEN), bodies_of(boxes, parts, [1, 1])
     sd = (math.radians(0.3), 1.0)
-    found = joint.refine_together(linearised, bodies, seen, truth, sd, CONFIG)
+    found = joint.refine_together(*PROGRAMS, bodies, seen, truth, sd, CONFIG)
     covariance = joint.covariance(found)
     # Two cameras that are off by 1 mm move a body by 1 / sqrt(2) together, of which nothing is seen.
     assert np.sqrt(np.trace(covariance[9:12, 9:12])) > 0.8 / math.sqrt(2)
-    right = joint.refine_together(linearised, bodies, seen, truth, (0.0, 0.0), CONFIG, joint.NO_DISCREPANCY)
+    right = joint.refine_together(*PROGRAMS, bodies, seen, truth, (0.0, 0.0), CONFIG, joint.NO_DISCREPANCY)
     exact = joint.covariance(right)
     assert np.sqrt(np.trace(exact[9:12, 9:12])) < 0.05
     # What two vertebrae have in common with the cameras cancels in their relative motion.
@@ -243,17 +246,18 @@ def test_the_relative_covariance_is_that_of_drawn_motions():
 
 def test_near_the_truth_a_bodys_own_equations_ask_for_what_it_is_off_by(spine):
     parts, boxes, _, _ = spine
-    bodies = joint.bodies_of(boxes, parts, [1, 1])
+    bodies = bodies_of(boxes, parts, [1, 1])
     rest = motion(0, 0.01, 0, 0.3, 0, 0)
     poses = np.stack([motion(0.01, 0.02, -0.01, 0.5, -0.4, 0.3), np.eye(4), np.eye(4), rest, rest, rest])
     seen = xrays(spine, poses, GIVEN)
     off = poses.copy()
     off[1] = motion(0.0, 0.0, 0.0, 0.4, 0.0, 0.0)
     one = dataclasses.replace(CONFIG, levels=(dataclasses.replace(CONFIG.levels[0], iterations=1),))
-    at, moved = jnp.asarray(poses[:3], jnp.float32), jnp.asarray(off, jnp.float32)
-    straight = jnp.zeros((2, 3)), jnp.ones(2)
-    arguments = bodies, seen.levels[0], seen.camera_from_world, at, moved, *straight
-    normals, rights, _ = linearised(*arguments, config=one)
-    normal, right = np.asarray(normals[1]).sum(0)[:6, :6], np.asarray(rights[1]).sum(0)[:6]
+    on_device = lambda values: jnp.asarray(values, jnp.float32)
+    cameras, centre = seen.camera_from_world, on_device(bodies.centres[1])
+    window, near = PROGRAMS[0](seen.levels[0], cameras, on_device(poses[1]), centre, config=one)
+    moving = jnp.array(True), cameras, on_device(off[bodies.seen(1)]), jnp.zeros((2, 3)), jnp.ones(2)
+    normals, rights, _, near = PROGRAMS[1](bodies.around[1], window, near, *moving, config=one)
+    normal, right = np.asarray(normals).sum(0)[:6, :6], np.asarray(rights).sum(0)[:6]
     step = np.linalg.solve(normal, right)
     np.testing.assert_allclose(step[3:], [-0.4, 0.0, 0.0], atol=0.12)
