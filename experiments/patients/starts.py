@@ -82,18 +82,35 @@ def start_from_body(
     cameras = [xray.camera for xray in xrays]
     middles = [(0.5 * (camera.width - 1), 0.5 * (camera.height - 1)) for camera in cameras]
     centre, _ = _meeting_point(cameras, middles, "--init, --points", "a start pose, or X-rays whose centres meet")
-    program, seen, best = programs_of(compile).best_shifts, pipeline.without_metal(prepared[0], xrays, compile), None
+    seen, best = pipeline.without_metal(prepared[0], xrays, compile), None
     for one in prepared:
         guess = np.eye(4)
-        guess[:3, :3], guess[:3, 3] = one.vertebra.ct_from_box[:3, :3], centre
-        parts, config = pipeline.parts_in(one, seen), one.search.overview
-        poses, fits = overview.candidates(program, parts, seen, guess, config, one.refine, 1, BODY_REACH_MM)
-        if poses and (best is None or fits[0] > best[0]):
-            best = fits[0], poses[0] @ np.linalg.inv(one.vertebra.ct_from_box)
+        guess[:3, 3] = centre - one.vertebra.ct_from_box[:3, 3]
+        found = find_body(one, seen, guess, compile)
+        if found is not None and (best is None or found[1] > best[1]):
+            best = found
     if best is None:
         errors.fail("X-rays", "content", "nothing of the CT's body", "a start pose by --init or --points")
-    found = {"found": "the body", "fit": best[0], "start_world_from_ct": best[1].tolist()}
-    return rigid_host.nearest_rigid(best[1]), found
+    pose, fit = best
+    return pose, {"found": "the body", "fit": fit, "start_world_from_ct": pose.tolist()}
+
+
+def find_body(
+    prepared: Prepared, xrays: Sequence[XRay], guess: np.ndarray, compile: Compile
+) -> tuple[np.ndarray, float] | None:
+    """The pose at which the body around a vertebra fits X-rays best, roughly, near a guess.
+
+    Args:
+      xrays: without their metal.
+      guess: world_from_ct, which may be off by BODY_REACH_MM along each axis, and in its turn by the search's `OverviewConfig`.
+      compile: as in `pipeline.register`.
+    Returns:
+      world_from_ct (4, 4), mm, and the sum over views of the correlations there; None where nothing fits.
+    """
+    config, box = prepared.search.overview, prepared.vertebra.ct_from_box
+    around = pipeline.parts_in(prepared, xrays), xrays, guess @ box, config, prepared.refine
+    poses, fits = overview.candidates(programs_of(compile).best_shifts, *around, 1, BODY_REACH_MM)
+    return (rigid_host.nearest_rigid(poses[0] @ np.linalg.inv(box)), fits[0]) if poses else None
 
 
 def start_from_axis(

@@ -26,6 +26,7 @@ from data_pipelines.simulation import quick
 from experiments import configs
 from experiments.patients import models
 from experiments.patients import preparing
+from experiments.patients import starts
 from experiments.patients.untrained import prepare_untrained
 from experiments.patients.workdir import load
 from experiments.patients.workdir import ScanDigests
@@ -46,6 +47,10 @@ CAMERA_STREAM = 99
 """Last element of the seed of the camera errors, which separates them from other random draws."""
 APART_DEG = (0.0, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 90.0)
 """Angles between two views that are tried, degrees."""
+LOST = (150.0, 20.0)
+"""Largest shift, mm, and turn, degrees, of the guess where there is no start pose."""
+LOST_STREAM = 98
+"""As `CAMERA_STREAM`, of these guesses."""
 EVERYTHING = "all faults at random"
 """The group with every fault drawn at random: posture, beam, panel, collimators, metal, pictures, masks and cameras."""
 N_FAILURES = 4
@@ -67,6 +72,7 @@ class Condition:
       views: indices of the views that are used.
       starts_mm: bins (low, high) of start errors.
       every_start: whether each scene is registered from all bins, or from one bin in turn.
+      lost: whether the start is found by the body, from a guess that is off by up to LOST, in place of those.
     """
 
     group: str
@@ -84,6 +90,7 @@ class Condition:
     views: tuple[int, ...] = (0, 1)
     starts_mm: tuple[tuple[float, float], ...] = configs.STARTS_MM
     every_start: bool = False
+    lost: bool = False
 
     def options(self, passes: int) -> pipeline.RegisterOptions:
         """What its registrations are asked for, with a number of passes of the network."""
@@ -113,7 +120,10 @@ def sweeps() -> list[Condition]:
     made += [Condition("degrees between views", f"{a:g}", "real", apart_deg=a) for a in APART_DEG]
     sd = (0.5, 0.1)
     wrong = case_files.InputErrors(mask_mm=1.5, camera_sd=sd)
-    return [*made, Condition(EVERYTHING, "everything", "real", posture="bent", errors=wrong, camera_sd=sd)]
+    everything = Condition(EVERYTHING, "everything", "real", posture="bent", errors=wrong, camera_sd=sd)
+    without = [Condition("", v, v) for v in ("artic", "real")] + [everything]
+    made += [dataclasses.replace(one, group="without a start pose", lost=True) for one in without]
+    return [*made, everything]
 
 
 MASKS = {
@@ -270,6 +280,15 @@ def _given(patient, condition, volume, scene, seed):
     return prepared, [xrays[i] for i in condition.views]
 
 
+def lost_guess(truth: Float[np.ndarray, "4 4"], centre: Array, seed: Sequence[int]) -> Float[np.ndarray, "4 4"]:
+    """A pose that is off by up to `LOST`; truth: world_from_ct, mm; centre: of the vertebra, CT mm."""
+    rng, (reach_mm, reach_deg) = np.random.default_rng(seed), LOST
+    axes = rng.normal(size=(2, 3))
+    turn, shift = axes / np.linalg.norm(axes, axis=1, keepdims=True) * rng.uniform(size=(2, 1))
+    twist = np.concatenate([math.radians(reach_deg) * turn, reach_mm * shift])
+    return rigid_host.motion_about(truth[:3, :3] @ centre + truth[:3, 3], twist) @ truth
+
+
 def register_condition(
     patient: Patient, condition: Condition, count: int, seed: int, out: pathlib.Path, passes: int
 ) -> list[dict[str, Any]]:
@@ -291,14 +310,16 @@ def register_condition(
         for number, case in enumerate(chosen):
             scene = case_file.scenes[case.scene]
             volume = case_file.volumes[scene.volume]
-            given = (
-                *_given(patient, condition, volume, scene, [seed, number, CAMERA_STREAM]),
-                case.world_from_ct,
-            )
-            with Stopwatch() as watch:
-                outcome = pipeline.register(*given, options, kept)
+            given = _given(patient, condition, volume, scene, [seed, number, CAMERA_STREAM])
             points, truth = cases.points(case_file, scene.volume), cases.truth(case_file, scene)
-            centre = given[0].vertebra.ct_from_box[:3, 3]
+            centre, start = given[0].vertebra.ct_from_box[:3, 3], case.world_from_ct
+            if condition.lost:
+                start = lost_guess(truth, centre, [seed, number, LOST_STREAM])
+            with Stopwatch() as watch:
+                if condition.lost:
+                    found = starts.find_body(given[0], pipeline.without_metal(*given, kept), start, kept)
+                    start = start if found is None else found[0]
+                outcome = pipeline.register(*given, start, options, kept)
             shows_metal = metal.get(scene.name, False)
             rows.append(_row(case, scene, points, truth, outcome, watch.times(), passes, shows_metal, centre))
             bar.update()

@@ -176,7 +176,8 @@ def linearised(
     (level,) = config.levels
     seen = window.intrinsics, camera_from_world, level.size
     # The rest turns about the vertebra that the window is around.
-    centres = rigid.apply(world_from_ct.at[-1].set(world_from_ct[0]), around.centres[:, None])[:, 0]
+    turned = jnp.concatenate([world_from_ct[:VERTEBRAE_SEEN], world_from_ct[:1]])
+    centres = rigid.apply(turned, around.centres[:, None])[:, 0]
     images, filtered, used = [], [], []
     for i in range(PARTS_SEEN):
         step_mm = level.vertebra_step_mm if i < VERTEBRAE_SEEN else level.rest_step_mm
@@ -188,11 +189,11 @@ def linearised(
         image, derived = project_near(used[i], world_from_ct[i], centres[i])
         images.append(image)
         filtered.append(derived)
-    total = sum(images)
+    total = sum(images[1:], images[0])
     stretched = derivatives(distortion.stretch(total, window.intrinsics, fields), config.blur_px)
     # What the distortion moves is mostly the rest's, and has its gain.
-    of_rest = sum(part[..., 0, :] for part in filtered[1:])
-    of_rest = of_rest + jnp.sum(stretched * distortions[:, None, None, :, None], -2)
+    of_others = [part[..., 0, :] for part in filtered[1:]]
+    of_rest = sum(of_others, jnp.sum(stretched * distortions[:, None, None, :, None], -2))
     of_excess = filtered[0][..., 0, :]
     gain_rest, gain_excess, columns, gains, weights = fit_gains(
         window.target, window.inside, window.weights, window.edge_count, of_rest, of_excess, total, config.gain_ridge

@@ -14,6 +14,7 @@ from experiments.reports import statistics
 from experiments.runtime import cli
 from experiments.scoring import conditions
 from radgs_jax import errors
+from radgs_jax.geometry import rigid_host
 
 
 def test_intervals_of_shares_and_of_medians():
@@ -67,6 +68,18 @@ def test_every_sweep_has_a_point_that_is_as_usual():
     for group in ("articulation", "photons a pixel", "detector strength", "cameras off, mm", "mask", "views"):
         same = [dataclasses.replace(c, group="", name="", variant="artic") == usual for c in by_group[group]]
         assert sum(same) == 1, group
+
+
+def test_a_guess_without_a_start_pose_is_off_by_no_more_than_is_said():
+    truth = rigid_host.matrix(np.array([0.2, -0.3, 0.1]), [5.0, -20.0, 40.0])
+    centre, off = np.array([10.0, -60.0, 300.0]), []
+    for number in range(200):
+        motion = conditions.lost_guess(truth, centre, [5, number]) @ np.linalg.inv(truth)
+        place = (truth @ [*centre, 1.0])[:3]
+        twist = rigid_host.twist_about(place, motion)
+        off.append([np.linalg.norm(twist[3:]), np.degrees(np.linalg.norm(twist[:3]))])
+    most = np.max(off, axis=0)
+    assert (most <= conditions.LOST).all() and (most > 0.9 * np.array(conditions.LOST)).all()
 
 
 def test_bad_bins_are_refused():
