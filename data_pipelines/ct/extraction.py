@@ -194,7 +194,7 @@ def vertebra_cube(
     high = np.clip(np.ceil(seen.max(0) + margin) + 1, low + 1, scan.hu.shape).astype(int)
     part = tuple(slice(a, b) for a, b in zip(low, high))
     affine = resample.part_from_index(scan.ct_from_index, low)
-    hu = scan.hu[part]
+    hu = np.asarray(scan.hu[part], np.float32)
     if coarser.any():
         hu = scipy.ndimage.gaussian_filter(hu, coarser / native, mode="nearest")
     mask = scipy.ndimage.gaussian_filter(

@@ -23,7 +23,7 @@ class Scan:
 
     Attributes:
       patient: an identifier.
-      hu: (X, Y, Z) float32.
+      hu: (X, Y, Z) int16 where the file holds whole HU, float32 where not.
       labels: (X, Y, Z) uint8, VerSe numbers.
       ct_from_index: (4, 4) RAS+ mm of voxel centres.
     """
@@ -43,8 +43,8 @@ def read_ct(path: pathlib.Path | str) -> tuple[np.ndarray, np.ndarray]:
     """A CT from a NIfTI file, a folder of one DICOM series, or one multi-frame DICOM file.
 
     Returns:
-      HU (X, Y, Z) float32, with axes permuted and flipped to be nearest to RAS+ (oblique axes stay oblique); and ct_from_index
-      (4, 4), RAS+ mm of voxel centres.
+      HU (X, Y, Z), int16 where the file holds whole HU and float32 where not, with axes permuted and flipped to be nearest to RAS+
+      (oblique axes stay oblique); and ct_from_index (4, 4), RAS+ mm of voxel centres.
 
     Raises:
       InputError: a file is unreadable or damaged, voxels are not finite, or `dicom_series.read_series` refuses the series.
@@ -60,7 +60,8 @@ def read_ct(path: pathlib.Path | str) -> tuple[np.ndarray, np.ndarray]:
         bad = hu.size - sum(int(np.count_nonzero(np.isfinite(part))) for part in hu)
         if bad:
             errors.fail(path, "voxels", f"{bad} not finite", "finite HU")
-    return hu.astype(np.float32, copy=False), ct_from_index
+    # Floats would take twice the memory, and longer to make than the file takes to read.
+    return hu if hu.dtype == np.int16 else hu.astype(np.float32, copy=False), ct_from_index
 
 
 def read_scan(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from collections.abc import Sequence
 from concurrent import futures
@@ -225,7 +226,8 @@ def warm_up(
     programs = programs_of(compile)
     vertebra, config = prepared.vertebra, prepared.refine
     xrays = without_metal(prepared, xrays, compile)
-    with futures.ThreadPoolExecutor() as pool:
+    # As many at a time as there are cores: a compilation takes a third of a gigabyte.
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         compiling = []
         if options.refine:
             seen = make_pyramid(xrays, [level.pixel_mm for level in config.levels])

@@ -307,6 +307,15 @@ def test_a_cube_holds_the_vertebra_where_it_is(oblique, spacing_mm):
     np.testing.assert_allclose(cube.density, mu * cube.occupancy, atol=1e-7)
 
 
+def test_whole_hu_mean_the_same_as_floats(oblique):
+    floats, *_ = oblique
+    whole = dataclasses.replace(floats, hu=floats.hu.astype(np.int16))
+    cubes = [extraction.vertebra_cube(scan, 21, 2.5, soften_mm=0.5) for scan in (whole, floats)]
+    np.testing.assert_array_equal(cubes[0].density, cubes[1].density)
+    bodies = [whole_body.WholeBody(scan, 6.0).without(extraction.extract(scan, 21, 64)) for scan in (whole, floats)]
+    np.testing.assert_array_equal(*bodies)
+
+
 def test_softening_is_a_smooth_border_of_the_chosen_width(oblique):
     scan = oblique[0]
     soft = [extraction.vertebra_cube(scan, 21, 1.0, (64, 56, 48), soften_mm=s).occupancy for s in (0.5, 2.0)]
