@@ -69,7 +69,7 @@ class Config:
     patient_labels: tuple[int, ...] = (20, 21, 22, 23, 24)
     p1: StageConfig = StageConfig(pairs=16, ct_pairs=32, steps=(400, 60, 60), learning_rate=2e-3)
     p2: StageConfig = StageConfig(pairs=2, ct_pairs=16, steps=(40, 20, 40), learning_rate=1e-3)
-    p3: StageConfig = StageConfig(pairs=256, ct_pairs=128, steps=(1000, 40, 160), learning_rate=1.5e-3)
+    p3: StageConfig = StageConfig(pairs=192, ct_pairs=96, steps=(600, 40, 100), learning_rate=1.5e-3)
     batch: int = 16
     checkpoint_seconds: float = 60.0
     passes: int = 5
@@ -93,8 +93,10 @@ BASE = dataclasses.replace(
     p1_patients=16,
     p1=StageConfig(pairs=24, ct_pairs=32, steps=(2000, 100, 200), learning_rate=2e-3),
     p2=StageConfig(pairs=2, ct_pairs=16, steps=(100, 20, 60), learning_rate=1e-3),
+    p3=StageConfig(pairs=256, ct_pairs=128, steps=(1000, 40, 160), learning_rate=1.5e-3),
 )
-"""Settings that `base/` is made with: the demo's model, trained on more spines and for longer (35 minutes, docs/performance.md)."""
+"""Settings that `base/` is made with, and patients are prepared with from there: the demo's model, trained on more spines and for
+longer (docs/performance.md)."""
 PAPER = Config(
     model=ModelConfig(
         backbone_2d=("resnet50", ()),

@@ -41,7 +41,7 @@ def define_flags() -> None:
         None,
         "Pixels of the refinement's levels in mm, from coarse to fine, such as 1.5,0.75,0.4; poses are then not judged.",
     )
-    flags.DEFINE_enum("preset", "demo", sorted(configs.PRESETS), "Training configuration.")
+    flags.DEFINE_enum("preset", "base", sorted(configs.PRESETS), "Training configuration.")
     flags.DEFINE_bool(
         "detector",
         False,

@@ -32,6 +32,7 @@ from experiments.runtime import cli
 from experiments.runtime import input_flags
 from experiments.runtime.kept_programs import kept
 from radgs_jax import errors
+from radgs_jax import levels
 from radgs_jax.geometry import distortion
 from radgs_jax.levels import FIRST_BONE
 from radgs_jax.levels import level_name
@@ -41,9 +42,9 @@ from radgs_jax.registration.pipeline import RegisterOptions
 
 MAX_CAMERA_MM, MAX_CAMERA_DEG = 20.0, 5.0
 """Largest errors of cameras that can be stated. Chosen by hand: beyond, the first refinement finds nothing to correct them by."""
-LOOKED_FOR = 4
-"""Without a start pose, the body is looked for around every such vertebra of --label. Chosen by hand: the surroundings of one hold
-three more to each side; half takes twice as long, twice leaves gaps."""
+BESIDE = 3
+"""Levels to each side that the surroundings of a vertebra hold (`whole_body.PART_REACH_MM`). Without a start pose, the body is
+looked for so that all of --label are in some surroundings: half takes twice as long, twice leaves gaps."""
 LEAST_SHARE = 0.5
 """Share of a vertebra that each X-ray shows, for --label=all. Chosen by hand: half registers vertebrae that are cut; twice leaves
 out all that touch the frame."""
@@ -149,6 +150,16 @@ def _in_view(row, load, otherwise):
     return shown
 
 
+def _looked_for(targets):
+    """Targets whose surroundings hold all of them: few, and as far apart as that allows."""
+    place = lambda target: levels.ORDER.index(target.label)
+    left, chosen = sorted(targets, key=place), []
+    while left:
+        chosen.append([target for target in left if place(target) <= place(left[0]) + BESIDE][-1])
+        left = [target for target in left if place(target) > place(chosen[-1]) + BESIDE]
+    return chosen
+
+
 def _given(digests, load):
     """A `Row` for each label of the flags, and the localizer's reports: row name -> report."""
     given = flags.FLAGS
@@ -182,7 +193,7 @@ def _given(digests, load):
     if by_body:
         if targets[0].label > FIRST_BONE:
             errors.fail("flags", "--init, --points", "neither", "one of them, for a bone beyond the spine")
-        found, reports["body"] = starts.start_from_body([load(t) for t in targets[::LOOKED_FOR]], xrays, kept)
+        found, reports["body"] = starts.start_from_body([load(t) for t in _looked_for(targets)], xrays, kept)
         print(f"start from the whole body in the X-rays: fit {reports['body']['fit']:.2f}")
     for target in targets:
         name = "case" if len(targets) == 1 else level_name(target.label)

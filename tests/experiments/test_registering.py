@@ -57,6 +57,21 @@ def _answers(folder):
     return [(r["id"], r["T"]) for r in files.read_json(folder / "results.json")["results"]]
 
 
+def test_a_vertebra_beyond_the_frame_of_a_found_start_is_a_failure_that_says_so(ready, rows, tmp_path):
+    """Not a start pose that is taken for another one by mistake."""
+    away = rows[0].start.copy()
+    away[2, 3] += 150.0
+    lost = dataclasses.replace(rows[0], name="lost", start=away, start_from="the body", start_found=True)
+    done = registering.register_rows(
+        [rows[1], lost], lambda _: ready("refusing"), tmp_path / "out", QUICK, pictures=False
+    )
+    (failure,) = done.failures
+    wanted = (
+        "found 0% of its surface in one of them, where the body was found, wanted a vertebra that every X-ray shows"
+    )
+    assert failure["id"] == "lost" and failure["reason"].endswith(wanted)
+
+
 def test_each_case_has_a_line_and_a_refused_one_no_radius(ready, rows, tmp_path):
     said = []
     done = registering.register_rows(

@@ -14,7 +14,7 @@ from radgs_jax.registration import search
     "preset, run, patient",
     [
         ("base", "7940dc401c303827", "e819a603454427e3"),
-        ("demo", "552b22f4708182ae", "e819a603454427e3"),
+        ("demo", "b7dd839584eeae55", "eda6a7d81e330ef5"),
         ("paper", "4e14e97c6b8ceef3", "0f127401c1e1dd8a"),
     ],
 )
