@@ -97,6 +97,15 @@ def _key(seed, system, variant, item):
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
+def timed(
+    system: System, subject: Subject, given: Given, params: Any, sizes: Sizes, key: jax.Array
+) -> tuple[Any, dict[str, float]]:
+    """A system's answer once it is there, and the seconds that it took without compiling: `Stopwatch.times`."""
+    with compile_times.Stopwatch() as watch:
+        found = jax.block_until_ready(system.answer(subject, given, params, sizes, key))
+    return found, watch.times()
+
+
 def answer_all(table: Table, system: System, variant: str) -> None:
     """Asks a system about all cases of a variant, as far as its answers are not there yet. Nothing true is used."""
     asked = items(table.case_file, system)
@@ -111,9 +120,8 @@ def answer_all(table: Table, system: System, variant: str) -> None:
                 prepared[subject.target], _ = system.prepare(subject, table.sizes, table.seed)
             given = Given(xrays_of(item.scene), variant, item.case.world_from_ct)
             key = _key(table.seed, system, variant, item)
-            with compile_times.Stopwatch() as watch:
-                found = system.answer(subject, given, prepared.get(subject.target), table.sizes, key)
-            files.write_json(_path(table, system, variant, item, "_times.json"), watch.times())
+            found, times = timed(system, subject, given, prepared.get(subject.target), table.sizes, key)
+            files.write_json(_path(table, system, variant, item, "_times.json"), times)
             if system.kind == subjects.REGISTRATION:
                 arrays = (np.asarray(found, np.float64),)
             else:

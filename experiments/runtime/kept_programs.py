@@ -65,13 +65,13 @@ class Stopwatch:
     """
 
     def __enter__(self) -> "Stopwatch":
-        self._start, self._loading = _clock(), np.zeros(2)
+        self._start, self._loading = clock(), np.zeros(2)
         self._token = _watch.set(self)
         return self
 
     def __exit__(self, *error: object) -> None:
         _watch.reset(self._token)
-        self.wall_s, self.cpu_s = (_clock() - self._start - self._loading).tolist()
+        self.wall_s, self.cpu_s = (clock() - self._start - self._loading).tolist()
 
     def leave_out(self, seconds: np.ndarray) -> None:
         """Excludes seconds (2,) of wall-clock and of CPU time."""
@@ -82,7 +82,8 @@ class Stopwatch:
         return {"runtime_s": self.wall_s, "cpu_s": self.cpu_s}
 
 
-def _clock():
+def clock() -> np.ndarray:
+    """Seconds (2,) of wall-clock and of the process's CPU time, each since some moment."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
@@ -114,13 +115,13 @@ def kept(function: Callable, static_argnames: str | Sequence[str] = ()) -> Calla
 
     @functools.wraps(function)
     def call(*args, **options):
-        start = _clock()
+        start = clock()
         key, leaves = program(args, options)
         ready = used(key)
         if ready is None:
             ready = lower(*args, **options).compile()
             if watch := _watch.get():
-                watch.leave_out(_clock() - start)
+                watch.leave_out(clock() - start)
         return ready(*leaves)
 
     def used(key):
