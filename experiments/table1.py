@@ -7,7 +7,6 @@ patient are simulated. A run that was stopped goes on where it was.
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 
@@ -24,11 +23,7 @@ from experiments.comparison.answers import Table
 from experiments.comparison.subjects import Sizes
 from experiments.comparison.subjects import System
 from experiments.comparison.systems import SYSTEMS
-from experiments.patients import models
-from experiments.patients import untrained
-from experiments.patients import workdir as workdirs
 from experiments.runtime import cli
-from radgs_jax import errors
 
 PHANTOM_LABELS, PHANTOM_SCENES = (20,), 2
 """VerSe number and number of acquisitions of the phantom patient's vertebra: one is enough to see the table."""
@@ -76,16 +71,10 @@ def make_table(
       InputError: unreadable cases or scans, X-rays without such a variant, or a scene without its true pose.
     """
     workdir, out = files.make_folder(workdir), pathlib.Path(out)
-    base, case_file = models.base_folder() if base is None else base, cases.read(case_path)
+    case_file = cases.read(case_path)
     for scene in case_file.scenes.values():
         cases.truth(case_file, scene)
-    digests = workdirs.ScanDigests()
-    model, rule = models.load_model(base), workdirs.base_rule(base, config.refine)
-    load = untrained.untrained_loader(model, config.refine, rule, digests)
-    targets = list(dict.fromkeys(workdirs.target_of(volume) for volume in case_file.volumes.values()))
-    folder_of = lambda target: workdir / digests.of(target)
-    subject_of = subjects.subjects(targets, load, folder_of, config, workdir, pathlib.Path(base))
-    table = Table(case_file, subject_of, sizes, config.seed, out)
+    table = Table(case_file, subjects.subjects(case_file, config, workdir, base), sizes, config.seed, out)
     runs = [(s, v) for s in asked for v in variants if s.variants is None or v in s.variants]
     for system, variant in runs:
         answers.answer_all(table, system, variant)
@@ -105,17 +94,7 @@ def make_table(
             if system.kind == subjects.REGISTRATION:
                 answers.write_results(table, system, variant)
         pictures.write(table, ran, variant)
-    return _write(out, parts, values)
-
-
-def _write(out: pathlib.Path, parts: Sequence[tuple[str, Any, Any]], values: dict[str, Any]) -> str:
-    text = "\n\n".join(f"{name}\n{tables.as_text(head, cells)}" for name, head, cells in parts) + "\n"
-    marked = "\n\n".join(f"**{name}**\n\n{tables.as_markdown(head, cells)}" for name, head, cells in parts) + "\n"
-    for name, content in (("table.txt", text), ("table.md", marked)):
-        with files.replacing(out / name) as temporary:
-            temporary.write_text(content)
-    files.write_json(out / "table.json", values)
-    return text
+    return tables.write(out, "table", parts, values)
 
 
 def main() -> None:
@@ -126,9 +105,6 @@ def main() -> None:
     """
     given = flags.FLAGS
     asked = answers.chosen(given.systems, SYSTEMS)
-    if not asked:
-        wanted = f"beginnings of: {'; '.join(system.title for system in SYSTEMS)}"
-        errors.fail("flags", "--systems", ",".join(given.systems), wanted)
     workdir, config = pathlib.Path(given.workdir), dataclasses.replace(configs.DEMO, seed=given.seed)
     case_path = phantom_cases(workdir / "phantom", config) if given.cases is None else given.cases
     variants = given.variants or VARIANTS[given.preset]

@@ -25,6 +25,7 @@ from experiments.patients.workdir import Target
 from experiments.patients.workdir import target_of
 from experiments.runtime import compile_times
 from experiments.runtime import progress
+from radgs_jax import errors
 from radgs_jax import metrics
 from radgs_jax.geometry import resample
 
@@ -92,8 +93,8 @@ def _path(table, system, variant, item, ending):
     return table.out / "answers" / slug(system.title) / f"{variant}_{mark}" / f"{item.name}{ending}"
 
 
-def _key(seed, system, variant, item):
-    name = f"{system.title}/{variant}/{item.name}"
+def key_of(seed: int, name: str) -> jax.Array:
+    """A PRNG key of what is random in something with a name."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
@@ -119,7 +120,7 @@ def answer_all(table: Table, system: System, variant: str) -> None:
             if system.prepare is not None and subject.target not in prepared:
                 prepared[subject.target], _ = system.prepare(subject, table.sizes, table.seed)
             given = Given(xrays_of(item.scene), variant, item.case.world_from_ct)
-            key = _key(table.seed, system, variant, item)
+            key = key_of(table.seed, f"{system.title}/{variant}/{item.name}")
             found, times = timed(system, subject, given, prepared.get(subject.target), table.sizes, key)
             files.write_json(_path(table, system, variant, item, "_times.json"), times)
             if system.kind == subjects.REGISTRATION:
@@ -193,6 +194,14 @@ def write_results(table: Table, system: System, variant: str) -> None:
 
 
 def chosen(titles: Sequence[str], known: Sequence[System]) -> list[System]:
-    """The systems whose title starts with one of `titles`, without regard to case; all where none is given."""
+    """The systems whose title starts with one of `titles`, without regard to case; all where none is given.
+
+    Raises:
+      InputError: there is none.
+    """
     starts = [title.lower() for title in titles]
-    return [one for one in known if not starts or any(one.title.lower().startswith(s) for s in starts)]
+    found = [one for one in known if not starts or any(one.title.lower().startswith(s) for s in starts)]
+    if not found:
+        wanted = f"beginnings of: {'; '.join(system.title for system in known)}"
+        errors.fail("flags", "--systems", ",".join(titles), wanted)
+    return found

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
+from data_pipelines.pairs.batches import PairSet
 from data_pipelines.simulation import carm
 from data_pipelines.simulation import quick
 from experiments.comparison import training
@@ -21,6 +23,7 @@ from experiments.comparison.subjects import Sizes
 from experiments.comparison.subjects import Subject
 from experiments.patients import preparing
 from experiments.patients import workdir
+from experiments.patients.workdir import Target
 from experiments.runtime.kept_programs import kept
 from kernels.common.types import Array
 from radgs_jax.baselines import ddgs
@@ -132,17 +135,23 @@ def ddgs_pose(
     return ddgs.register(params, sizes.ddgs, seen, cameras, start)
 
 
+def pairs_of(subject: Subject, targets: Sequence[Target], count: int, other: int = 0) -> PairSet:
+    """Simulated pairs, `count` of each target, made where they are not there yet.
+
+    Args:
+      other: added to the seed of their acquisitions: with another number they are others.
+    """
+    config = subject.config
+    stage = dataclasses.replace(config.p3, pairs=count, ct_pairs=1)
+    config = dataclasses.replace(config, p3=stage, seed=config.seed + other)
+    return preparing.pairs_of(config, subject.folder, targets, subject.prepared.model.config.gaussians)
+
+
 def _trained(subject, sizes, seed, tree, name, size, targets, init, update, steps, batch, rate):
     """Parameters of a network that is trained on pairs of `targets`, and their cost; init: (key) -> {tree: parameters}."""
-    config = subject.config
-
-    def pairs():
-        stage = dataclasses.replace(config.p3, pairs=sizes.pairs, ct_pairs=1)
-        count = subject.prepared.model.config.gaussians
-        return preparing.pairs_of(dataclasses.replace(config, p3=stage), subject.folder, targets, count)
-
     path, first = training.place(subject.folder, name, (size, sizes.pairs), seed), lambda: init(jax.random.key(seed))
-    return training.trained_params(path, first, update, tree, pairs, steps, batch, rate, seed, config)
+    pairs, settings = lambda: pairs_of(subject, targets, sizes.pairs), (steps, batch, rate, seed, subject.config)
+    return training.trained_params(path, first, update, tree, pairs, *settings)
 
 
 def prepare_diffpose(subject: Subject, sizes: Sizes, seed: int) -> tuple[Any, Cost]:
@@ -191,6 +200,19 @@ def _turned(rng):
     return rigid_host.matrix(np.radians(rng.uniform(-TURN_DEG, TURN_DEG, 3)), 0.0)
 
 
+def projections(
+    config: ddgs.Config, volume: Float[Array, "x y z"], box_from_index: Float[Array, "4 4"], rng: np.random.Generator
+) -> ddgs.Views:
+    """Line integrals of a volume, 1/mm, from `TRAINING_VIEWS` random angles round AP and as many round lateral."""
+    machine = carm.CArm()
+    cameras = np.concatenate([carm.sample_views(rng, machine, TRAINING_DEG) for _ in range(TRAINING_VIEWS)])
+    cameras = cameras @ [_turned(rng) for _ in cameras]
+    focal, middle = machine.source_isocentre_mm / config.pixel_mm, 0.5 * (config.target_px - 1)
+    intrinsics = np.tile([focal, focal, middle, middle], (len(cameras), 1))
+    size, placed = (config.target_px,) * 2, (np.asarray(volume), np.asarray(box_from_index, np.float64), np.eye(4))
+    return quick.render(*placed, intrinsics, cameras, size, TARGET_STEP_MM), intrinsics, cameras
+
+
 def prepare_ddgs(name: str) -> Prepare:
     """Fits DDGS-CT to projections of one of a `Subject`'s volumes, from angles round AP and lateral.
 
@@ -206,15 +228,8 @@ def prepare_ddgs(name: str) -> Prepare:
         like = jax.device_get({**first, "scale": np.zeros((), np.float32)})
 
         def make():
-            rng, machine = np.random.default_rng(seed), carm.CArm()
-            cameras = np.concatenate([carm.sample_views(rng, machine, TRAINING_DEG) for _ in range(TRAINING_VIEWS)])
-            cameras = cameras @ [_turned(rng) for _ in cameras]
-            focal = machine.source_isocentre_mm / config.pixel_mm
-            middle = 0.5 * (config.target_px - 1)
-            intrinsics = np.tile([focal, focal, middle, middle], (len(cameras), 1))
-            size = (config.target_px,) * 2
-            images = quick.render(density, affine, np.eye(4), intrinsics, cameras, size, TARGET_STEP_MM)
-            return ddgs.fit(config, first, (images, intrinsics, cameras), jax.random.fold_in(key, 1))
+            views = projections(config, density, affine, np.random.default_rng(seed))
+            return ddgs.fit(config, first, views, jax.random.fold_in(key, 1))
 
         return training.kept_params(path, lambda: like, make)
 

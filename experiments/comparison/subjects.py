@@ -12,9 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from data_pipelines import cases
 from data_pipelines.ct import extraction
 from data_pipelines.ct import scans
 from experiments import configs
+from experiments.patients import models
+from experiments.patients import untrained
+from experiments.patients import workdir as workdirs
 from experiments.patients.workdir import Target
 from kernels.common.types import Array
 from radgs_jax import attenuation
@@ -177,21 +181,21 @@ class System:
 
 
 def subjects(
-    targets: Sequence[Target],
-    load: Callable[[Target], Prepared],
-    folder_of: Callable[[Target], pathlib.Path],
-    config: configs.Config,
-    shared_folder: pathlib.Path,
-    base: pathlib.Path,
+    case_file: cases.CaseFile, config: configs.Config, workdir: pathlib.Path, base: pathlib.Path | str | None = None
 ) -> dict[Target, Subject]:
-    """A `Subject` for each target.
+    """A `Subject` for each vertebra of a case file.
 
     Args:
-      load: prepares a target; base: folder of the base model.
-      folder_of: for what is trained for its scan; shared_folder: for what is trained for all.
+      config: of RadGS-Reg and of the data that networks are trained on.
+      workdir: for what is trained for all, with a folder for what is trained for a scan.
+      base: folder of RadGS-Reg's base model; None takes the one that is shipped.
     Raises:
-      InputError: as `scans.read_scan` and `extraction.vertebra_cube`.
+      InputError: as `models.load_model`, `scans.read_scan` and `extraction.vertebra_cube`.
     """
+    base, digests = pathlib.Path(models.base_folder() if base is None else base), workdirs.ScanDigests()
+    model, rule = models.load_model(base), workdirs.base_rule(base, config.refine)
+    load = untrained.untrained_loader(model, config.refine, rule, digests)
+    targets = list(dict.fromkeys(workdirs.target_of(volume) for volume in case_file.volumes.values()))
     found, read = {}, functools.lru_cache(1)(scans.read_scan)
     for target in targets:
         scan = read(target.ct, target.mask, target.patient, target.labels)
@@ -202,7 +206,6 @@ def subjects(
         crop = jnp.asarray(attenuation.from_hounsfield(cube.hu), jnp.float32)
         together = tuple(t for t in targets if (t.ct, t.mask) == (target.ct, target.mask))
         box_from_crop = np.linalg.inv(frame) @ cube.ct_from_index
-        found[target] = Subject(
-            target, prepared, crop, box_from_crop, folder_of(target), shared_folder, together, config, base
-        )
+        folder = workdir / digests.of(target)
+        found[target] = Subject(target, prepared, crop, box_from_crop, folder, workdir, together, config, base)
     return found

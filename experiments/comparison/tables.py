@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float
 
+from data_pipelines.io import files
 from radgs_jax import metrics
 
 VOLUME_SCORES = ("ssim_honest", "psnr_honest", "ssim_paper", "psnr_paper")
@@ -87,7 +89,8 @@ def against(ours: Row, others: Sequence[Row], score: str) -> list[float]:
     return holm(found)
 
 
-def _spread(values, scale, digits):
+def spread(values: Float[np.ndarray, " values"], scale: float, digits: int) -> str:
+    """Mean and standard deviation of values times a scale, as a cell."""
     return f"{scale * np.mean(values):.{digits}f} ± {scale * np.std(values, ddof=len(values) > 1):.{digits}f}"
 
 
@@ -135,11 +138,11 @@ def reconstruction(rows: Sequence[Row], ours: str) -> tuple[list[str], list[list
             [
                 row.title,
                 str(len(row.scenes)),
-                _spread(ssim, 100.0, 1),
-                _spread(psnr, 1.0, 2),
+                spread(ssim, 100.0, 1),
+                spread(psnr, 1.0, 2),
                 f"{low:.2f}-{high:.2f}",
-                _spread(ssim_paper, 100.0, 1),
-                _spread(psnr_paper, 1.0, 2),
+                spread(ssim_paper, 100.0, 1),
+                spread(psnr_paper, 1.0, 2),
                 *_common(row, value),
             ]
         )
@@ -162,7 +165,7 @@ def registration(rows: Sequence[Row], ours: str) -> tuple[list[str], list[list[s
             [
                 row.title,
                 str(len(error)),
-                _spread(error, 1.0, 2),
+                spread(error, 1.0, 2),
                 f"{np.median(error):.2f}",
                 f"{low:.2f}-{high:.2f}",
                 f"{metrics.capture_range(start, error):.0f}",
@@ -185,6 +188,25 @@ def as_markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """The same as a table of Markdown."""
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *cells))
+
+
+def write(
+    folder: pathlib.Path, name: str, parts: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]], values: Any
+) -> str:
+    """Writes tables to NAME.txt and NAME.md, and values to NAME.json.
+
+    Args:
+      parts: name, column names and cells of each.
+    Returns:
+      the text.
+    """
+    text = "\n\n".join(f"{title}\n{as_text(head, cells)}" for title, head, cells in parts) + "\n"
+    marked = "\n\n".join(f"**{title}**\n\n{as_markdown(head, cells)}" for title, head, cells in parts) + "\n"
+    for ending, content in (("txt", text), ("md", marked)):
+        with files.replacing(folder / f"{name}.{ending}") as temporary:
+            temporary.write_text(content)
+    files.write_json(folder / f"{name}.json", values)
+    return text
 
 
 def as_values(row: Row) -> dict[str, Any]:

@@ -128,6 +128,14 @@ def _set(mean, config, rng, basis_shape):
     }
 
 
+def _sets(means, config, rng):
+    """Parameters of the isotropic and of the directional set around means, mm."""
+    shapes = (config.features,), (3, config.features)
+    sets = [_set(mean, config, rng, shape) for mean, shape in zip(means, shapes)]
+    params = {"isotropic": sets[0], "directional": sets[1], "scale": np.ones(())}
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+
+
 def init(
     config: Config,
     density: Float[np.ndarray, "x y z"],
@@ -163,10 +171,15 @@ def init(
     surface = vertices[rng.choice(len(vertices), config.surface, replace=False)]
     both = [np.concatenate([surface, voxels[half:]]), voxels[:half]]
     means = [resample.apply_affine(box_from_index, index) for index in both]
-    shapes = (config.features,), (3, config.features)
-    sets = [_set(mean, config, rng, shape) for mean, shape in zip(means, shapes)]
-    params = {"isotropic": sets[0], "directional": sets[1], "scale": np.ones(())}
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    return _sets(means, config, rng)
+
+
+def init_uniform(config: Config, key: jax.Array) -> dict[str, Any]:
+    """Parameters as of `init`, of as many Gaussians anywhere in the box: what the paper compares its sampling with."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    half = config.inside // 2
+    counts = config.surface + config.inside - half, half
+    return _sets([rng.uniform(-box.UNIT_MM, box.UNIT_MM, (count, 3)) for count in counts], config, rng)
 
 
 def harmonics(direction: Float[Array, "*batch 3"]) -> Float[jax.Array, "*batch 3"]:

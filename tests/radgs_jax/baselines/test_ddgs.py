@@ -168,11 +168,10 @@ def test_a_fit_shows_unseen_views_better_than_from_a_uniform_start():
     found = _psnr(params, unseen)
     assert found > first + 8.0 and found > 24.0
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(params))
-    rng = np.random.default_rng(0)
-    anywhere = jax.tree.map(lambda a: a, start)
-    for name in ("isotropic", "directional"):
-        anywhere[name]["position"] = jnp.asarray(rng.uniform(-1, 1, start[name]["position"].shape), jnp.float32)
-        anywhere[name]["size"] = jnp.full(start[name]["size"].shape, np.log(0.2), jnp.float32)
+    anywhere = ddgs.init_uniform(SMALL, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, anywhere) == jax.tree.map(jnp.shape, start)
+    place = np.concatenate([anywhere[name]["position"] for name in ("isotropic", "directional")])
+    assert np.abs(place).max() <= 1.0 and np.allclose(place.std(0), 3**-0.5, atol=0.1)
     assert found > _psnr(ddgs.fit(SMALL, anywhere, seen, jax.random.key(0)), unseen) + 1.0
 
 
