@@ -91,3 +91,23 @@ def study_page(
         panel.set_axis_off()
     axes[0].text(0.02, 0.02, "crosses in the other panels: refused", transform=axes[0].transAxes, fontsize=7)
     save(figure, path)
+
+
+def views_plot(
+    path: pathlib.Path | str, views: Sequence[int], psnr_db: Mapping[str, Sequence[float]], wanted_db: float
+) -> None:
+    """A PNG of reconstructions' honest PSNR, dB, over the number of X-rays, one line a system.
+
+    Args:
+      psnr_db: name of a system -> its PSNR for each of `views`; wanted_db: where a grey line is drawn.
+    """
+    figure = Figure(figsize=(6.0, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, values in psnr_db.items():
+        axes.plot(views, values, "o-", label=name)
+    axes.axhline(wanted_db, color="grey", lw=0.8, ls="--")
+    axes.set(xlabel="X-rays", ylabel="honest PSNR, dB", xscale="log")
+    axes.set_xticks(list(views), [str(count) for count in views])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=8)
+    save(figure, path)

@@ -29,6 +29,7 @@ COMMANDS = (
     "study",
     "ablation",
     "table1",
+    "home_tests",
     "metal",
 )
 
