@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from kernels.common.types import Array
+from kernels.common.types import Leaf
 from kernels.drr import drr_and_motion
 from radgs_jax.geometry import rigid
 from radgs_jax.registration.edges import derivatives
@@ -50,11 +51,11 @@ class Projection:
       filtered: (V, S, S, 7, 2) `edges.derivatives` of the image, then of those.
     """
 
-    world_from_box: Array
-    centre: Array
-    image: Array
-    motion: Array
-    filtered: Array
+    world_from_box: Leaf
+    centre: Leaf
+    image: Leaf
+    motion: Leaf
+    filtered: Leaf
 
 
 def project(
@@ -72,7 +73,8 @@ def project(
     views = intrinsics, camera_from_world, size, step_mm
     image, motion = project_part(volume, box_from_index, world_from_box, centre, *views)
     filtered = derivatives(jnp.concatenate([image[..., None], motion], -1), blur_px)
-    return Projection(world_from_box, centre, image, motion, filtered)
+    pose, centre = jnp.asarray(world_from_box), jnp.asarray(centre)
+    return Projection(pose, centre, jnp.asarray(image), jnp.asarray(motion), filtered)
 
 
 def project_near(

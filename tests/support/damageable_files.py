@@ -113,7 +113,7 @@ def _ct(folder):
     def read(path):
         _volume(*scans.read_ct(path))
         scan = scans.read_scan(path, folder / "mask.nii.gz")
-        assert set(scan.boxes) == {20, 21, 22} and scan.hu.dtype == np.float32
+        assert set(scan.boxes) == {20, 21, 22} and scan.hu.dtype in (np.int16, np.float32)
 
     return Kind([folder / "ct.nii", folder / "ct.nii.gz"], read)
 

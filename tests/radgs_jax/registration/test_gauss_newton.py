@@ -16,7 +16,7 @@ from radgs_jax.registration.parts import Parts
 CONFIG = gauss_newton.RefineConfig(
     levels=(
         gauss_newton.Level(4.0, 24, 6, 2.0, 4.0, 0.3, 2),
-        gauss_newton.Level(2.0, 40, 5, 1.5, 3.0),
+        gauss_newton.Level(2.0, 40, 8, 1.5, 3.0),
     )
 )
 CAMERA_FROM_WORLD = np.zeros((2, 4, 4))
