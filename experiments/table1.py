@@ -15,6 +15,7 @@ from data_pipelines.io import files
 from experiments import configs
 from experiments import data_stages
 from experiments.comparison import answers
+from experiments.comparison import itk_peer
 from experiments.comparison import pictures
 from experiments.comparison import subjects
 from experiments.comparison import systems
@@ -38,6 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Folder for what the systems are prepared with.", required=True)
     flags.DEFINE_string("out", None, "Folder for the answers, tables and pictures.", required=True)
     flags.DEFINE_list("systems", [], "Beginnings of the names of systems to run; default: all.")
+    flags.DEFINE_string("itk_python", None, f"Python that has {itk_peer.PACKAGE}; default: its rows are left out.")
     flags.DEFINE_enum("preset", "cpu", sorted(subjects.PRESETS), "Sizes and numbers of steps.")
     flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0)
 
@@ -101,10 +103,10 @@ def main() -> None:
     """Runs `make_table` with the flags and prints the table.
 
     Raises:
-      InputError: no system of such a name, or as `make_table`.
+      InputError: no system of such a name, no Python that has ITK's package, or as `make_table`.
     """
     given = flags.FLAGS
-    asked = answers.chosen(given.systems, SYSTEMS)
+    asked = answers.chosen(given.systems, (*SYSTEMS, *itk_peer.systems(given.itk_python)))
     workdir, config = pathlib.Path(given.workdir), dataclasses.replace(configs.DEMO, seed=given.seed)
     case_path = phantom_cases(workdir / "phantom", config) if given.cases is None else given.cases
     variants = given.variants or VARIANTS[given.preset]

@@ -82,6 +82,12 @@ class Stopwatch:
         return {"runtime_s": self.wall_s, "cpu_s": self.cpu_s}
 
 
+def count_cpu(seconds: float) -> None:
+    """Adds CPU seconds of another process, which works for this thread, to the thread's `Stopwatch`, if there is one."""
+    if watch := _watch.get():
+        watch.leave_out(np.array([0.0, -seconds]))
+
+
 def clock() -> np.ndarray:
     """Seconds (2,) of wall-clock and of the process's CPU time, each since some moment."""
     return np.array([time.perf_counter(), time.process_time()])
