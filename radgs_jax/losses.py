@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Bool
 from jaxtyping import Float
 
 from kernels.common.types import Array
+from radgs_jax.geometry import camera
 from radgs_jax.geometry import rigid
 
 IMAGE_RANGE = 2.0
@@ -24,6 +26,9 @@ DENSITY_RANGE = 0.06
 FAR_START = 0.15
 """Weight of the start's distance in `pose_from_start`, 1/mm. Chosen by hand: at 25 mm a miss counts 2.2 times less than at the
 pose itself; at half 1.7 times, at twice 2.9 times less."""
+DICE_PIXELS = 1.0
+"""Added to both counts of the Dice coefficient, cells of the segmentation. It keeps a view without the vertebra finite; half or
+twice changes only such views."""
 
 Weight = float | Float[Array, ""]
 """Weight of a loss term: a number, traced or not."""
@@ -98,6 +103,20 @@ def ssim3d(
 ) -> Float[jax.Array, ""]:
     """1 - mean SSIM of volumes; raises the errors of `ssim_map`."""
     return 1.0 - jnp.mean(ssim_map(prediction, target, data_range, 3, window))
+
+
+def segmentation(
+    logits: Float[Array, "batch views h w"],
+    bone: Bool[Array, "batch views height width"],
+    valid: Bool[Array, "batch views height width"],
+) -> Float[jax.Array, ""]:
+    """Binary cross-entropy and 1 - Dice of logits per cell against the share of bone, over valid pixels."""
+    cell = bone.shape[-1] // logits.shape[-1]
+    counts, bone = camera.bin_image(valid, cell), camera.bin_image(bone & valid, cell)
+    entropy = jnp.sum(counts * jax.nn.softplus(logits) - bone * logits) / jnp.maximum(jnp.sum(counts), 1.0)
+    found = counts * jax.nn.sigmoid(logits)
+    common, both = (jnp.sum(a, (-2, -1)) for a in (jax.nn.sigmoid(logits) * bone, found + bone))
+    return entropy + jnp.mean(1.0 - (2.0 * common + DICE_PIXELS) / (both + DICE_PIXELS))
 
 
 def tv3d(volume: Float[Array, "*batch x y z"], target: object = None) -> Float[jax.Array, ""]:

@@ -56,9 +56,6 @@ neighbouring points have opposite signs; at twice, they differ little."""
 MIN_PROBABILITY = 1e-3
 """Added to probabilities in the bias of the semantic attention. Chosen by hand: a point outside the vertebra weighs a thousandth;
 half and twice make it half and twice that."""
-DICE_PIXELS = 1.0
-"""Added to both counts of the Dice coefficient, cells of the segmentation. It keeps a view without the vertebra finite; half or
-twice changes only such views."""
 TERMS = (("rotation", 5.0), ("translation", 5.0), ("volume", 0.2), ("projection", 0.05), ("segmentation", 1.0))
 """Terms of the loss (mm at `rigid.LEVER_MM`, mm, `losses.ncc3d`, line integral, no unit), and the scale of each at the start, whose
 logarithm is learned. Chosen by hand, about the terms' values then, so that each counts alike: AdamW changes a logarithm by less
@@ -243,17 +240,6 @@ def init(config: Config, model_config: ModelConfig, key: jax.Array) -> dict[str,
     return {"ts_sar": found}
 
 
-def segmentation(logits: Float[Array, "batch views h w"], target: Images, valid: Pixels) -> Float[jax.Array, ""]:
-    """Binary cross-entropy and 1 - Dice of logits per cell against the silhouette of the vertebra alone, over valid pixels."""
-    cell = target.shape[-1] // logits.shape[-1]
-    bone = camera.bin_image((target > refiners.SILHOUETTE) & valid, cell)
-    counts = camera.bin_image(valid, cell)
-    entropy = jnp.sum(counts * jax.nn.softplus(logits) - bone * logits) / jnp.maximum(jnp.sum(counts), 1.0)
-    found = counts * nn.sigmoid(logits)
-    common, both = (jnp.sum(a, (-2, -1)) for a in (nn.sigmoid(logits) * bone, found + bone))
-    return entropy + jnp.mean(1.0 - (2.0 * common + DICE_PIXELS) / (both + DICE_PIXELS))
-
-
 def adaptive(terms: Float[Array, " terms"], log_scales: Float[Array, " terms"]) -> Float[jax.Array, ""]:
     """Sum of exp(-s) L + s over terms L and their log scales s, which is least at s = log L."""
     return jnp.sum(jnp.exp(-log_scales) * terms + log_scales)
@@ -271,26 +257,8 @@ def _terms(motion, logits, example, config, step):
             losses.geodesic(motion, truth, lever_mm=0.0),
             losses.ncc3d(density(moved, config, step), density(there, config, step)),
             losses.l1(jnp.where(example.valid, image, 0.0), jnp.where(example.valid, example.target, 0.0)),
-            segmentation(logits, example.target, example.valid),
+            losses.segmentation(logits, example.target > refiners.SILHOUETTE, example.valid),
         ]
-    )
-
-
-def crop(example: batches.Example, size: int) -> batches.Example:
-    """Cuts an example's windows to `size` pixels around the box's origin at its pose."""
-    cut = jax.vmap(jax.vmap(lambda image, valid, k, E: camera.window(image, valid, k, E, size)))
-    place = example.valid, example.intrinsics, example.camera_from_box
-    xrays, valid, intrinsics = cut(example.xrays, *place)
-    target, _, _ = cut(example.target, *place)
-    return dataclasses.replace(example, xrays=xrays, valid=valid, intrinsics=intrinsics, target=target)
-
-
-def carry(example: batches.Example, motion: Float[Array, "batch 4 4"]) -> batches.Example:
-    """The example at its pose moved by `motion`, in the box frame, in the same windows."""
-    return dataclasses.replace(
-        example,
-        camera_from_box=rigid.matmul(example.camera_from_box, motion[:, None]),
-        motion=rigid.matmul(rigid.inverse(motion), example.motion),
     )
 
 
@@ -314,13 +282,13 @@ def loss(
     wide = examples.make_example(key, batch, wide_config, strength)
     total, found = jnp.zeros(()), {"start_mm": losses.geodesic(jnp.eye(4), wide.motion)}
     for step, name in enumerate(STEPS):
-        seen = crop(wide, model_config.crop_px)
+        seen = examples.crop(wide, model_config.crop_px)
         inputs = seen.xrays, seen.valid, seen.intrinsics, seen.camera_from_box, seen.cloud
         motion, logits = cast(Any, Step(config, step).apply(params["ts_sar"][name], *inputs))
         terms = _terms(motion, logits, seen, config, step)
         total = total + adaptive(terms, params["ts_sar"]["log_scales"][step])
         found[f"{name}_mm"] = losses.geodesic(motion, seen.motion)
-        wide = carry(wide, jax.lax.stop_gradient(motion))
+        wide = examples.carry(wide, jax.lax.stop_gradient(motion))
     return total, {**found, "pose_mm": found["fine_mm"], **dict(zip([term for term, _ in TERMS], terms))}
 
 

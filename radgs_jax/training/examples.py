@@ -1,12 +1,15 @@
 """Examples from pairs, with a random start pose and a random panel for each."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import cast
 
 import chex
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
+from kernels.common.types import Array
 from radgs_jax.geometry import camera
 from radgs_jax.geometry import rigid
 from radgs_jax.models.config import ModelConfig
@@ -74,4 +77,22 @@ def make_example(
         batch.cloud,
         rigid.inverse(offset),
         target,
+    )
+
+
+def crop(example: batches.Example, size: int) -> batches.Example:
+    """Cuts an example's windows to `size` pixels around the box's origin at its pose."""
+    cut = jax.vmap(jax.vmap(lambda image, valid, k, E: camera.window(image, valid, k, E, size)))
+    place = example.valid, example.intrinsics, example.camera_from_box
+    xrays, valid, intrinsics = cut(example.xrays, *place)
+    target, _, _ = cut(example.target, *place)
+    return dataclasses.replace(example, xrays=xrays, valid=valid, intrinsics=intrinsics, target=target)
+
+
+def carry(example: batches.Example, motion: Float[Array, "batch 4 4"]) -> batches.Example:
+    """The example at its pose moved by `motion`, in the box frame, in the same windows."""
+    return dataclasses.replace(
+        example,
+        camera_from_box=rigid.matmul(example.camera_from_box, motion[:, None]),
+        motion=rigid.matmul(rigid.inverse(motion), example.motion),
     )

@@ -69,6 +69,26 @@ def test_ssim_refuses_an_image_smaller_than_its_window():
         losses.ssim2d(jnp.zeros((10, 30)), jnp.zeros((10, 30)))
 
 
+def test_segmentation_is_entropy_and_dice_over_valid_pixels():
+    rng = np.random.default_rng(2)
+    logits = rng.normal(size=(2, 2, 4, 4))
+    bone = (rng.uniform(size=(2, 2, 16, 16)) > 0.4) & (np.arange(16) > 5)
+    valid = rng.uniform(size=bone.shape) > 0.2
+
+    def direct(z, bone, w):
+        z = np.kron(z, np.ones((4, 4)))
+        p = 1 / (1 + np.exp(-z))
+        entropy = -(w * (bone * np.log(p) + ~bone * np.log(1 - p))).sum() / w.sum()
+        common, both = (w * p * bone).sum((2, 3)) / 16, (w * (p + bone)).sum((2, 3)) / 16
+        return entropy + np.mean(1 - (2 * common + 1) / (both + 1))
+
+    expected = direct(logits, bone, valid)
+    logits = jnp.asarray(logits, jnp.float32)
+    np.testing.assert_allclose(losses.segmentation(logits, bone, valid), expected, rtol=1e-5)
+    np.testing.assert_allclose(losses.segmentation(logits, bone | ~valid, valid), expected, rtol=1e-5)
+    assert np.isfinite(losses.segmentation(logits, np.zeros_like(bone), np.zeros_like(valid)))
+
+
 def test_tv_of_a_ramp(x64):
     i, j, k = np.mgrid[:5, :8, :6]
     ramp = jnp.asarray(np.stack([0.3 * i - 0.02 * j + 0.005 * k, 0.1 * k]))

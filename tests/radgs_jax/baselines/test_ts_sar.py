@@ -146,30 +146,6 @@ def test_semantic_attention_leaves_out_what_a_view_does_not_see():
     )
 
 
-def test_segmentation_is_entropy_and_dice_over_valid_pixels():
-    rng = np.random.default_rng(2)
-    logits = rng.normal(size=(2, 2, 4, 4))
-    target = 0.05 * rng.uniform(size=(2, 2, 16, 16)) * (np.arange(16) > 5)
-    valid = rng.uniform(size=target.shape) > 0.2
-
-    def direct(z, t, w):
-        z = np.kron(z, np.ones((4, 4)))
-        p, bone = 1 / (1 + np.exp(-z)), t > 0.02
-        entropy = -(w * (bone * np.log(p) + ~bone * np.log(1 - p))).sum() / w.sum()
-        common, both = (w * p * bone).sum((2, 3)) / 16, (w * (p + bone)).sum((2, 3)) / 16
-        return entropy + np.mean(1 - (2 * common + 1) / (both + 1))
-
-    expected = direct(logits, target, valid)
-    found = ts_sar.segmentation(*(jnp.asarray(a, jnp.float32) for a in (logits, target)), jnp.asarray(valid))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    other = np.where(valid, target, 1.0)
-    found = ts_sar.segmentation(*(jnp.asarray(a, jnp.float32) for a in (logits, other)), jnp.asarray(valid))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert np.isfinite(
-        ts_sar.segmentation(jnp.asarray(logits), jnp.zeros((2, 2, 16, 16)), jnp.zeros(valid.shape, bool))
-    )
-
-
 def test_the_weights_of_the_loss_settle_at_the_size_of_its_terms():
     terms, s = jnp.asarray([4.0, 0.1, 2.0]), jnp.asarray([0.3, -1.0, 0.0])
     expected = np.sum(np.exp(-np.asarray(s, np.float64)) * np.asarray(terms) + np.asarray(s))
@@ -186,15 +162,15 @@ def _wide(batch, strength=0.0):
 def test_the_second_step_sees_windows_at_the_pose_of_the_first(batch):
     wide = _wide(batch)
     motion = rigid.motion_about(jnp.zeros(3), jnp.asarray([[0.1, -0.2, 0.1, 9.0, -12.0, 7.0]] * 8))
-    carried = ts_sar.carry(wide, motion)
+    carried = examples.carry(wide, motion)
     np.testing.assert_allclose(
         rigid.matmul(carried.camera_from_box, carried.motion[:, None]),
         rigid.matmul(wide.camera_from_box, wide.motion[:, None]),
         atol=2e-3,
     )
-    carried = ts_sar.carry(wide, wide.motion)
+    carried = examples.carry(wide, wide.motion)
     np.testing.assert_allclose(carried.motion, jnp.tile(jnp.eye(4), (8, 1, 1)), atol=1e-5)
-    seen = ts_sar.crop(carried, 32)
+    seen = examples.crop(carried, 32)
     assert seen.xrays.shape == seen.target.shape == seen.valid.shape == (8, 2, 32, 32)
     # At the true pose the vertebra is drawn where the CT's projection is, also in windows cut from windows.
     drawn = gaussians.project(gaussians.views(seen.cloud, 2), seen.camera_from_box, seen.intrinsics, 32, 32)
@@ -204,7 +180,7 @@ def test_the_second_step_sees_windows_at_the_pose_of_the_first(batch):
 
 
 def test_pixels_that_do_not_count_change_nothing(batch, shaken):
-    seen = ts_sar.crop(_wide(batch, 1.0), 32)
+    seen = examples.crop(_wide(batch, 1.0), 32)
     hidden = seen.valid.at[:, :, :, :9].set(False)
     rng = np.random.default_rng(4)
     apply = jax.jit(ts_sar.Step(CONFIG, 0).apply)
@@ -239,7 +215,7 @@ def test_both_steps_train_all_their_weights_and_none_of_the_other(batch, shaken)
 
 
 def test_the_number_of_views_is_checked(batch, params):
-    seen = ts_sar.crop(_wide(batch), 32)
+    seen = examples.crop(_wide(batch), 32)
     one = [a[:, :1] for a in (seen.xrays, seen.valid, seen.intrinsics, seen.camera_from_box)]
     with pytest.raises(ValueError, match="found 1 views of 32 x 32, wanted 2"):
         ts_sar.Step(CONFIG, 0).apply(params["ts_sar"]["coarse"], *one, seen.cloud)
