@@ -7,10 +7,11 @@ its text nor any code of it, so that everything here is our choice, and the row 
 - Two steps: two networks, each on windows at the pose before it, the first with a coarse grid around the vertebra, the second with
   a fine one in its middle. Nothing refines the pose after them.
 - Transformer: features of each view are read where the grid's points project to, and those of all views are joined to one X-ray
-  token per point ("lift"). The CT's density there gives the CT tokens. These attend to each other and to the X-ray tokens; a
-  perceptron turns their mean into a twist.
+  token per point ("lift"). The CT's density there gives the CT tokens. These attend to each other and to the X-ray tokens near
+  them. Each votes for the shift of its point, which begins as that to the mean place it attends to; the motion fits all votes.
+  Without nearness and with a perceptron on the tokens' mean, which forgets what moved where, nothing was learned.
 - Semantic attention: the encoders also segment the vertebra. The product of the views' probabilities at a point is a bias on the
-  attention to its X-ray token.
+  attention to its X-ray token, so that votes begin as shifts to the vertebra that the views see.
 - Adaptive multi-dimensional loss: errors of pose, volume, projection and segmentation, weighted by learned log scales.
 """
 
@@ -40,6 +41,7 @@ from radgs_jax.geometry.grid import VoxelGrid
 from radgs_jax.models import activation
 from radgs_jax.models import backbones
 from radgs_jax.models import heads
+from radgs_jax.models import matching
 from radgs_jax.models import recm
 from radgs_jax.models.config import ModelConfig
 from radgs_jax.registration.gauss_newton import LevelViews
@@ -56,6 +58,12 @@ neighbouring points have opposite signs; at twice, they differ little."""
 MIN_PROBABILITY = 1e-3
 """Added to probabilities in the bias of the semantic attention. Chosen by hand: a point outside the vertebra weighs a thousandth;
 half and twice make it half and twice that."""
+REACH = 1.0
+"""Standard deviation of attention around a CT token at the start, in the grid's spacings. Chosen by hand: at half, it is on little
+but the token's own point; at twice, on most of a grid of six."""
+MIN_AMOUNT = 1e-2
+"""Added to a point's density, in units of `activation.DENSITY_UNIT`, when votes are weighted by it. Chosen by hand: a point in air
+begins with about a hundredth of the weight of one in bone; half and twice make it half and twice that."""
 TERMS = (("rotation", 5.0), ("translation", 5.0), ("volume", 0.2), ("projection", 0.05), ("segmentation", 1.0))
 """Terms of the loss (mm at `rigid.LEVER_MM`, mm, `losses.ncc3d`, line integral, no unit), and the scale of each at the start, whose
 logarithm is learned. Chosen by hand, about the terms' values then, so that each counts alike: AdamW changes a logarithm by less
@@ -162,23 +170,34 @@ class Encoder(nn.Module):
 
 
 class CrossLayer(nn.Module):
-    """Attention of tokens to others, and a perceptron; otherwise as `backbones.TransformerLayer`."""
+    """Attention of a grid's tokens to others of it, weighted by a Gaussian of their distance with a learned reach for each head,
+    and a perceptron; otherwise as `backbones.TransformerLayer`."""
 
     heads: int
     mlp: int
 
     @nn.compact
     def __call__(
-        self, x: Tokens, others: Float[Array, "batch others width"], bias: Float[Array, "batch others"]
-    ) -> Tokens:
-        """Tokens after attention whose logits have a bias for each of the others."""
+        self, x: Tokens, others: Tokens, bias: Float[Array, "batch tokens"], at: Float[Array, "tokens 3"]
+    ) -> tuple[Tokens, Float[jax.Array, "batch tokens heads 3"]]:
+        """Tokens after attention, and the mean shift to what each head of a token attends to.
+
+        Args:
+          bias: on the attention to each of the others.
+          at: the points, in any unit; `REACH` and the shifts are in the same.
+        """
         shape = self.heads, x.shape[-1] // self.heads
         query, others = nn.DenseGeneral(shape)(nn.LayerNorm()(x)), nn.LayerNorm()(others)
         key, value = nn.DenseGeneral(shape)(others), nn.DenseGeneral(shape)(others)
-        found = nn.dot_product_attention(query, key, value, bias[:, None, None])
-        x = x + nn.DenseGeneral(x.shape[-1], (-2, -1))(found)
+        log_reach = self.param("log_reach", nn.initializers.constant(math.log(REACH)), (self.heads,))
+        apart = jnp.sum((at[:, None] - at) ** 2, -1) * jnp.exp(-2.0 * log_reach)[:, None, None]
+        there = jnp.broadcast_to(at[:, None], (*value.shape[:3], 3))
+        bias = bias[:, None, None] - 0.5 * apart
+        found = nn.dot_product_attention(query, key, jnp.concatenate([value, there], -1), bias)
+        value, shift = found[..., :-3], found[..., -3:] - at[:, None]
+        x = x + nn.DenseGeneral(x.shape[-1], (-2, -1))(value) + nn.DenseGeneral(x.shape[-1], (-2, -1))(shift)
         y = nn.gelu(nn.Dense(self.mlp)(nn.LayerNorm()(x)), approximate=False)
-        return x + nn.Dense(x.shape[-1])(y)
+        return x + nn.Dense(x.shape[-1])(y), shift
 
 
 class Step(nn.Module):
@@ -208,22 +227,28 @@ class Step(nn.Module):
         channels = recm.image_channels(xrays, valid, prior, intrinsics, camera_from_box)
         answers = [Encoder(c)(channels[:, view]) for view in range(views)]
         features, logits = (jnp.stack(parts, 1) for parts in zip(*answers))
-        uv = camera.project_camera(intrinsics, rigid.apply(camera_from_box, places(points_of(c, self.step))))
-        read = lift(features, uv, valid)
-        bias = semantic_bias(lift(nn.sigmoid(logits)[..., None], uv, valid)[..., 0])
-        position = sine_positions(c.side, c.width)
+        at, spacing_mm = places(points_of(c, self.step)), c.extents_mm[self.step] / c.side
+        uv = camera.project_camera(intrinsics, rigid.apply(camera_from_box, at))
+        probability = lift(nn.sigmoid(logits)[..., None], uv, valid)
+        read = jnp.concatenate([lift(features, uv, valid), probability], -1)
+        bias, position = semantic_bias(probability[..., 0]), sine_positions(c.side, c.width)
         seen = nn.Dense(c.width)(jnp.concatenate([read[:, view] for view in range(views)], -1)) + position
         # Attention averages linear maps of its tokens, so that what a shift means at its place has to be said before.
         seen = seen + nn.Dense(c.width)(nn.gelu(seen))
-        x = density(cloud, c, self.step).reshape(count, -1, 1) / activation.DENSITY_UNIT
-        x = nn.Dense(c.width)(x) + position
+        amount = density(cloud, c, self.step).reshape(count, -1, 1) / activation.DENSITY_UNIT
+        x, shift = nn.Dense(c.width)(amount) + position, jnp.zeros(())
         for _ in range(c.layers):
             x = backbones.TransformerLayer(c.heads, 2 * c.width)(x)
-            x = CrossLayer(c.heads, 2 * c.width)(x, seen, bias)
-        x = nn.relu(nn.Dense(c.width)(jnp.mean(nn.LayerNorm()(x), 1)))
+            x, shift = CrossLayer(c.heads, 2 * c.width)(x, seen, bias, at / spacing_mm)
+        x = jnp.concatenate([nn.LayerNorm()(x), shift.reshape(*x.shape[:2], -1)], -1)
         small = nn.initializers.variance_scaling(heads.START_SCALE, "fan_in", "truncated_normal")
-        twist = plain.OUTPUT_MM * nn.Dense(6, kernel_init=small)(x) * jnp.asarray(rigid.TWIST_SCALE, x.dtype)
-        return rigid.motion_about(jnp.zeros(3), twist), logits
+        answer = nn.Dense(4, kernel_init=small)(nn.relu(nn.Dense(c.width)(x)))
+        gain = self.param("gain", nn.initializers.constant(1.0 / c.heads), (c.heads,))
+        votes = spacing_mm * jnp.einsum("bnhk,h->bnk", shift, gain) + plain.OUTPUT_MM * answer[..., :3]
+        weights = nn.softmax(answer[..., 3] + jnp.log(amount[..., 0] + MIN_AMOUNT))
+        source = jnp.broadcast_to(at, votes.shape)
+        matches = matching.Matches(source, source + votes, weights[..., None, None] * jnp.eye(3))
+        return matching.align(matches)[0], logits
 
 
 def init(config: Config, model_config: ModelConfig, key: jax.Array) -> dict[str, Any]:
@@ -249,8 +274,7 @@ def _terms(motion, logits, example, config, step):
     """The `TERMS` (5,) of a step's answer, for an example at the pose that the step started from."""
     truth, (_, views, height, width) = example.motion, example.target.shape
     moved, there = (gaussians.move(example.cloud, pose) for pose in (motion, truth))
-    clouds = gaussians.views(moved, views)
-    image = gaussians.project(clouds, example.camera_from_box, example.intrinsics, height, width)
+    image = gaussians.project(gaussians.views(moved, views), example.camera_from_box, example.intrinsics, height, width)
     return jnp.stack(
         [
             rigid.LEVER_MM * jnp.mean(rigid.rotation_angle(motion[:, :3, :3], truth[:, :3, :3])),

@@ -16,9 +16,13 @@ from radgs_jax.geometry import camera
 from radgs_jax.geometry import rigid
 from radgs_jax.training import batches
 from radgs_jax.training import examples
+from radgs_jax.training import sharding
+from radgs_jax.training import update
 
 CONFIG = ts_sar.Config(side=4, levels=(8, 8, 16), blocks=(0, 0, 1), channels=12, width=24, heads=2, layers=1)
 WIDE_PX = 56
+SHORT, RATE, WARMUP, LAST = 100, 3e-3, 20, 25
+"""Of a short training: number of steps, peak of the learning rate, steps to it, and last steps whose errors are judged."""
 
 
 def _cameras():
@@ -132,18 +136,31 @@ def test_semantic_attention_leaves_out_what_a_view_does_not_see():
     p = np.array([[[1.0, 0.0, 0.5, 1.0, 1.0], [1.0, 1.0, 0.5, 1.0, 0.5]]], np.float32)
     bias = ts_sar.semantic_bias(jnp.asarray(p))
     np.testing.assert_allclose(bias, np.log(p[:, 0] * p[:, 1] + 1e-3), rtol=1e-5)
-    x, others = (jnp.asarray(rng.normal(size=(1, n, 8)), jnp.float32) for n in (3, 5))
-    layer = ts_sar.CrossLayer(2, 16)
-    variables = layer.init(jax.random.key(0), x, others, bias)
-    shut = layer.apply(variables, x, others, jnp.asarray([[0.0, -1e9, 0.0, 0.0, 0.0]]))
-    without = layer.apply(variables, x, jnp.delete(others, 1, 1), jnp.zeros((1, 4)))
-    np.testing.assert_allclose(shut, without, atol=1e-5)
-    # Two halves of a token are a token, and a bias of the logarithm is a factor on its weight.
-    halves = jnp.concatenate([others, others[:, 2:3]], 1)
-    bias = jnp.zeros((1, 6)).at[0, jnp.asarray([2, 5])].set(np.log(0.5))
-    np.testing.assert_allclose(
-        layer.apply(variables, x, halves, bias), layer.apply(variables, x, others, jnp.zeros((1, 5))), atol=1e-5
-    )
+    x, others, new = (jnp.asarray(rng.normal(size=(1, 5, 8)), jnp.float32) for _ in range(3))
+    at = jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
+    layer, shut = ts_sar.CrossLayer(2, 16), jnp.asarray([[0.0, -1e9, 0.0, 0.0, 0.0]])
+    variables = layer.init(jax.random.key(0), x, others, bias, at)
+    replaced = others.at[:, 1].set(new[:, 1])
+    for one, other in zip(layer.apply(variables, x, others, shut, at), layer.apply(variables, x, replaced, shut, at)):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    opened, changed = (layer.apply(variables, x, tokens, bias, at)[0] for tokens in (others, replaced))
+    assert np.abs(opened - changed).max() > 1e-4
+
+
+def test_attention_begins_near_a_token_on_what_the_views_see():
+    """Where all tokens are alike, it is the probability times a Gaussian, and the shift is to the mean of both."""
+    rng = np.random.default_rng(6)
+    at, p = 1.5 * rng.normal(size=(7, 3)), rng.uniform(size=(1, 2, 7))
+    layer, tokens = ts_sar.CrossLayer(2, 16), jnp.ones((1, 7, 8))
+    bias = ts_sar.semantic_bias(jnp.asarray(p, jnp.float32))
+    variables = layer.init(jax.random.key(0), tokens, tokens, bias, jnp.asarray(at, jnp.float32))
+    variables["params"]["log_reach"] = jnp.log(jnp.asarray([0.7, 2.0]))
+    _, shift = layer.apply(variables, tokens, tokens, bias, jnp.asarray(at, jnp.float32))
+    apart = ((at[:, None] - at) ** 2).sum(-1)
+    for head, reach in enumerate((0.7, 2.0)):
+        weight = (p[0].prod(0) + 1e-3) * np.exp(-0.5 * apart / reach**2)
+        wanted = weight @ at / weight.sum(1, keepdims=True) - at
+        np.testing.assert_allclose(shift[0, :, head], wanted, atol=1e-4)
 
 
 def test_the_weights_of_the_loss_settle_at_the_size_of_its_terms():
@@ -219,3 +236,16 @@ def test_the_number_of_views_is_checked(batch, params):
     one = [a[:, :1] for a in (seen.xrays, seen.valid, seen.intrinsics, seen.camera_from_box)]
     with pytest.raises(ValueError, match="found 1 views of 32 x 32, wanted 2"):
         ts_sar.Step(CONFIG, 0).apply(params["ts_sar"]["coarse"], *one, seen.cloud)
+
+
+@pytest.mark.slow
+def test_each_step_lowers_the_error(batch, params):
+    """After a short training, each step's error is below that before it, from starts and panels that are new at every step."""
+    train = ts_sar.make_update(sharding.make_mesh(), CONFIG, tiny.MODEL)
+    state, found = update.state_of(jax.tree.map(jnp.array, params), ("ts_sar",)), []
+    for step in range(SHORT):
+        rate = update.cosine(step, SHORT, RATE, WARMUP)
+        state, metrics = train(state, jax.random.fold_in(jax.random.key(2), step), np.float32(rate), batch)
+        found.append([metrics[f"{name}_mm"] for name in ("start", *ts_sar.STEPS)])
+    start, coarse, fine = np.median(found[-LAST:], 0)
+    assert coarse < 0.8 * start and fine < 0.9 * coarse, (start, coarse, fine)
