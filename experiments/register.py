@@ -194,7 +194,7 @@ def _given(digests, load):
         if targets[0].label > FIRST_BONE:
             errors.fail("flags", "--init, --points", "neither", "one of them, for a bone beyond the spine")
         found, reports["body"] = starts.start_from_body([load(t) for t in _looked_for(targets)], xrays, kept)
-        print(f"start from the whole body in the X-rays: fit {reports['body']['fit']:.2f}")
+        print(f"start from the whole body in the X-rays: fit {reports['body']['fit']:.2f} of {len(xrays)}")
     for target in targets:
         name = "case" if len(targets) == 1 else level_name(target.label)
         if given.init:
@@ -345,6 +345,8 @@ def _conclude(done, out, strict):
     """
     judged = [result["accepted"] for result in done.results if "accepted" in result]
     counts = f"{sum(judged)} accepted, {len(judged) - sum(judged)} refused" if judged else "not judged"
+    if done.failures:
+        counts += f", {len(done.failures)} failed"
     print(f"registered {len(done.results)} case(s), {counts}: {out / 'results.json'}")
     trusted = sum(result.get("trusted", False) and not result["accepted"] for result in done.results)
     if trusted:
