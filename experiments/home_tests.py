@@ -70,7 +70,7 @@ def run_home_tests(
     out: pathlib.Path | str,
     asked: Sequence[System] = TESTED,
     sizes: Sizes = subjects.CPU,
-    config: configs.Config = configs.DEMO,
+    config: configs.Config = configs.BASE,
     base: pathlib.Path | str | None = None,
     views: Sequence[int] = at_home.VIEWS,
 ) -> str:
@@ -110,7 +110,7 @@ def main() -> None:
     """
     given = flags.FLAGS
     asked = answers.chosen(given.systems, TESTED)
-    workdir, config = pathlib.Path(given.workdir), dataclasses.replace(configs.DEMO, seed=given.seed)
+    workdir, config = pathlib.Path(given.workdir), dataclasses.replace(configs.BASE, seed=given.seed)
     case_path = rigid_cases(workdir / "phantom", config)
     print(run_home_tests(case_path, workdir, given.out, asked, subjects.PRESETS[given.preset], config))
 

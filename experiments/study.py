@@ -97,7 +97,7 @@ def run_study(
     Raises:
       InputError: as `conditions.Patient`, `case_files.simulated_cases` and `preparing.prepare`.
     """
-    out, config = pathlib.Path(out), configs.DEMO
+    out, config = pathlib.Path(out), configs.BASE
     patient, passes = conditions.Patient(ct, mask, labels, workdir), config.passes
     report, results, counts = _Report(out / "study.txt"), {}, {}
 

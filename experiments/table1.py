@@ -57,7 +57,7 @@ def make_table(
     out: pathlib.Path | str,
     asked: Sequence[System] = SYSTEMS,
     sizes: Sizes = subjects.CPU,
-    config: configs.Config = configs.DEMO,
+    config: configs.Config = configs.BASE,
     base: pathlib.Path | str | None = None,
 ) -> str:
     """Asks systems about all cases, and writes `table.txt`, `table.md`, `table.json`, result files and pictures to `out`.
@@ -107,7 +107,7 @@ def main() -> None:
     """
     given = flags.FLAGS
     asked = answers.chosen(given.systems, (*SYSTEMS, *itk_peer.systems(given.itk_python)))
-    workdir, config = pathlib.Path(given.workdir), dataclasses.replace(configs.DEMO, seed=given.seed)
+    workdir, config = pathlib.Path(given.workdir), dataclasses.replace(configs.BASE, seed=given.seed)
     case_path = phantom_cases(workdir / "phantom", config) if given.cases is None else given.cases
     variants = given.variants or VARIANTS[given.preset]
     print(make_table(case_path, variants, workdir, given.out, asked, subjects.PRESETS[given.preset], config))
