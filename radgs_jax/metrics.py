@@ -53,7 +53,8 @@ def _minmax(volume):
     return (volume - low) / (high - low) if high > low else np.zeros_like(volume)
 
 
-def _psnr(squared_error, data_range):
+def psnr(squared_error: float | np.floating, data_range: float) -> float:
+    """Peak signal-to-noise ratio, dB, of a mean squared error; both in one unit."""
     return float(10 * np.log10(data_range**2 / max(float(squared_error), 1e-20)))
 
 
@@ -86,7 +87,7 @@ def reconstruction_scores(
     a, b = _minmax(estimate), _minmax(truth)
     return {
         "ssim_honest": float(honest[near[inner]].mean()),
-        "psnr_honest": _psnr(((clipped - clipped_truth) ** 2)[near].mean(), losses.DENSITY_RANGE),
+        "psnr_honest": psnr(((clipped - clipped_truth) ** 2)[near].mean(), losses.DENSITY_RANGE),
         "ssim_paper": float(np.asarray(_ssim_map(a, b, 1.0, 3)).mean()),
-        "psnr_paper": _psnr(((a - b) ** 2).mean(), 1.0),
+        "psnr_paper": psnr(((a - b) ** 2).mean(), 1.0),
     }

@@ -13,6 +13,7 @@ import pathlib
 import numpy as np
 import scipy
 
+from data_pipelines.ct import pieces
 from radgs_jax import attenuation
 from radgs_jax import errors
 
@@ -174,7 +175,7 @@ def sample(hu: np.ndarray, labels: np.ndarray, ct_from_index: np.ndarray, boxes:
     """Samples a scan's bone, its surroundings and the whole; arguments as for `check`. None if less than MIN_BONE_MM3 is
     labelled."""
     spacing = np.linalg.norm(np.asarray(ct_from_index)[:3, :3], axis=0)
-    box = _whole_box(labels) if boxes is None else _around(boxes.values())
+    box = _around((pieces.boxes(labels) if boxes is None else boxes).values())
     if box is None:
         return None
     margin = np.ceil(ROUND_MM[1] / spacing).astype(int)
@@ -195,18 +196,6 @@ def sample(hu: np.ndarray, labels: np.ndarray, ct_from_index: np.ndarray, boxes:
         values[(away >= ROUND_MM[0]) & (away <= ROUND_MM[1])],
         np.asarray(hu[:: every[0], :: every[1], :: every[2]], np.float32).ravel(),
     )
-
-
-def _whole_box(labels):
-    """Bounding box of everything that is labelled, as a tuple of slices, or None."""
-    found = []
-    for axis in range(3):
-        others = tuple(n for n in range(3) if n != axis)
-        where = np.flatnonzero(labels.any(others))
-        if not where.size:
-            return None
-        found.append(slice(int(where[0]), int(where[-1]) + 1))
-    return tuple(found)
 
 
 def _around(boxes):

@@ -54,6 +54,8 @@ REGISTERING = ("DiffPose, crop", "DDGS-CT, crop")
 DRAWING = {"DDGS-CT, vertebra": "vertebra_volume", "DDGS-CT, crop": "crop_volume"}
 TS_SAR = "TS-SAR, reconstructed from its title"
 """Titles of the systems that are tested in each part, of DDGS-CT with the `Subject`'s volume that it draws."""
+STEPS_MM = "start_mm", *(f"{step}_mm" for step in ts_sar.STEPS)
+"""Names of TS-SAR's errors, in their order."""
 PARTS = ("reconstruction", "registration", "projections", "steps")
 """Kinds of home tests."""
 Result = dict[str, Any]
@@ -113,8 +115,8 @@ def _drawn_db(config, params, views):
     size, square = images.shape[1:], 0.0
     for i, image in enumerate(images):
         drawn = ddgs.render(params, config, intrinsics[i : i + 1], cameras[i : i + 1], *size)[0]
-        square += float(jnp.mean(((drawn - image) / params["scale"]) ** 2)) / len(images)
-    return -10.0 * float(np.log10(square))
+        square += float(jnp.mean((drawn - image) ** 2)) / len(images)
+    return metrics.psnr(square, float(params["scale"]))
 
 
 def draw_unseen(subject: Subject, sizes: Sizes, seed: int, volume: str) -> Result:
@@ -145,8 +147,7 @@ def step_twice(subject: Subject, system: System, sizes: Sizes, seed: int) -> Res
     with contextlib.closing(pairs.batches(seed, config.batch)) as batches:
         for number in range(len(pairs) // config.batch):
             parts.append(loss(params, jax.random.fold_in(key, number), next(batches))[1])
-    names = "start_mm", *(f"{step}_mm" for step in ts_sar.STEPS)
-    means = {name: float(np.mean([part[name] for part in parts])) for name in names}
+    means = {name: float(np.mean([part[name] for part in parts])) for name in STEPS_MM}
     return {"pairs": len(parts) * config.batch} | means
 
 

@@ -9,12 +9,10 @@ import numpy as np
 
 from experiments.comparison import tables
 from experiments.comparison.at_home import Result
-from radgs_jax.baselines import ts_sar
+from experiments.comparison.at_home import STEPS_MM
 
 LEAST_DB, LEAST_DRAWN_DB, NEAR_MM = 25.0, 35.0, 1.0
 """What a system must reach: honest PSNR from the most X-rays, dB; PSNR of unseen projections, dB; mTRE, mm. Chosen by hand."""
-STEPS_MM = "start_mm", *(f"{step}_mm" for step in ts_sar.STEPS)
-"""Names of TS-SAR's errors, in their order."""
 
 Results = Mapping[str, Mapping[str, Result]]
 """Title of a system -> name of a test -> its result, of one part."""

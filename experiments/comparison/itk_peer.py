@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import scipy
 from absl import logging
@@ -38,15 +39,17 @@ from experiments.comparison.subjects import REGISTRATION
 from experiments.comparison.subjects import System
 from experiments.runtime import kept_programs
 from radgs_jax import errors
+from radgs_jax.baselines import box
 from radgs_jax.geometry import camera
 from radgs_jax.geometry import rigid_host
-from radgs_jax.geometry.xray import bin_xray
 from radgs_jax.geometry.xray import XRay
+from radgs_jax.registration import pyramid
+from radgs_jax.registration.parts import on_device
 
 PACKAGE = "itk-twoprojectionregistration"
-PIXEL_MM, WINDOW_PX = 1.12, 64
-"""Size of pixels at the isocentre, mm, and of the window of each view that is compared, 72 mm wide as DiffPose's, so that the faces
-of a cube of 96 mm stay outside."""
+WINDOW_PX = 64
+"""Pixels of `box.PIXEL_MM` along the window of each view that is compared, 72 mm wide as DiffPose's, so that the faces of a cube of
+96 mm stay outside."""
 SCRIPT = pathlib.Path(__file__).with_name("itk_script.py")
 SOURCE_FROM_TURNED = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])
 """The source's axes, as rows, in the frame that is turned with the machine."""
@@ -94,15 +97,12 @@ class Setup:
 
 def cut(xrays: Sequence[XRay], centre: Float[np.ndarray, "3"]) -> list[Window]:
     """The windows of X-rays around the projection of a point of the world, mm."""
-    found = []
-    for xray in (bin_xray(xray, PIXEL_MM) for xray in xrays):
-        pose = np.array(xray.camera.camera_from_world, np.float64)
-        shifted = pose.copy()
-        shifted[:3, 3] += pose[:3, :3] @ centre
-        intrinsics, shifted = (np.asarray(a, np.float32) for a in (xray.camera.intrinsics, shifted))
-        parts = camera.window(xray.line_integrals, xray.valid, intrinsics, shifted, WINDOW_PX)
-        found.append(Window(*(np.asarray(part) for part in parts), pose))
-    return found
+    seen, world_from_centre = pyramid.at_resolution(xrays, box.PIXEL_MM), np.eye(4)
+    world_from_centre[:3, 3] = centre
+    poses = np.stack([np.asarray(xray.camera.camera_from_world, np.float64) for xray in xrays])
+    views = seen.images, seen.valid, seen.intrinsics, on_device(poses @ world_from_centre)
+    crops = jax.device_get(camera.windows(*views, WINDOW_PX))
+    return [Window(*view) for view in zip(*crops, poses)]
 
 
 def _plane(sources, isocentre):

@@ -76,7 +76,11 @@ class Bodies:
 
     def seen(self, k: int) -> list[int]:
         """Places of what window k shows among the vertebrae and then the rest around each; k itself where there is no neighbour."""
-        return [k, *(j if j >= 0 else k for j in self.neighbours[k]), len(self.around) + k]
+        return [*_vertebrae_seen(k, self.neighbours[k]), len(self.around) + k]
+
+
+def _vertebrae_seen(k, neighbours):
+    return [k, *(j if j >= 0 else k for j in neighbours)]
 
 
 def bodies_of(
@@ -100,7 +104,7 @@ def bodies_of(
         for j in near:
             if j >= 0:
                 _take_out(np.asarray(parts[j].excess), ct_from_excess[j], rest, ct_from_rest[k])
-        shown = [k, *(j if j >= 0 else k for j in near)]
+        shown = _vertebrae_seen(k, near)
         around.append(
             Around(
                 (*(parts[j].excess for j in shown), on_device(rest)),

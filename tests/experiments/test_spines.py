@@ -78,7 +78,8 @@ def compare(variant, camera_sd):
 
 def main():
     """Compares `bent` with right cameras, and `calib` with what is known of them."""
-    jax.config.update("jax_compilation_cache_dir", str(private_cache.folder("xla")))
+    if cache := private_cache.folder("xla"):
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     compare("bent", (0.0, 0.0))
     compare("calib", (math.radians(0.3), 1.0))
 
