@@ -38,10 +38,10 @@ class Row:
     title: str
     scenes: tuple[str, ...]
     scores: Mapping[str, Float[np.ndarray, " answers"]]
-    runtime_s: Float[np.ndarray, " times"]
-    cpu_s: Float[np.ndarray, " times"]
-    preparation_s: float
-    parameters: int
+    runtime_s: Float[np.ndarray, " times"] = dataclasses.field(default_factory=lambda: np.zeros(0))
+    cpu_s: Float[np.ndarray, " times"] = dataclasses.field(default_factory=lambda: np.zeros(0))
+    preparation_s: float = 0.0
+    parameters: int = 0
     paper: str = ""
 
 
@@ -74,19 +74,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def against(ours: Row, others: Sequence[Row], score: str) -> list[float]:
-    """Holm-corrected p-values of Wilcoxon's (1945) signed-rank test of each system's scene means against ours, two-sided.
+def differences(row: Row, other: Row, score: str) -> Float[np.ndarray, " scenes"]:
+    """Scene means of a score of `row` minus those of `other`, of the scenes that both have."""
+    own, its = (_by_scene(one, score) for one in (row, other))
+    return np.array([np.mean(own[scene]) - np.mean(its[scene]) for scene in its if scene in own])
 
-    nan where no scene differs.
-    """
-    own = {scene: np.mean(values) for scene, values in _by_scene(ours, score).items()}
-    found = []
-    for row in others:
-        its = _by_scene(row, score)
-        differences = np.array([np.mean(its[scene]) - own[scene] for scene in own if scene in its])
-        different = np.any(differences != 0.0)
-        found.append(float(scipy.stats.wilcoxon(differences).pvalue) if different else math.nan)
-    return holm(found)
+
+def signed_rank(differences: Float[np.ndarray, " scenes"]) -> float:
+    """p-value of Wilcoxon's (1945) signed-rank test, two-sided; nan where no scene differs."""
+    return float(scipy.stats.wilcoxon(differences).pvalue) if np.any(differences != 0.0) else math.nan
+
+
+def against(ours: Row, others: Sequence[Row], score: str) -> list[float]:
+    """Holm-corrected p-values of `signed_rank` of each system against ours."""
+    return holm([signed_rank(differences(row, ours, score)) for row in others])
 
 
 def spread(values: Float[np.ndarray, " values"], scale: float, digits: int) -> str:

@@ -293,10 +293,7 @@ def network_picture(
     top, bottom = figure.subfigures(2, 1)
     crops = np.atleast_1d(top.subplots(1, len(seen.crops)))
     for index, (axes, window, attention) in enumerate(zip(crops, seen.crops, seen.attention), 1):
-        axes.imshow(window, cmap="gray")
-        height, width = window.shape
-        extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-        axes.imshow(attention, cmap="inferno", alpha=0.55, extent=extent, interpolation="bilinear")
+        _overlaid(axes, window, attention)
         axes.set_title(f"view {index}", fontsize=9)
     slices = bottom.subplots(1, 6)
     for axis, plane in enumerate(("sagittal", "coronal", "axial")):
@@ -307,4 +304,43 @@ def network_picture(
     for axes in (*crops, *slices):
         axes.set_xticks([])
         axes.set_yticks([])
+    save(figure, path)
+
+
+def _overlaid(axes, window, values, **limits):
+    """Draws a crop with a map of values over it, and returns the map's image."""
+    axes.imshow(window, cmap="gray")
+    height, width = window.shape
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    return axes.imshow(values, cmap="inferno", alpha=0.55, extent=extent, interpolation="bilinear", **limits)
+
+
+def attention_picture(
+    path: pathlib.Path | str,
+    crops: Float[np.ndarray, "crops height width"],
+    activity: Mapping[str, Float[np.ndarray, "crops cells_v cells_u"]],
+) -> None:
+    """A PNG of what networks look at: a row for each crop, a column for each network, and one colour scale.
+
+    Args:
+      activity: name of a network -> its activity, which is drawn relative to its mean over the crop.
+    """
+    relative = {name: values / values.mean((1, 2), keepdims=True) for name, values in activity.items()}
+    most = float(np.percentile(np.concatenate([values.ravel() for values in relative.values()]), 99.5))
+    shape = len(crops), 1 + len(relative)
+    figure = Figure(figsize=(2.4 * shape[1] + 0.8, 2.3 * shape[0] + 0.4), layout="constrained")
+    axes = np.asarray(figure.subplots(*shape, squeeze=False))
+    for panel in axes.ravel():
+        panel.set_xticks([])
+        panel.set_yticks([])
+    for row, window in zip(axes, crops):
+        row[0].imshow(window, cmap="gray")
+    axes[0, 0].set_title("the X-ray", fontsize=9)
+    drawn = None
+    for column, (name, values) in zip(axes.T[1:], relative.items()):
+        column[0].set_title(textwrap.fill(name, 24), fontsize=9)
+        for panel, window, value in zip(column, crops, values):
+            drawn = _overlaid(panel, window, value, vmin=0.0, vmax=most)
+    if drawn is not None:
+        figure.colorbar(drawn, ax=axes, shrink=0.5, label="activity, relative to its mean over the crop")
     save(figure, path)

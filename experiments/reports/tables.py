@@ -31,7 +31,7 @@ def score_table(scores: Mapping[str, Any], variant: str) -> str:
             )
     lines.append(f"capture range: {metrics.capture_range(start, error):.0f} mm")
     if scores["volumes"]:
-        share, area = scores["attention"].mean(0)
+        share, _, area = scores["attention"].mean(0)
         lines += [
             "",
             f"attention (CAL): {100 * share:.0f} % of it on the vertebra, which takes {100 * area:.0f} % of the crops",

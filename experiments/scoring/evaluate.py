@@ -36,7 +36,7 @@ SILHOUETTE, SILHOUETTE_STEP_MM = 0.02, 1.0
 """Line integral above which a pixel belongs to the vertebra's silhouette, and the step of its ray, mm; chosen by hand: a lower
 threshold adds pixels that the vertebra's edge barely covers, a higher one loses thin parts of the arch."""
 ATTENTION_FLOOR = 1e-9
-"""Added to the sum of the attention, so that attention that is zero everywhere has a share of 0."""
+"""Added to the sum of a map, so that one that is zero everywhere has a share of 0."""
 
 
 def _volume_scores(one, mean_cloud, passes):
@@ -66,18 +66,16 @@ def _volume_scores(one, mean_cloud, passes):
 
 
 def _attention_shares(one):
-    """Fraction of the network's attention on the vertebra at its true pose, and fraction of the crops that it covers."""
+    """Fractions on the vertebra at its true pose of the network's attention, of its activity, and of the crops' area."""
     seen, vertebra = one.outcome.reconstructed, one.prepared.vertebra
     size, cameras = seen.crops.shape[1:], (seen.intrinsics, one.outcome.camera_from_world)
     drawn = (
         quick.render(vertebra.density, vertebra.ct_from_index, one.truth, *cameras, size, SILHOUETTE_STEP_MM)
         > SILHOUETTE
     )
-    attention = seen.attention
-    factor = size[0] // attention.shape[1]
-    silhouette = camera.bin_image(drawn.astype(np.float32), factor)
-    share = (attention * silhouette).sum((1, 2)) / (attention.sum((1, 2)) + ATTENTION_FLOOR)
-    return float(share.mean()), float(silhouette.mean())
+    silhouette = camera.bin_image(drawn.astype(np.float32), size[0] // seen.attention.shape[1])
+    share = lambda of: float(np.mean((of * silhouette).sum((1, 2)) / (of.sum((1, 2)) + ATTENTION_FLOOR)))
+    return share(seen.attention), share(seen.activity), float(silhouette.mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,13 +136,14 @@ def evaluate(
         start_mm, error_mm: (C,) mTRE of start and result.
         passes_mm: (C, 1 + passes + levels) mTRE along the trajectory.
         runtime_s, cpu_s: (C,).
-        volumes: name -> score -> (C,); attention: (C, 2), the fraction of it on the vertebra and the fraction of the crops that
-          the vertebra covers; both empty without `score_volumes`.
+        volumes: name -> score -> (C,); attention: (C, 3), the fractions of it and of the activity on the vertebra, and of the
+          crops that the vertebra covers; both empty without `score_volumes`.
+        seen: name of a volume -> `Reconstructed` of its first case.
         results: as `cases.write_results` takes them.
     Raises:
       InputError: a vertebra that was not prepared or has no points, unreadable X-rays, or a scene without its true pose.
     """
-    passes_mm, results, volumes, attention, mean_clouds, shown = [], [], {}, [], {}, set()
+    passes_mm, results, volumes, attention, mean_clouds, seen = [], [], {}, [], {}, {}
     scored = {case_file.scenes[case.scene].volume for case in case_file.cases}
     points = {name: cases.points(case_file, name) for name in sorted(scored)}
 
@@ -162,9 +161,9 @@ def evaluate(
                 for name, scores in _volume_scores(one, mean_clouds[one.scene.volume], passes).items():
                     for score, value in scores.items():
                         volumes.setdefault(name, {}).setdefault(score, []).append(value)
-            if picture_folder is not None and one.scene.volume not in shown:
-                shown.add(one.scene.volume)
+            if picture_folder is not None and one.scene.volume not in seen:
                 case_folder.write(picture_folder, one.case.name, outcome, one.prepared, one.xrays, start, one.truth)
+            seen.setdefault(one.scene.volume, outcome.reconstructed)
             bar.update()
     passes_mm = np.array(passes_mm)
     return {
@@ -175,6 +174,7 @@ def evaluate(
         "results": results,
         "attention": np.array(attention),
         "volumes": {n: {s: np.array(v) for s, v in t.items()} for n, t in volumes.items()},
+        "seen": seen,
     }
 
 

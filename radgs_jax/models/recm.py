@@ -60,6 +60,7 @@ class Reconstruction:
     Attributes:
       factual, effect: Gaussians (B, N), the two branches of Eq. 1.
       attention: (B, V, h, w, M) factual maps.
+      activity: (B, V, h, w) mean magnitude of the features that the head reads, after the factual attention.
       matches: where the views together see the Gaussians.
       shift: (B, V, A, 2) shift that each view gives them along its own axes, mm.
       log_precision: (B, V, A, 2) of the shift, log 1/mm^2.
@@ -69,6 +70,7 @@ class Reconstruction:
     factual: Gaussians
     effect: Gaussians
     attention: Leaf
+    activity: Leaf
     matches: matching.Matches | None = None
     shift: Leaf | None = None
     log_precision: Leaf | None = None
@@ -150,12 +152,13 @@ class RecM(nn.Module):
             factual_maps = jnp.ones((*features.shape[:-1], c.attention_maps))
             maps = factual_maps[None]
         gated, pooled = attention.attend(features[None], maps)
+        activity = jnp.mean(jnp.abs(gated[0]), -1)
         if c.head == "paper":
             answers = heads.effect(heads.PaperHead(c.hidden, c.gaussians)(pooled))
             base = gaussians.uniform_cloud(1, START_SPACING_MM, activation.DENSITY_UNIT * math.log(2.0))
             base = jax.tree.map(lambda a: jnp.broadcast_to(a, (b, c.gaussians, *a.shape[1:])), base)
             factual, effect = (activation.activate(a, base, activation.PAPER_STEP_MM) for a in answers)
-            return Reconstruction(factual, effect, factual_maps)
+            return Reconstruction(factual, effect, factual_maps, activity)
         if c.head != "anchored":
             raise ValueError(f"head: found {c.head!r}, wanted 'anchored' or 'paper'")
         anchors = matching.subset(cloud, c.anchors)
@@ -186,7 +189,9 @@ class RecM(nn.Module):
         ]
         matches = matching.Matches(anchors.mean, branches[1].mean, information)
         factual, effect = (jax.vmap(activation.carry_detail)(branch, anchors, cloud) for branch in branches)
-        return Reconstruction(factual, effect, factual_maps, matches, answers[1, ..., :2], log_precision, rotation)
+        return Reconstruction(
+            factual, effect, factual_maps, activity, matches, answers[1, ..., :2], log_precision, rotation
+        )
 
     @staticmethod
     def _read(features, uv, image_size):

@@ -85,13 +85,14 @@ class Reconstructed:
     Attributes:
       gaussians: the reconstruction in the world frame.
       crops: (V, h, w) the X-rays as it saw them, with intrinsics (V, 4).
-      attention: (V, h', w') mean attention.
+      attention: (V, h', w') mean attention; activity: of the features that it weighs, as in `recm.Reconstruction`.
     """
 
     gaussians: Gaussians
     crops: Float[Array, "views height width"]
     intrinsics: Float[Array, "views 4"]
     attention: Float[Array, "views cells_v cells_u"]
+    activity: Float[Array, "views cells_v cells_u"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +186,7 @@ def register(
             result.xrays,
             result.intrinsics,
             result.reconstruction.attention[0].mean(-1),
+            result.reconstruction.activity[0],
         )
     return Outcome(
         poses[-1],

@@ -5,7 +5,6 @@ import pathlib
 import fresh_python
 import pytest
 
-from experiments import ablation
 from experiments import calibrate
 from experiments import detect
 from experiments import register
@@ -111,4 +110,3 @@ def test_what_commands_do_are_functions_that_need_no_flags(tmp_path):
     for text, call in calls:
         with pytest.raises(errors.InputError, match=text):
             call()
-    assert callable(ablation.run_ablation)
