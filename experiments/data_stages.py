@@ -9,8 +9,10 @@ import jax
 import numpy as np
 
 from data_pipelines import cases
+from data_pipelines.ct import verse
 from data_pipelines.io import files
 from data_pipelines.pairs import build
+from data_pipelines.pairs import identity
 from data_pipelines.phantom import scan_files
 from data_pipelines.simulation import case_files
 from experiments import configs
@@ -23,6 +25,7 @@ from experiments.runtime import progress
 from experiments.scoring import evaluate
 from experiments.training import loop
 from radgs_jax import errors
+from radgs_jax import levels
 from radgs_jax.models import backbones
 from radgs_jax.models import radgs_reg
 from radgs_jax.models.trained import Model
@@ -33,6 +36,35 @@ SEEDS_PER_RUN = 100
 """Distance between the phantom seeds of runs with consecutive `Config.seed`, which share no phantom up to this number."""
 P2_STARTS_MM = ((0, 25),)
 """Bin of P2's start errors, mTRE in mm: the whole range that scores are grouped by."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RealData:
+    """What a run is trained on in place of phantoms; what is None, or empty, is simulated from phantoms.
+
+    Attributes:
+      p1_folder: CTs with label maps, as `verse.prepare` reads them; p1_splits: its splits that P1 trains on.
+      p2_cases: case file of real X-rays with known poses; p2_variant: array of its X-ray files.
+      patient: the vertebrae that P3 prepares, of one scan.
+    """
+
+    p1_folder: pathlib.Path | None = None
+    p1_splits: tuple[str, ...] = verse.SPLITS[:1]
+    p2_cases: pathlib.Path | None = None
+    p2_variant: str = "real"
+    patient: tuple[Target, ...] = ()
+
+    def mark(self) -> list[object]:
+        """Plain values that tell this data from other data; empty where all of it is simulated by default."""
+        found: list[object] = []
+        if self.p1_folder is not None:
+            found.append(["p1", verse.fingerprint(self.p1_folder), *self.p1_splits])
+        if self.p2_cases is not None:
+            found.append(["p2", files.sha256(self.p2_cases), self.p2_variant])
+        if self.patient:
+            first = self.patient[0]
+            found.append(["p3", identity.scan_digest(first.ct, first.mask), *(one.label for one in self.patient)])
+        return found
 
 
 def _phantom_scans(config, workdir, first, count, text):
@@ -78,21 +110,39 @@ def folds(names: Iterable[str], count: int) -> dict[str, int]:
     return {name: index % count for index, name in enumerate(sorted(set(names)))}
 
 
-def p1(config: configs.Config, workdir: pathlib.Path, phases: Sequence[str]) -> Model:
+def _p1_vertebrae(config, workdir, given):
+    """(scan, VerSe number) of each vertebra that P1 trains on."""
+    if given.p1_folder is None:
+        subjects = _phantom_scans(config, workdir, P1_SEED, config.p1_patients, "p1 phantoms")
+        return [(identity.FileScan(*subject), label) for subject in subjects for label in config.labels]
+    whole = "lumbar_scans" if set(config.labels) <= set(verse.LUMBAR) else "spine_scans"
+    builder = verse.prepare(given.p1_folder, workdir / "datasets", whole)
+    print(f"P1's CTs: {builder.info.metadata['line']}")
+    scans = [scan for scan in verse.scans_of(builder) if scan.split in given.p1_splits]
+    chosen = [(scan, label) for scan in scans for label in scan.complete if label in config.labels]
+    if not chosen:
+        wanted = f"one of {', '.join(map(levels.level_name, config.labels))} in {' or '.join(given.p1_splits)}"
+        errors.fail(given.p1_folder, "vertebrae", f"none in {len(scans)} scan(s)", wanted)
+    print(f"P1 trains on {len(chosen)} vertebrae of {len({scan.patient for scan, _ in chosen})} patients")
+    return chosen
+
+
+def p1(config: configs.Config, workdir: pathlib.Path, phases: Sequence[str], given: RealData = RealData()) -> Model:
     """Trains P1, on public CTs with simulated X-rays, unless `workdir`/p1/model is there already.
 
     Args:
       workdir: folder of the run.
       phases: phases to run; the model is written after 'joint'.
+      given: where its CTs are.
     Returns:
       the model after the last phase.
     Raises:
+      InputError: as `verse.prepare`, or no vertebra to train on.
       DivergedError: as `loop.run_steps`.
     """
     if phases[-1] == "joint" and models.model_exists(workdir / "p1" / "model"):
         return models.load_model(workdir / "p1" / "model")
-    subjects = _phantom_scans(config, workdir, P1_SEED, config.p1_patients, "p1 phantoms")
-    vertebrae = [(*subject, label) for subject in subjects for label in config.labels]
+    vertebrae = _p1_vertebrae(config, workdir, given)
     with progress.bar(len(vertebrae) * (1 + config.p1.pairs + config.p1.ct_pairs), "p1 pairs") as bar:
         pair_set = build.simulated_pairs(
             workdir / "pairs" / "p1",
@@ -117,13 +167,12 @@ def p2(
     config: configs.Config,
     workdir: pathlib.Path,
     phases: Sequence[str],
-    case_path: pathlib.Path | str | None = None,
-    variant: str = "real",
+    given: RealData = RealData(),
 ) -> None:
     """Trains P2, on all folds but one of real cases of known pose; by default on simulated cases, harder than P1's.
 
     Args:
-      config, workdir, phases: as in `p1`; case_path, variant: as in `train.train`.
+      config, workdir, phases: as in `p1`; given: where its cases are.
     Raises:
       InputError: no model of P1, unreadable cases, an unknown variant, a fold out of range, or no patient outside the fold.
       DivergedError: as `loop.run_steps`.
@@ -131,6 +180,7 @@ def p2(
     if models.model_exists(workdir / "p2" / "model"):
         return
     model = models.load_model(workdir / "p1" / "model")
+    case_path, variant = given.p2_cases, given.p2_variant
     if case_path is None:
         if variant not in cases.VARIANTS:
             wanted = f"one of {', '.join(cases.VARIANTS)}, or --p2_cases that have it"
@@ -184,20 +234,24 @@ def p2(
         models.save_model(workdir / "p2" / "model", trained, note)
 
 
-def p3(config: configs.Config, workdir: pathlib.Path, phases: Sequence[str]) -> tuple[str, pathlib.Path, pathlib.Path]:
+def p3(
+    config: configs.Config, workdir: pathlib.Path, phases: Sequence[str], given: RealData = RealData()
+) -> tuple[str, pathlib.Path, pathlib.Path]:
     """Trains P3, on the patient's own CT, starting from the result of P1 and P2.
 
     Args:
-      config, workdir, phases: as in `p1`.
+      config, workdir, phases: as in `p1`; given: the patient.
     Returns:
       (subject, CT path, mask path) of the patient.
     Raises:
       InputError: no model of P2; as `preparing.prepare`.
     """
-    subject, ct, mask = patient_scan(config, workdir)
-    targets = [Target(subject, ct, mask, label) for label in config.patient_labels]
+    targets = given.patient
+    if not targets:
+        patient = patient_scan(config, workdir)
+        targets = tuple(Target(*patient, label) for label in config.patient_labels)
     rule = models.base_folder() / CALIBRATION
     rule = read_rule(rule) if config.judged else None
     base = workdir / "p2" / "model"
     preparing.prepare(config, workdir / "p3", targets, base, phases=phases, rule=rule)
-    return subject, ct, mask
+    return targets[0].patient, targets[0].ct, targets[0].mask

@@ -11,12 +11,15 @@ import pathlib
 from absl import flags
 
 from data_pipelines import cases
+from data_pipelines.ct import verse
 from data_pipelines.io import files
 from data_pipelines.io import locks
 from data_pipelines.pairs import identity
 from experiments import configs
 from experiments import data_stages
+from experiments.data_stages import RealData
 from experiments.runtime import cli
+from experiments.runtime import input_flags
 from experiments.scoring import evaluate
 from experiments.training import loop
 from radgs_jax import errors
@@ -31,9 +34,12 @@ def define_flags() -> None:
     flags.DEFINE_enum("preset", "demo", sorted(configs.PRESETS), "Training configuration.")
     flags.DEFINE_string("workdir", "runs/demo", "Folder for data, checkpoints, logs and results.")
     flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0)
+    flags.DEFINE_string("p1_data", None, "Folder of CTs with label maps, such as VerSe, for P1; default: phantoms.")
+    flags.DEFINE_multi_enum("p1_split", ["training"], verse.SPLITS, "Split of --p1_data that P1 trains on, or several.")
     flags.DEFINE_string("p2_cases", None, "Case file of real X-rays with known poses, for P2; default: simulated.")
     flags.DEFINE_string("p2_variant", "real", "Array of the X-ray files of --p2_cases.")
     flags.DEFINE_integer("p2_fold", 0, "Number of the fold of patients that P2 holds out.", lower_bound=0)
+    input_flags.define_scan("of the patient that P3 prepares; default: a phantom's")
 
 
 def score_patient(
@@ -82,16 +88,14 @@ def train(
     config: configs.Config,
     workdir: pathlib.Path | str,
     stage: str = "full",
-    case_path: pathlib.Path | str | None = None,
-    variant: str = "real",
+    given: RealData = RealData(),
 ) -> str | None:
     """Runs one stage, or all of them.
 
     Args:
       workdir: folder of the run.
       stage: one of STAGES.
-      case_path: case file of real X-rays for P2; None simulates them.
-      variant: array of P2's X-ray files.
+      given: what is trained on in place of phantoms.
     Returns:
       the score table after 'full' and 'p3', else None.
     Raises:
@@ -101,11 +105,11 @@ def train(
     """
     workdir = files.make_folder(workdir)
     with locks.hold(workdir / locks.LOCK, workdir):
-        return _train(config, workdir, stage, case_path, variant)
+        return _train(config, workdir, stage, given)
 
 
-def _train(config, workdir, stage, case_path, variant):
-    _claim(workdir / "config.json", identity.config_hash(config))
+def _train(config, workdir, stage, given):
+    _claim(workdir / "config.json", identity.config_hash(config, *given.mark()))
     name, _, phase = stage.partition("_")
     phases = objectives.PHASES[: objectives.PHASES.index(phase) + 1] if phase else objectives.PHASES
     if phase and len(phases) > 1:
@@ -118,22 +122,30 @@ def _train(config, workdir, stage, case_path, variant):
                 f"its last checkpoint: run --stage={name}_{before} first",
             )
     if name in ("full", "p1"):
-        data_stages.p1(config, workdir, phases)
+        data_stages.p1(config, workdir, phases, given)
     if name in ("full", "p2"):
-        data_stages.p2(config, workdir, phases, case_path, variant)
+        data_stages.p2(config, workdir, phases, given)
     if name in ("full", "p3"):
-        patient = data_stages.p3(config, workdir, phases)
+        patient = data_stages.p3(config, workdir, phases, given)
     return score_patient(config, workdir, *patient) if name == "full" or stage == "p3" else None
 
 
 def main() -> None:
     """Runs `train` with the flags, prints the table where there is one, and raises as it does."""
-    config = dataclasses.replace(
-        configs.PRESETS[flags.FLAGS.preset], seed=flags.FLAGS.seed, p2_fold=flags.FLAGS.p2_fold
-    )
-    table = train(config, flags.FLAGS.workdir, flags.FLAGS.stage, flags.FLAGS.p2_cases, flags.FLAGS.p2_variant)
+    asked = flags.FLAGS
+    config = dataclasses.replace(configs.PRESETS[asked.preset], seed=asked.seed, p2_fold=asked.p2_fold)
+    patient = tuple(input_flags.targets()) if asked.ct or asked.mask else ()
+    if any(target.labels for target in patient):
+        # Held-out X-rays are a case file, whose label maps are recognised.
+        errors.fail("flags", "--labels, --bone", "one of them", "neither: a label map of the spine that is recognised")
+    if patient:
+        config = dataclasses.replace(config, patient_labels=tuple(target.label for target in patient))
+    path = lambda text: None if text is None else pathlib.Path(text)
+    splits = tuple(dict.fromkeys(asked.p1_split))
+    given = RealData(path(asked.p1_data), splits, path(asked.p2_cases), asked.p2_variant, patient)
+    table = train(config, asked.workdir, asked.stage, given)
     if table:
-        print(f"\n{table}\n\npictures and files: {pathlib.Path(flags.FLAGS.workdir) / 'eval'}")
+        print(f"\n{table}\n\npictures and files: {pathlib.Path(asked.workdir) / 'eval'}")
 
 
 def command() -> None:

@@ -22,6 +22,7 @@ Labels are VerSe's: C1-7 = 1..7, T1-12 = 8..19, L1-6 = 20..25, T13 = 28.
 
 import collections.abc
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import re
@@ -35,6 +36,7 @@ from data_pipelines.ct import centroid_files
 from data_pipelines.ct import extraction
 from data_pipelines.ct import scans
 from data_pipelines.ct import segmentation
+from data_pipelines.io import files
 from radgs_jax import errors
 from radgs_jax import levels
 from radgs_jax.geometry import resample
@@ -49,6 +51,9 @@ MARGIN_MM = 10.0
 twice makes the dataset larger."""
 SPLIT_PERCENT = (80, 90)
 """Percentiles of the patients' digests at which the validation and the test split begin. Chosen by hand, as is common."""
+
+CATALOGUE = "catalogue.json"
+"""File beside a dataset of whole scans with the content of each, by which sets of training pairs are named."""
 
 _SPLIT_FOLDER = re.compile(r"(?:dataset-?)?(?:verse)?\d*[-_]?(training|validation|test)", re.IGNORECASE)
 _VERSE_ID = re.compile(r"((?:verse|gl)\d+)(?![0-9a-z])", re.IGNORECASE)
@@ -187,6 +192,11 @@ def _fingerprint(found):
     """Digest of the names, splits and file sizes of scans."""
     lines = [f"{s.split} {s.name} {_bytes(s.ct)} {_bytes(s.mask)}" for s in found]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+
+
+def fingerprint(folder: pathlib.Path | str) -> str:
+    """Digest of the names, splits and file sizes of a folder's scans; raises as `find_scans`."""
+    return _fingerprint(find_scans(folder))
 
 
 def _bytes(path):
@@ -392,7 +402,7 @@ def prepare(folder: pathlib.Path | str, data_dir: pathlib.Path | str, config: st
     builder = Verse(data_dir=str(data_dir), config=config, file_format="array_record")
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(folder)))
     # An existing dataset is not built again, so it could be that of another folder.
-    built, given = builder.info.metadata["fingerprint"], _fingerprint(find_scans(folder))
+    built, given = builder.info.metadata["fingerprint"], fingerprint(folder)
     if built != given:
         errors.fail(builder.data_dir, "scans", f"those of another folder ({built})", f"those of {folder} ({given})")
     return builder
@@ -400,8 +410,56 @@ def prepare(folder: pathlib.Path | str, data_dir: pathlib.Path | str, config: st
 
 def as_scan(example: collections.abc.Mapping[str, typing.Any]) -> scans.Scan:
     """An example, whether a whole scan or the crop of a vertebra, as a `scans.Scan`."""
-    patient = example["patient"]
-    patient = patient.decode() if isinstance(patient, bytes) else str(patient)
-    return scans.Scan(
-        patient, example["hu"].astype(np.float32), example["labels"], np.asarray(example["ct_from_index"])
-    )
+    return scans.Scan(_text(example["patient"]), example["hu"], example["labels"], np.asarray(example["ct_from_index"]))
+
+
+def _text(value):
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetScan:
+    """A scan in a dataset of whole scans, as a source of training pairs.
+
+    Attributes:
+      folder: of the dataset; split, index: its place in it.
+      patient, name: identifiers; content: SHA-256 of its arrays; complete: VerSe numbers of the selected whole vertebrae.
+    """
+
+    folder: str
+    split: str
+    index: int
+    patient: str
+    name: str
+    content: str
+    complete: tuple[int, ...]
+
+    def digest(self) -> str:
+        """Short digest of its arrays."""
+        return self.content[:16]
+
+    def read(self) -> scans.Scan:
+        """The scan."""
+        return as_scan(_source(self.folder, self.split)[self.index])
+
+
+@functools.lru_cache(1)
+def _source(folder, split):
+    return tfds.builder_from_directory(folder).as_data_source(split)
+
+
+def scans_of(builder: Verse) -> list[DatasetScan]:
+    """The scans of a dataset of whole scans. Their content is read once, and noted beside the dataset."""
+    folder = pathlib.Path(builder.data_dir)
+    path = folder / CATALOGUE
+    if not path.exists():
+        noted = []
+        for split in builder.info.splits:
+            for index, example in enumerate(builder.as_data_source(split)):
+                scan, content = as_scan(example), hashlib.sha256()
+                for array in (scan.hu, scan.labels, scan.ct_from_index):
+                    content.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+                complete = [int(label) for label in example["complete"]]
+                noted.append([split, index, scan.patient, _text(example["scan"]), content.hexdigest(), complete])
+        files.write_json(path, noted)
+    return [DatasetScan(str(folder), *values, tuple(complete)) for *values, complete in files.read_json(path)]

@@ -25,36 +25,34 @@ CORES_A_WORKER = 2
 """Cores per process. A process keeps about 1.5 cores busy, since rendering is itself parallel."""
 
 OnDone = Callable[[int], object]
-VertebraFiles = tuple[str, pathlib.Path | str, pathlib.Path | str, int]
-"""(patient, CT path, mask path, VerSe number)."""
+Vertebra = tuple[identity.ScanSource, int]
+"""(scan, VerSe number)."""
 
 
 def simulated_pairs(
     folder: pathlib.Path | str,
-    vertebrae: Sequence[VertebraFiles],
+    vertebrae: Sequence[Vertebra],
     count: int,
     seed: int,
     config: examples.PairConfig,
     gaussian_count: int,
     ct_count: int = 1,
-    label_map: str | None = None,
     on_done: OnDone = lambda records: None,
 ) -> batches.PairSet:
     """Simulates pairs and CT pairs of vertebrae, as far as they do not exist.
 
     Args:
       folder: of all sets; each lies in a folder named by its content.
-      vertebrae: (patient, CT path, mask path, VerSe number) of each.
+      vertebrae: scan and VerSe number of each.
       count, ct_count: number of pairs and of CT pairs of each vertebra.
       seed: of everything random.
       gaussian_count: number of Gaussians of each vertebra.
-      label_map: numbering of the masks, as in `scans.read_scan`.
       on_done: called with a number of records when they exist; each vertebra has 1 + count + ct_count records.
 
     Raises:
       InputError: an unreadable scan, an absent or cut vertebra, or a damaged store.
     """
-    names, places = _by_digest(vertebrae, label_map)
+    names, places = _by_digest(vertebrae)
     which = examples.OfEach(examples.Vertebrae(names, gaussian_count), int(count), config)
     # A shard holds all pairs of a vertebra where they fit, so that each vertebra is prepared by one process.
     shard_size = SHARD_SIZE // which.count * which.count or SHARD_SIZE
@@ -86,7 +84,9 @@ def measured_pairs(
     """
     chosen = [case_file.scenes[name] for name in names]
     volumes = [v for v in case_file.volumes.values() if any(scene.volume == v.name for scene in chosen)]
-    vertebrae, places = _by_digest([(v.patient, v.full_ct, v.full_mask, v.full_label) for v in volumes])
+    vertebrae, places = _by_digest(
+        [(identity.FileScan(v.patient, v.full_ct, v.full_mask), v.full_label) for v in volumes]
+    )
     archive = identity.Archive(places, {scene.name: (scene, cases.truth(case_file, scene)) for scene in chosen})
     # Scenes are ordered by volume, so that each volume is prepared once.
     scenes = tuple(
@@ -101,14 +101,11 @@ def measured_pairs(
     return _pair_set(folder, which, 0, examples.measured, ct_count, SHARD_SIZE, archive, on_done)
 
 
-def _by_digest(vertebrae, label_map=None):
+def _by_digest(vertebrae):
     """The names ((digest, label), ...) of vertebrae, and the scans of an `identity.Archive`."""
-    digests = {}
-    for _, ct, mask, _ in vertebrae:
-        if (ct, mask) not in digests:
-            digests[ct, mask] = identity.scan_digest(ct, mask, label_map)
-    names = tuple((digests[ct, mask], int(label)) for _, ct, mask, label in vertebrae)
-    return names, {digests[ct, mask]: (patient, ct, mask, label_map) for patient, ct, mask, _ in vertebrae}
+    digests = {scan: scan.digest() for scan in dict.fromkeys(scan for scan, _ in vertebrae)}
+    names = tuple((digests[scan], int(label)) for scan, label in vertebrae)
+    return names, {digest: scan for scan, digest in digests.items()}
 
 
 def _pair_set(folder, which, seed, make_pair, ct_count, shard_size, archive, on_done):

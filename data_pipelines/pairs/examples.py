@@ -105,7 +105,7 @@ class Measured:
 
 
 def _vertebra(archive, digest, label, count):
-    return extraction.extract(archive.keep(identity.scan, digest), label, count, archive.scans[digest][2])
+    return extraction.extract(archive.keep(identity.scan, digest), label, count, archive.scans[digest].name)
 
 
 def _body(archive, digest, rest_mm, vertebra_mm):

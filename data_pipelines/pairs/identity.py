@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Mapping
+from typing import Protocol
 from typing import TypeVar
 
 import numpy as np
@@ -44,6 +45,43 @@ def plain_values(value: object) -> object:
     return json.loads(json.dumps(plain, sort_keys=True, allow_nan=False))
 
 
+class ScanSource(Protocol):
+    """Where a scan lies. It is sent to other processes, so that it is picklable."""
+
+    @property
+    def name(self) -> object:
+        """What errors name."""
+
+    def digest(self) -> str:
+        """Digest of the content; raises InputError for missing files."""
+
+    def read(self) -> scans.Scan:
+        """The scan; raises InputError for unreadable files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FileScan:
+    """A scan in files: arguments of `scans.read_scan`."""
+
+    patient: str
+    ct: pathlib.Path | str
+    mask: pathlib.Path | str
+    label_map: str | None = None
+
+    @property
+    def name(self) -> pathlib.Path | str:
+        """The label map's file."""
+        return self.mask
+
+    def digest(self) -> str:
+        """`scan_digest` of the files."""
+        return scan_digest(self.ct, self.mask, self.label_map)
+
+    def read(self) -> scans.Scan:
+        """Reads the files."""
+        return scans.read_scan(self.ct, self.mask, self.patient, self.label_map)
+
+
 class Archive:
     """Finds the files that sets of pairs name by content.
 
@@ -51,13 +89,13 @@ class Archive:
     other processes.
 
     Attributes:
-      scans: {digest: (patient, CT path, mask path, label map or None)}.
+      scans: {digest: its source}.
       scenes: {name: (scene, world_from_ct (4, 4))}.
     """
 
     def __init__(
         self,
-        scans: Mapping[str, tuple[str, pathlib.Path | str, pathlib.Path | str, str | None]],
+        scans: Mapping[str, ScanSource],
         scenes: Mapping[str, tuple[cases.Scene, np.ndarray]] | None = None,
     ) -> None:
         self.scans, self.scenes, self._kept = scans, scenes, {}
@@ -96,8 +134,7 @@ def scan(archive: Archive, digest: str) -> scans.Scan:
     Raises:
       InputError: unreadable files.
     """
-    patient, ct, mask, label_map = archive.scans[digest]
-    return scans.read_scan(ct, mask, patient, label_map)
+    return archive.scans[digest].read()
 
 
 def config_hash(*configs: object) -> str:

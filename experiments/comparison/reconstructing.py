@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from data_pipelines.pairs import build
+from data_pipelines.pairs import identity
 from data_pipelines.phantom import scan_files
 from experiments import data_stages
 from experiments.comparison import registering
@@ -110,7 +111,7 @@ def prepare_predictor(subject: Subject, sizes: Sizes, seed: int) -> tuple[Any, C
         seeds = [data_stages.P1_SEED + data_stages.SEEDS_PER_RUN * own.seed + i for i in range(sizes.phantoms)]
         with progress.bar(len(seeds), "phantoms") as bar:
             scans_made = scan_files.phantoms(folder / "scans", seeds, own.phantom, bar.update)
-        vertebrae = [(*one, label) for one in scans_made for label in own.labels]
+        vertebrae = [(identity.FileScan(*one), label) for one in scans_made for label in own.labels]
         count = max(1, sizes.pairs // len(own.labels))
         with progress.bar(len(vertebrae) * (2 + count), "pairs") as bar:
             settings = count, seed, own.pairs, model_config.gaussians

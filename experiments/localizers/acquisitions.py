@@ -164,7 +164,7 @@ def held_out_views(
     digest, places = None, {}
     if ct is not None:
         digest = identity.scan_digest(ct, mask, label_map)
-        places[digest] = (str(ct), ct, mask, label_map)
+        places[digest] = identity.FileScan(str(ct), ct, mask, label_map)
     which = AcquisitionSet(digest, bodies, config.count)
     with progress.bar(len(which), "X-rays") as bar:
         folder = pathlib.Path(workdir) / "detector" / "held_out"

@@ -186,7 +186,7 @@ def make_patient_localizer(
       InputError: an unreadable scan, or one without a complete vertebra; nothing is written then.
     """
     digest = identity.scan_digest(ct, mask, label_map)
-    archive = identity.Archive({digest: (str(ct), ct, mask, label_map)})
+    archive = identity.Archive({digest: identity.FileScan(str(ct), ct, mask, label_map)})
     spine = archive.keep(acquisitions.patient_body, digest).spine
     start = dataclasses.replace(base, centres_ct=dict(zip(spine.labels, spine.centres)))
     which = acquisitions.AcquisitionSet(digest, config.bodies, config.count)

@@ -12,8 +12,8 @@ from data_pipelines.ct import whole_body
 from data_pipelines.io import files
 from data_pipelines.io import locks
 from data_pipelines.pairs import build
+from data_pipelines.pairs import identity
 from data_pipelines.pairs.batches import PairSet
-from data_pipelines.pairs.identity import config_hash
 from experiments import configs
 from experiments.localizers import localizer_files
 from experiments.localizers import training
@@ -85,7 +85,9 @@ def prepare(
     document = {
         "format": WORKDIR_FORMAT,
         "base": models.model_hash(model),
-        "config": config_hash(config.seed, config.p3, config.pairs, config.losses, model.config, config.batch, minutes),
+        "config": identity.config_hash(
+            config.seed, config.p3, config.pairs, config.losses, model.config, config.batch, minutes
+        ),
         "scans": {digest: sorted(group) for digest, group in groups.items()},
     }
     if localizer is not None:
@@ -156,16 +158,16 @@ def pairs_of(config: configs.Config, folder: pathlib.Path, targets: Sequence[Tar
       InputError: as `build.simulated_pairs`.
     """
     first = targets[0]
+    scan = identity.FileScan(first.patient, first.ct, first.mask, first.labels)
     with progress.bar(len(targets) * (1 + config.p3.pairs + config.p3.ct_pairs), "p3 pairs") as bar:
         return build.simulated_pairs(
             folder / "pairs",
-            [(first.patient, first.ct, first.mask, target.label) for target in targets],
+            [(scan, target.label) for target in targets],
             config.p3.pairs,
             config.seed + SEED_OFFSET,
             config.pairs,
             gaussian_count,
             config.p3.ct_pairs,
-            first.labels,
             bar.update,
         )
 

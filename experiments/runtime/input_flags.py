@@ -41,9 +41,9 @@ def _complete(mask, label_map):
     return found
 
 
-def define_scan() -> None:
-    """Defines --ct, --mask, --labels, --label and --bone: a scan and its bones, for commands that take --cases instead."""
-    flags.DEFINE_string("ct", None, "CT (NIfTI file or DICOM folder), instead of --cases.")
+def define_scan(of: str = "instead of --cases") -> None:
+    """Defines --ct, --mask, --labels, --label and --bone: a scan and its bones; of: what it is, for --help."""
+    flags.DEFINE_string("ct", None, f"CT (NIfTI file or DICOM folder), {of}.")
     flags.DEFINE_string("mask", None, "Label map on the CT's grid, or TotalSegmentator's folder of masks, with --ct.")
     define_numbering()
     flags.DEFINE_list("label", None, "Name (L1) or VerSe number (20) of the vertebra, several, or `all`; with --ct.")

@@ -183,7 +183,7 @@ def test_views_are_a_function_of_the_scan_its_labels_and_the_seed(patient_files,
         digest = identity.scan_digest(ct, path, labels)
         which = acquisitions.AcquisitionSet(digest, bodies=2, count=2, geometry=geometry)
         done = []
-        archive = identity.Archive({digest: ("phantom", ct, path, labels)})
+        archive = identity.Archive({digest: identity.FileScan("phantom", ct, path, labels)})
         stores.append(acquisitions.simulated_views(tmp_path / "views", which, 3, archive, done.append))
         assert sum(done) == len(stores[-1]) == 4
     assert stores[0].folder != stores[1].folder

@@ -16,6 +16,7 @@ import tiny
 from data_pipelines import cases
 from data_pipelines.io import files
 from data_pipelines.pairs import build
+from data_pipelines.pairs import identity
 from data_pipelines.phantom import scan_files
 from experiments import data_stages
 from experiments import train
@@ -125,13 +126,13 @@ def test_a_simulated_variant_that_is_none_is_refused(trained, tmp_path):
     with pytest.raises(
         errors.InputError, match="flags: --p2_variant: found 'hard', wanted one of easy, full, artic, real"
     ):
-        train.train(tiny.config(), tmp_path, "p2", variant="hard")
+        train.train(tiny.config(), tmp_path, "p2", data_stages.RealData(p2_variant="hard"))
 
 
 def test_a_stage_does_not_go_on_with_other_pairs(trained, tmp_path):
     """A checkpoint's place in the data is one in its own pairs only."""
     config = tiny.config()
-    vertebrae = [(*scan_files.phantoms(trained[0] / "scans", [10000], config.phantom)[0], 21)]
+    vertebrae = [(identity.FileScan(*scan_files.phantoms(trained[0] / "scans", [10000], config.phantom)[0]), 21)]
     params = load_model(trained[0] / "p1" / "model").params
     made = [build.simulated_pairs(tmp_path / "pairs", vertebrae, 2, seed, config.pairs, 64) for seed in (1, 2)]
     loop.run_phases(config, tmp_path, "p1", made[0], params, (2, 0, 0), 1e-3, ("rec",))
@@ -151,12 +152,12 @@ port, rank, folder, *scan = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
 import numpy as np, tiny
-from data_pipelines.pairs import build
+from data_pipelines.pairs import build, identity
 from experiments.patients import models
 from experiments.training import loop
 from radgs_jax.models import radgs_reg, trained
-config = tiny.config()
-made = build.simulated_pairs(folder + "/pairs", [(*scan, 21), (*scan, 22)], 3, 1, config.pairs, 64)
+config, scan = tiny.config(), identity.FileScan(*scan)
+made = build.simulated_pairs(folder + "/pairs", [(scan, 21), (scan, 22)], 3, 1, config.pairs, 64)
 params = jax.device_get(jax.jit(lambda key: radgs_reg.init(config.model, key))(jax.random.key(0)))
 for steps in (2, 4):
     params = loop.run_phases(config, folder, "p1", made, params, (0, steps, 0), 1e-3, ("reg",))
@@ -186,7 +187,8 @@ def test_two_jax_processes_share_pairs_batches_and_a_training_stage(tmp_path):
     stores, params, rows, models = zip(
         *(json.loads(host.communicate(timeout=300)[0].splitlines()[-1]) for host in hosts)
     )
-    alone = build.simulated_pairs(tmp_path / "alone", [(*scan, 21), (*scan, 22)], 3, 1, tiny.config().pairs, 64)
+    parts = [(identity.FileScan(*scan), label) for label in (21, 22)]
+    alone = build.simulated_pairs(tmp_path / "alone", parts, 3, 1, tiny.config().pairs, 64)
     assert set(stores) == {alone.source.digest()} and params[0] == params[1]
     with contextlib.closing(alone.batches(0, 4)) as batches:
         whole = next(batches).world_from_box[:, 0, 3].tolist()

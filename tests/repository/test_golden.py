@@ -26,6 +26,7 @@ from data_pipelines import cases
 from data_pipelines import simulation
 from data_pipelines.pairs import build
 from data_pipelines.pairs import examples
+from data_pipelines.pairs import identity
 from data_pipelines.phantom import generate
 from data_pipelines.phantom import scan_files
 from data_pipelines.simulation import case_files
@@ -143,7 +144,7 @@ def test_bytes_of_pairs(golden, tmp_path):
     )
     small = generate.PhantomConfig(spacing_mm=(2.5, 2.5, 3.0), levels=(20, 21, 22, 23, 24))
     subject = scan_files.phantoms(tmp_path, [5], small)[0]
-    simulated = build.simulated_pairs(tmp_path / "simulated", [(*subject, 22)], 1, 3, config, 64)
+    simulated = build.simulated_pairs(tmp_path / "simulated", [(identity.FileScan(*subject), 22)], 1, 3, config, 64)
     case_path = case_files.simulated_cases(
         tmp_path / "cases.json", [subject], (22,), 1, ((0, 10),), 4, configs.DEMO.detector, ("real",)
     )

@@ -21,7 +21,7 @@ from radgs_jax import gaussians
 
 def _simulated(stored, folder, labels=(21, 22), count=3, seed=4, on_done=lambda records: None, **changes):
     config = dataclasses.replace(tiny.config().pairs, **changes)
-    vertebrae = [(*stored, label) for label in labels]
+    vertebrae = [(identity.FileScan(*stored), label) for label in labels]
     return build.simulated_pairs(folder, vertebrae, count, seed, config, 400, 5, on_done=on_done)
 
 
@@ -38,10 +38,10 @@ def _digests(pair_set):
 
 def test_a_pair_is_a_function_of_seed_and_index(stored, pair_set):
     """Pairs made in another order equal those of the store, which were made in order."""
-    subject, ct, mask = stored
+    _, ct, mask = stored
     digest = identity.scan_digest(ct, mask)
     which = examples.OfEach(examples.Vertebrae(((digest, 21), (digest, 22)), 400), 3, tiny.config().pairs)
-    archive = identity.Archive({digest: (subject, ct, mask, None)})
+    archive = identity.Archive({digest: identity.FileScan(*stored)})
     for index in (5, 0, 4, 1):
         pair = examples.simulated(which, 4, index, archive)
         assert set(pair) == {*examples.ARRAYS, "owner"} and pair["owner"] == index // 3
