@@ -145,7 +145,7 @@ def score_row(
     path = folder / "scores" / f"{_word(name)}.json"
     if not path.exists():
         prepare = _prepare_of(config, folder, stage, phases)
-        network = evaluate.evaluate(case_file, "real", prepare, config.passes, refine=False)
+        network = evaluate.evaluate(case_file, "real", prepare, config.passes, refine=False, baselines=False)
         scores = dict(network["volumes"]["reconstruction"])
         scores |= dict(zip(("attention", "activity", "silhouette"), network["attention"].T))
         scores["start_mm"] = network["start_mm"]

@@ -40,27 +40,28 @@ ATTENTION_FLOOR = 1e-9
 
 
 def _volume_scores(one, mean_cloud, passes):
-    """Scores of our reconstruction of a `Registered` and of the baselines, on the evaluation grid in CT axes."""
+    """Scores of our reconstruction of a `Registered` on the evaluation grid in CT axes, and of the baselines where there is a cloud
+    of the mean shape."""
     outcome, prepared, start, truth = one.outcome, one.prepared, one.case.world_from_ct, one.truth
     vertebra = prepared.vertebra
     ct_from_grid, shape = resample.evaluation_grid(vertebra), resample.GRID_SHAPE
     density = resample.resample(vertebra.density, vertebra.ct_from_index, ct_from_grid, shape)
     mask = resample.resample(vertebra.mask, vertebra.ct_from_index, ct_from_grid, shape, order=0) > 0.5
-    mean_shape = prepared.model.mean_shape(vertebra.label)
-    without = pipeline.reconstruct_without_ct(prepared, mean_cloud, one.xrays, start, passes, kept)
 
     def carried(volume, ct_from_index, world_from_ct):
         """A volume at a pose, resampled in the true CT frame."""
         return resample.resample(volume, np.linalg.inv(truth) @ world_from_ct @ ct_from_index, ct_from_grid, shape)
 
-    mean_shape_grid = vertebra.ct_from_box @ trained.mean_shape_grid()
-    volumes = {
-        "reconstruction": reconstruct.in_ct(outcome.reconstructed.gaussians, truth, ct_from_grid, shape),
-        "the CT withheld": reconstruct.in_ct(without, truth, ct_from_grid, shape),
-        "mean shape": carried(mean_shape, mean_shape_grid, outcome.world_from_ct),
-        "CT at the start": carried(vertebra.density, vertebra.ct_from_index, start),
-        "CT at the estimate": carried(vertebra.density, vertebra.ct_from_index, outcome.world_from_ct),
-    }
+    volumes = {"reconstruction": reconstruct.in_ct(outcome.reconstructed.gaussians, truth, ct_from_grid, shape)}
+    if mean_cloud is not None:
+        mean_shape, grid = prepared.model.mean_shape(vertebra.label), vertebra.ct_from_box @ trained.mean_shape_grid()
+        without = pipeline.reconstruct_without_ct(prepared, mean_cloud, one.xrays, start, passes, kept)
+        volumes |= {
+            "the CT withheld": reconstruct.in_ct(without, truth, ct_from_grid, shape),
+            "mean shape": carried(mean_shape, grid, outcome.world_from_ct),
+            "CT at the start": carried(vertebra.density, vertebra.ct_from_index, start),
+            "CT at the estimate": carried(vertebra.density, vertebra.ct_from_index, outcome.world_from_ct),
+        }
     near = metrics.near(mask)
     return {name: metrics.reconstruction_scores(volume, density, near) for name, volume in volumes.items()}
 
@@ -121,6 +122,7 @@ def evaluate(
     picture_folder: pathlib.Path | None = None,
     score_volumes: bool = True,
     refine: bool = True,
+    baselines: bool = True,
 ) -> dict[str, Any]:
     """Registers every case and scores it.
 
@@ -130,7 +132,8 @@ def evaluate(
       prepare: prepares a target, such as `workdir.loader(...)`; called once per volume.
       passes, refine: as in `RegisterOptions`.
       picture_folder: where to write the files of each vertebra's first case; None writes none.
-      score_volumes: also score the reconstructions, which takes longer than registering.
+      score_volumes: also score the reconstructions, which takes longer than registering; baselines: and what they are to be held
+        against, which takes most of that time.
     Returns:
       a dict with, for C cases,
         start_mm, error_mm: (C,) mTRE of start and result.
@@ -154,11 +157,11 @@ def evaluate(
             results.append({"id": one.case.name, **case_folder.answer(outcome), **one.times})
             if score_volumes:
                 attention.append(_attention_shares(one))
-                if one.scene.volume not in mean_clouds:
+                if baselines and one.scene.volume not in mean_clouds:
                     mean_clouds[one.scene.volume] = reconstruct.mean_cloud(
                         one.prepared.model, one.prepared.vertebra.label
                     )
-                for name, scores in _volume_scores(one, mean_clouds[one.scene.volume], passes).items():
+                for name, scores in _volume_scores(one, mean_clouds.get(one.scene.volume), passes).items():
                     for score, value in scores.items():
                         volumes.setdefault(name, {}).setdefault(score, []).append(value)
             if picture_folder is not None and one.scene.volume not in seen:
