@@ -16,6 +16,7 @@ from experiments.patients import preparing
 from experiments.patients import workdir
 from experiments.runtime import cli
 from experiments.runtime import input_flags
+from experiments.runtime import shards
 from radgs_jax import errors
 from radgs_jax.registration.gauss_newton import levels_of
 from radgs_jax.registration.gauss_newton import RefineConfig
@@ -47,6 +48,7 @@ def define_flags() -> None:
         False,
         "Adapt the localizer BASE/detector.npz to each scan, with which `register` then finds start poses; ten minutes.",
     )
+    shards.define()
 
 
 def targets() -> list[workdir.Target]:
@@ -76,7 +78,7 @@ def main() -> None:
         errors.fail("flags", "--train, --minutes", "--minutes=0 with --train", "one of the two")
     minutes = given.minutes if given.train or given.minutes else 0.0
     localizer = pathlib.Path(base) / "detector.npz" if given.detector else None
-    preparing.prepare(config, given.workdir, chosen, base, minutes, localizer=localizer)
+    preparing.prepare(config, given.workdir, chosen, base, minutes, localizer=localizer, shard=shards.given())
     print(f"prepared{'' if minutes is None or minutes else ', without training'}: {given.workdir}")
 
 

@@ -30,6 +30,7 @@ from experiments.patients.registering import Row
 from experiments.reports import run_record
 from experiments.runtime import cli
 from experiments.runtime import input_flags
+from experiments.runtime import shards
 from experiments.runtime.kept_programs import kept
 from radgs_jax import errors
 from radgs_jax import levels
@@ -129,6 +130,7 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "resume", False, "Go on with the cases that a stopped run with the same flags has left unfinished."
     )
+    shards.define()
     flags.DEFINE_bool("pictures", True, "Also write each case's picture, volumes and transform, not only results.json.")
 
 
@@ -309,6 +311,9 @@ def main() -> None:
             errors.fail("flags", f"--{name}", f"{getattr(given, name)!r} with --cases", "it with --ct only")
     out = pathlib.Path(given.out)
     files.check_new(out)
+    shard = shards.given()
+    if given.ct and not shard.whole:
+        errors.fail("flags", "--shard", f"{shard} with --ct", "it with --cases only")
     digests = workdirs.ScanDigests()
     load = functools.cache(_loader(digests))
     if given.cases:
@@ -332,17 +337,18 @@ def main() -> None:
     # The last one, so that it has all warnings.
     extra_files["run.json"] = lambda results: record.finish(inputs, cli.warnings_said())
     done = registering.register_rows(
-        rows, load, out, options, variant, given.pictures, extra_files, given.resume, inputs, print
+        rows, load, out, options, variant, given.pictures, extra_files, given.resume, inputs, print, shard
     )
-    _conclude(done, out, given.strict)
+    _conclude(done, given.strict)
 
 
-def _conclude(done, out, strict):
+def _conclude(done, strict):
     """Prints what all cases came to.
 
     Raises:
       RunError: some of the cases could not be registered.
     """
+    out = done.out
     judged = [result["accepted"] for result in done.results if "accepted" in result]
     counts = f"{sum(judged)} accepted, {len(judged) - sum(judged)} refused" if judged else "not judged"
     if done.failures:

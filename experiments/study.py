@@ -16,10 +16,16 @@ from experiments.patients import models
 from experiments.reports import plots
 from experiments.reports import statistics
 from experiments.runtime import cli
+from experiments.runtime import shards
+from experiments.runtime.shards import Shard
 from experiments.scoring import conditions
 from experiments.scoring import rivals
 from radgs_jax import errors
 
+VARIANTS = "artic", "real"
+"""Variants of the X-rays that are registered."""
+BINS = {"scenes": configs.STARTS_MM, "far starts": conditions.FAR_STARTS_MM}
+"""Groups of conditions whose tables are by start error, with its bins, mTRE in mm."""
 FAR_SHARE = 4
 """Far starts get one scene for this many of the others, because each of their scenes is registered from all far bins."""
 
@@ -51,6 +57,24 @@ def define_flags() -> None:
         "Training times in minutes to compare; each prepares the first vertebra anew.",
     )
     flags.DEFINE_integer("seed", 5, "Seed of everything random.", lower_bound=0)
+    shards.define()
+
+
+def _planned(scenes, sweep_scenes, sweeps):
+    """(condition, acquisitions of each vertebra) of what is registered for the tables of scenes and of sweeps, in their order."""
+    known = conditions.sweeps()
+    for group in sweeps:
+        if group not in {condition.group for condition in known}:
+            wanted = f"one of {', '.join(dict.fromkeys(condition.group for condition in known))}"
+            errors.fail("flags", "--sweeps", group, wanted)
+    if sweeps:
+        return [(condition, sweep_scenes) for group in sweeps for condition in known if condition.group == group]
+    planned = []
+    for variant in VARIANTS:
+        planned.append((conditions.Condition("scenes", variant, variant), scenes))
+        far = conditions.Condition("far starts", variant, variant, starts_mm=conditions.FAR_STARTS_MM, every_start=True)
+        planned.append((far, max(1, scenes // FAR_SHARE)))
+    return planned + [(condition, sweep_scenes) for condition in known if sweep_scenes]
 
 
 class _Report:
@@ -80,6 +104,7 @@ def run_study(
     plain_minutes: float = 0.0,
     minutes: Sequence[float] = (),
     seed: int = 5,
+    shard: Shard = shards.ALL,
 ) -> None:
     """Registers a prepared patient under every condition and writes the study to `out`.
 
@@ -94,45 +119,40 @@ def run_study(
       plain_minutes: training time of the plain 2D network on the workdir's pairs; 0 skips it.
       minutes: training times to compare, for which the first vertebra is prepared anew.
       seed: of everything random.
+      shard: the part of the conditions that this process registers, without tables.
     Raises:
       InputError: as `conditions.Patient`, `case_files.simulated_cases` and `preparing.prepare`.
     """
     out, config = pathlib.Path(out), configs.BASE
     patient, passes = conditions.Patient(ct, mask, labels, workdir), config.passes
-    report, results, counts = _Report(out / "study.txt"), {}, {}
-
-    def run(condition, count):
-        counts[condition] = count
-        results[condition] = conditions.register_condition(patient, condition, count, seed, out, passes)
-        return results[condition]
-
-    if sweeps:
-        for group in sweeps:
-            chosen = [condition for condition in conditions.sweeps() if condition.group == group]
-            if not chosen:
-                known = dict.fromkeys(condition.group for condition in conditions.sweeps())
-                errors.fail("flags", "--sweeps", group, f"one of {', '.join(known)}")
-            found = {condition.name: run(condition, sweep_scenes) for condition in chosen}
-            report.add(group, statistics.HEADER, *statistics.with_metal_apart(found))
+    counts = dict(_planned(scenes, sweep_scenes, sweeps))
+    name_of = lambda condition: conditions.scenes_name(patient, condition, counts[condition], seed)
+    # Conditions with the same scenes stay together, since one process simulates these.
+    mine = shard.of(map(name_of, counts))
+    chosen = [condition for condition in counts if name_of(condition) in mine]
+    report = _Report(out / "study.txt")
+    results, by_start, groups = {}, {}, {}
+    for condition in chosen:
+        rows = conditions.register_condition(patient, condition, counts[condition], seed, out, passes)
+        results[condition] = rows
+        if shard.whole and condition.group in BINS:
+            lines = statistics.by_start(rows, BINS[condition.group])
+            report.add(f"{condition.group}: {condition.name}", statistics.HEADER, *lines)
+            by_start.setdefault(condition.name, []).extend(rows)
+        else:
+            groups.setdefault(condition.group, {})[condition.name] = rows
+    if not shard.whole:
+        registered = f"{len(chosen)} of {len(counts)} conditions are registered"
+        print(f"{registered}; the same command without --shard writes the tables")
         return
-    by_start = {}
-    for variant in ("artic", "real"):
-        condition = conditions.Condition("scenes", variant, variant)
-        by_start[variant] = rows = run(condition, scenes)
-        report.add(f"scenes: {variant}", statistics.HEADER, *statistics.by_start(rows, configs.STARTS_MM))
-        far = conditions.Condition("far starts", variant, variant, starts_mm=conditions.FAR_STARTS_MM, every_start=True)
-        rows = run(far, max(1, scenes // FAR_SHARE))
-        by_start[variant] = by_start[variant] + rows
-        report.add(f"far starts: {variant}", statistics.HEADER, *statistics.by_start(rows, conditions.FAR_STARTS_MM))
-    report.add(rivals.reconstructions(patient, max(1, sweep_scenes), seed, out, passes))
-    groups = {}
-    for condition in conditions.sweeps() if sweep_scenes else []:
-        rows = run(condition, sweep_scenes)
-        groups.setdefault(condition.group, {})[condition.name] = rows
+    if not sweeps:
+        report.add(rivals.reconstructions(patient, max(1, sweep_scenes), seed, out, passes))
     for group, entries in groups.items():
         report.add(group, statistics.HEADER, *statistics.with_metal_apart(entries))
+    if sweeps:
+        return
     params = rivals.train_plain(patient, config, plain_minutes, out, seed) if plain_minutes else None
-    for variant in ("artic", "real"):
+    for variant in VARIANTS:
         condition, count = conditions.Condition("methods", variant, variant), max(1, sweep_scenes)
         found = rivals.compare(patient, params, condition, count, seed, out, passes)
         report.add(f"methods on the same cases: {variant}", *statistics.methods(found))
@@ -164,6 +184,7 @@ def main() -> None:
         plain_minutes=given.plain_minutes,
         minutes=cli.numbers("--minutes", given.minutes),
         seed=given.seed,
+        shard=shards.given(),
     )
 
 

@@ -25,6 +25,8 @@ from experiments.comparison.subjects import Sizes
 from experiments.comparison.subjects import System
 from experiments.comparison.systems import SYSTEMS
 from experiments.runtime import cli
+from experiments.runtime import shards
+from experiments.runtime.shards import Shard
 
 PHANTOM_LABELS, PHANTOM_SCENES = (20,), 2
 """VerSe number and number of acquisitions of the phantom patient's vertebra: one is enough to see the table."""
@@ -42,6 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_string("itk_python", None, f"Python that has {itk_peer.PACKAGE}; default: its rows are left out.")
     flags.DEFINE_enum("preset", "cpu", sorted(subjects.PRESETS), "Sizes and numbers of steps.")
     flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0)
+    shards.define()
 
 
 def phantom_cases(workdir: pathlib.Path, config: configs.Config) -> pathlib.Path:
@@ -59,6 +62,7 @@ def make_table(
     sizes: Sizes = subjects.CPU,
     config: configs.Config = configs.BASE,
     base: pathlib.Path | str | None = None,
+    shard: Shard = shards.ALL,
 ) -> str:
     """Asks systems about all cases, and writes `table.txt`, `table.md`, `table.json`, result files and pictures to `out`.
 
@@ -67,8 +71,9 @@ def make_table(
       workdir: for what the systems are prepared with; asked: the systems.
       sizes: of these; config: of RadGS-Reg and of the data that networks are trained on, with the seed of everything random.
       base: folder of RadGS-Reg's base model; None takes the one that is shipped.
+      shard: the part of the vertebrae that this process asks about, which then writes answers alone.
     Returns:
-      the table as text.
+      the table as text; for a part, a line about it.
     Raises:
       InputError: unreadable cases or scans, X-rays without such a variant, or a scene without its true pose.
     """
@@ -77,9 +82,13 @@ def make_table(
     for scene in case_file.scenes.values():
         cases.truth(case_file, scene)
     table = Table(case_file, subjects.subjects(case_file, config, workdir, base), sizes, config.seed, out)
+    mine = shard.of(table.subject_of)
     runs = [(s, v) for s in asked for v in variants if s.variants is None or v in s.variants]
     for system, variant in runs:
-        answers.answer_all(table, system, variant)
+        answers.answer_all(table, system, variant, mine)
+    if not shard.whole:
+        answered = f"{len(mine)} of {len(table.subject_of)} vertebrae are answered"
+        return f"{answered}; the same command without --shard writes the table"
     parts, values = [], {}
     for variant in variants:
         ran = [system for system, its in runs if its == variant]
@@ -110,7 +119,11 @@ def main() -> None:
     workdir, config = pathlib.Path(given.workdir), dataclasses.replace(configs.BASE, seed=given.seed)
     case_path = phantom_cases(workdir / "phantom", config) if given.cases is None else given.cases
     variants = given.variants or VARIANTS[given.preset]
-    print(make_table(case_path, variants, workdir, given.out, asked, subjects.PRESETS[given.preset], config))
+    print(
+        make_table(
+            case_path, variants, workdir, given.out, asked, subjects.PRESETS[given.preset], config, shard=shards.given()
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -36,31 +36,34 @@ def beside(path: pathlib.Path | str, suffix: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def hold(lock: pathlib.Path | str, what: object) -> Iterator[bool]:
-    """Holds a lock while the block runs; the lock file is removed afterwards.
+def hold(lock: pathlib.Path | str, what: object, shared: bool = False, wait: bool = False) -> Iterator[bool]:
+    """Holds a lock while the block runs; the lock file of one that is not shared is removed afterwards.
 
     Args:
       lock: the lock file, whose folder exists: `folder / LOCK`, or `beside(folder, "lock")` for a folder that is renamed.
       what: the folder that is locked, for messages.
+      shared: whether others may hold it as well, who share it, too.
+      wait: whether to wait for another holder's end.
     Yields:
       whether the lock is held; False where the file system has none.
     Raises:
       InputError: another process holds it, or the file cannot be written.
     """
-    handle, held = _opened(lock, what)
+    handle, held = _opened(lock, what, shared, wait)
     try:
-        if held:
+        if held and not shared:
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
         yield held
     finally:
-        if held:
+        # Those who share it would not be seen by the next one who opens another file of this name.
+        if held and not shared:
             with contextlib.suppress(OSError):
                 os.unlink(lock)
         os.close(handle)
 
 
-def _opened(lock, what):
+def _opened(lock, what, shared, wait):
     """(file descriptor, whether the lock is held)."""
     while True:
         try:
@@ -70,7 +73,8 @@ def _opened(lock, what):
         try:
             if fcntl is None:
                 raise OSError("no locks on this system")
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
             # The holder before may have removed the file between the two calls; then this lock is on a file without a name.
             if os.path.samestat(os.fstat(handle), os.stat(lock)):
                 return handle, True

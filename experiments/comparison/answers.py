@@ -6,6 +6,7 @@ import hashlib
 import pathlib
 import re
 import zlib
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -107,9 +108,15 @@ def timed(
     return found, watch.times()
 
 
-def answer_all(table: Table, system: System, variant: str) -> None:
-    """Asks a system about all cases of a variant, as far as its answers are not there yet. Nothing true is used."""
+def answer_all(table: Table, system: System, variant: str, targets: Collection[Target] | None = None) -> None:
+    """Asks a system about all cases of a variant, as far as its answers are not there yet. Nothing true is used.
+
+    Args:
+      targets: vertebrae to ask about; None for all.
+    """
     asked = items(table.case_file, system)
+    if targets is not None:
+        asked = [item for item in asked if table.subject(item.scene).target in targets]
     missing = [item for item in asked if not _path(table, system, variant, item, ".npz").exists()]
     # Cases of one scene follow each other.
     xrays_of = functools.lru_cache(1)(lambda scene: cases.read_xrays(table.case_file.scenes[scene], variant))

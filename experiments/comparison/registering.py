@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from data_pipelines.io import files
+from data_pipelines.io import locks
 from data_pipelines.pairs.batches import PairSet
 from data_pipelines.simulation import carm
 from data_pipelines.simulation import quick
@@ -190,8 +192,9 @@ def prepare_ours(subject: Subject, sizes: Sizes, seed: int) -> tuple[Prepared, C
         preparing.prepare(subject.config, folder, subject.targets, subject.base, sizes.ours_minutes)
         return subject.prepared.model.params
 
-    if not cost.exists():
-        training.with_cost(cost, folder.exists(), make)
+    with locks.hold(files.make_folder(folder.parent) / f".{folder.name}.lock", folder, wait=True):
+        if not cost.exists():
+            training.with_cost(cost, folder.exists(), make)
     return workdir.loader(folder)(subject.target), training.kept_cost(cost)
 
 

@@ -11,6 +11,7 @@ import flax.traverse_util
 import jax
 
 from data_pipelines.io import files
+from data_pipelines.io import locks
 from data_pipelines.io import parameter_files
 from data_pipelines.pairs.batches import PairSet
 from experiments import configs
@@ -43,9 +44,11 @@ def kept_cost(path: pathlib.Path) -> Cost:
 def kept_params(path: pathlib.Path, init: Callable[[], Any], make: Callable[[], Any]) -> tuple[Any, Cost]:
     """Parameters in a file, which `make` makes where it is not there, and their cost; `init` gives their names and shapes."""
     cost = path.with_suffix(".json")
-    if not path.exists():
-        params = with_cost(cost, path.with_suffix("").exists(), make)
-        parameter_files.write(path, {"format": FORMAT}, parameter_files.flat(params))
+    # What all of a scan's vertebrae share may be asked for by several processes at once: one makes it, the others wait.
+    with locks.hold(files.make_folder(path.parent) / f".{path.stem}.lock", path, wait=True):
+        if not path.exists():
+            params = with_cost(cost, path.with_suffix("").exists(), make)
+            parameter_files.write(path, {"format": FORMAT}, parameter_files.flat(params))
     return flax.traverse_util.unflatten_dict(parameter_files.read(path, init), sep="."), kept_cost(cost)
 
 

@@ -33,6 +33,8 @@ from experiments.patients.workdir import settings_names
 from experiments.patients.workdir import Target
 from experiments.patients.workdir import WORKDIR_FORMAT
 from experiments.runtime import progress
+from experiments.runtime.shards import ALL
+from experiments.runtime.shards import Shard
 from experiments.training import loop
 from radgs_jax import errors
 from radgs_jax import levels
@@ -53,6 +55,7 @@ def prepare(
     localizer: pathlib.Path | str | None = None,
     adapting: training.LocalizerTraining = training.PATIENT,
     rule: AcceptanceRule | None = None,
+    shard: Shard = ALL,
 ) -> None:
     """Prepares every target: one network per scan for all its vertebrae, trained from the model in folder `base`.
 
@@ -68,6 +71,7 @@ def prepare(
       phases: phases to run; the model is written after the last one, 'joint'.
       localizer: file of the localizer to adapt to each scan; None for none.
       adapting: how the localizer is trained; `minutes` does not limit that.
+      shard: the part of the scans that this process prepares, while others prepare the rest.
       rule: acceptance rule fitted for config.refine; None takes the base's own, `calibration.json` in its folder. If that is
         absent too, or fitted for another refinement, poses are not judged.
     Raises:
@@ -77,8 +81,10 @@ def prepare(
     """
     workdir = pathlib.Path(workdir)
     digests = ScanDigests()
-    groups = {}
-    for target in targets:
+    groups, mine = {}, shard.of((target.ct, target.mask) for target in targets)
+    if not mine:
+        return
+    for target in [target for target in targets if (target.ct, target.mask) in mine]:
         groups.setdefault(digests.of(target), {})[target.label] = target
     model = models.load_model(base)
     rule = rule or base_rule(base, config.refine)
@@ -102,8 +108,8 @@ def prepare(
     # Reads all input before the first file is written, so that unusable input leaves nothing behind.
     vertebrae = {digest: _extract(group.values(), model.config.gaussians) for digest, group in missing.items()}
     files.make_folder(workdir)
-    with locks.hold(workdir / locks.LOCK, workdir):
-        claim(workdir, document)
+    with locks.hold(workdir / locks.LOCK, workdir, shared=not shard.whole):
+        claim(workdir, document, part=not shard.whole)
         for digest in groups:
             # Training does not depend on these two, so an existing workdir may exchange them.
             renew(workdir / digest / REFINE_FILE, config.refine)

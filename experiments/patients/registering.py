@@ -25,6 +25,8 @@ from experiments.reports import verdicts
 from experiments.runtime import progress
 from experiments.runtime.kept_programs import kept
 from experiments.runtime.kept_programs import Stopwatch
+from experiments.runtime.shards import ALL
+from experiments.runtime.shards import Shard
 from radgs_jax import errors
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.levels import level_name
@@ -33,6 +35,8 @@ from radgs_jax.registration import plausibility
 from radgs_jax.registration.pipeline import RegisterOptions
 from radgs_jax.registration.prepared import Prepared
 
+PART = "part.json"
+"""File in a part's folder that says which run it is a part of."""
 JOURNAL = "finished.jsonl"
 """File of an unfinished folder with one line of JSON for each case that is finished."""
 SCENES_IN_MEMORY = 2
@@ -72,10 +76,12 @@ class Registered:
     """What `register_rows` has written.
 
     Attributes:
+      out: the folder.
       results: entries of results.json, in the order of the rows.
       failures: id and reason of each case that could not be registered.
     """
 
+    out: pathlib.Path
     results: list[dict[str, Any]]
     failures: list[dict[str, str]]
 
@@ -120,6 +126,7 @@ def register_rows(
     resume: bool = False,
     inputs: dict[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
+    shard: Shard = ALL,
 ) -> Registered:
     """Registers cases into the folder `out`.
 
@@ -133,21 +140,29 @@ def register_rows(
       resume: go on with the unfinished folder of a run that was stopped.
       inputs: plain values, such as digests of files, that a resumed run must have in common with the one it goes on with.
       say: takes a line about each case when it is finished.
+      shard: the part of the vertebrae that this process registers, into `out`.parts/i-of-n. The whole run takes the cases of
+        finished parts from there, and removes them.
     Raises:
       InputError: a folder that is not new, an unfinished folder without `resume` or of another run, or not a single case that can
         be registered. Nothing is written then.
     """
-    out = pathlib.Path(out)
-    mark = _fingerprint(rows, options, variant, pictures, inputs)
+    out, extra_files = pathlib.Path(out), extra_files or {}
+    mark, parts = _fingerprint(rows, options, variant, pictures, inputs), out.with_name(f"{out.name}.parts")
+    if not shard.whole:
+        files.check_new(out)
+        mine, out = shard.of(row.target for row in rows), parts / f"{shard.index}-of-{shard.count}"
+        rows, extra_files = [row for row in rows if row.target in mine], {**extra_files, PART: {"run": mark}}
     _check_unfinished(out, mark, resume)
     with files.new_folder(out, keep=True, resume=resume) as partial:
         journal = _Journal(partial, mark)
+        if shard.whole:
+            _take_parts(parts, mark, partial, journal)
         try:
             _register_all(rows, load, options, pictures, partial, journal, say)
             order = {row.name: place for place, row in enumerate(rows)}
             results, failures = (sorted(part, key=lambda one: order[one["id"]]) for part in journal.parts())
             cases.write_results(partial / "results.json", case_folder.PROGRAM, variant, results, failures)
-            for name, value in (extra_files or {}).items():
+            for name, value in extra_files.items():
                 if (content := value(results) if callable(value) else value) is not None:
                     files.write_json(partial / name, content)
             journal.path.unlink()
@@ -158,7 +173,22 @@ def register_rows(
             else:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-    return Registered(results, failures)
+    if shard.whole:
+        shutil.rmtree(parts, ignore_errors=True)
+    return Registered(out, results, failures)
+
+
+def _take_parts(parts, mark, partial, journal):
+    """Copies the cases that parts of this run have finished."""
+    for path in sorted(parts.glob(f"*/{PART}")):
+        if files.read_json(path) != {"run": mark}:
+            errors.fail(path, "run", "a part of a run with other inputs or flags", f"this run's, or {parts} deleted")
+        for result in files.read_json(path.with_name("results.json"))["results"]:
+            case = path.with_name(result["id"])
+            if result["id"] not in journal.finished:
+                if case.is_dir():
+                    shutil.copytree(case, partial / case.name, dirs_exist_ok=True)
+                journal.add("results", result)
 
 
 def _register_all(rows, load, options, pictures, partial, journal, say):

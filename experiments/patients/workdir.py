@@ -39,6 +39,8 @@ from radgs_jax.registration.prepared import Prepared
 from radgs_jax.registration.prepared import Vertebra
 from radgs_jax.registration.search import SearchConfig
 
+MANIFEST_LOCK = ".manifest.lock"
+"""File whose lock is held while the manifest changes."""
 WORKDIR_FORMAT = "radgs-workdir/3"
 OLDER_FORMATS = ("radgs-workdir/1", "radgs-workdir/2")
 """Formats of older versions, whose files have no checksums."""
@@ -215,31 +217,42 @@ def base_rule(base: pathlib.Path | str, refine: RefineConfig) -> confidence.Acce
     return rule
 
 
-def claim(workdir: pathlib.Path, document: dict[str, Any]) -> None:
+def claim(workdir: pathlib.Path, document: dict[str, Any], part: bool = False) -> None:
     """Writes the manifest of a new workdir, or checks that an existing one was made from the same inputs.
 
     An existing manifest without a localizer takes over that of `document`.
 
+    Args:
+      part: whether the document is about a part of the scans: they, and those of later calls, are added to the manifest.
     Raises:
       InputError: a workdir made from other inputs, or a folder that holds something else.
     """
+    with locks.hold(workdir / MANIFEST_LOCK, workdir, wait=True):
+        _claim(workdir, document, part)
+
+
+def _claim(workdir, document, part):
     path = workdir / "manifest.json"
     if path.exists():
         found = read_manifest(workdir)
-        for field in ("base", "config", "scans", *({"detector"} & set(found) & set(document))):
-            if found.get(field) != document[field]:
+        if part or found.get("shared"):
+            document = {**document, "scans": {**found.get("scans", {}), **document["scans"]}, "shared": True}
+        fields = ("base", "config", *({"detector", "scans"} & set(found) & set(document)))
+        for field in fields:
+            if found.get(field) != document[field] and not (field == "scans" and "shared" in document):
                 errors.fail(
                     path,
                     field,
                     found.get(field),
                     f"{document[field]} (a workdir is reused only for the same inputs; name another one or delete it)",
                 )
-        if set(document) - set(found):
+        if {**found, **document} != found:
             files.write_json(path, checksums.sealed({**found, **document}))
-    elif workdir.exists() and any(p.name != locks.LOCK for p in workdir.iterdir()):
+    elif workdir.exists() and any(p.name not in (locks.LOCK, MANIFEST_LOCK) for p in workdir.iterdir()):
         errors.fail(workdir, "folder", "files but no manifest.json", "an empty folder or a prepared workdir")
     else:
-        files.write_json(path, checksums.sealed({**document, "checksums": {}}))
+        shared = {"shared": True} if part else {}
+        files.write_json(path, checksums.sealed({**document, **shared, "checksums": {}}))
 
 
 def seal(workdir: pathlib.Path | str, names: Iterable[str]) -> None:
@@ -251,11 +264,13 @@ def seal(workdir: pathlib.Path | str, names: Iterable[str]) -> None:
       InputError: as `read_manifest`, or the manifest cannot be written.
     """
     workdir, names = pathlib.Path(workdir), list(names)
-    manifest = read_manifest(workdir)
-    kept = {name: digest for name, digest in manifest["checksums"].items() if name not in names}
-    changed = {**manifest, "checksums": dict(sorted({**kept, **checksums.digests(workdir, names)}.items()))}
-    if changed != manifest:
-        files.write_json(workdir / "manifest.json", checksums.sealed(changed))
+    # Other processes prepare other scans, and write the same manifest.
+    with locks.hold(workdir / MANIFEST_LOCK, workdir, wait=True):
+        manifest = read_manifest(workdir)
+        kept = {name: digest for name, digest in manifest["checksums"].items() if name not in names}
+        changed = {**manifest, "checksums": dict(sorted({**kept, **checksums.digests(workdir, names)}.items()))}
+        if changed != manifest:
+            files.write_json(workdir / "manifest.json", checksums.sealed(changed))
 
 
 def is_sealed(workdir: pathlib.Path | str, names: Iterable[str]) -> bool:

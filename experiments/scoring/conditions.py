@@ -195,19 +195,24 @@ class Patient:
         return self._masked[label, name]
 
 
+def scenes_name(patient: Patient, condition: Condition, count: int, seed: int) -> str:
+    """Name of the folder of a condition's scenes; other conditions with the same scenes have it, too. Arguments as `scenes_of`."""
+    name = f"{condition.posture}_{condition.articulation:g}_" + "_".join(
+        f"{getattr(condition.detector, f.name):g}" for f in dataclasses.fields(quick.PanelFaults)
+    )
+    name += f"_{count}_{seed}_" + "_".join(f"{low:g}-{high:g}" for low, high in condition.starts_mm)
+    if condition.errors != case_files.InputErrors() or condition.apart_deg is not None:
+        name += f"_{condition.errors.mask_mm:g}_{condition.errors.camera_sd}_{condition.apart_deg}".replace(" ", "")
+    return name + "_of_" + "-".join(map(str, patient.labels))
+
+
 def scenes_of(patient: Patient, condition: Condition, count: int, seed: int, out: pathlib.Path) -> cases.CaseFile:
     """The cases of a condition, simulated in a folder of their own in `out` where they are not there yet.
 
     Args:
       count: number of acquisitions per vertebra; seed: of everything random.
     """
-    folder = f"{condition.posture}_{condition.articulation:g}_" + "_".join(
-        f"{getattr(condition.detector, f.name):g}" for f in dataclasses.fields(quick.PanelFaults)
-    )
-    folder += f"_{count}_{seed}_" + "_".join(f"{low:g}-{high:g}" for low, high in condition.starts_mm)
-    if condition.errors != case_files.InputErrors() or condition.apart_deg is not None:
-        folder += f"_{condition.errors.mask_mm:g}_{condition.errors.camera_sd}_{condition.apart_deg}".replace(" ", "")
-    folder += "_of_" + "-".join(map(str, patient.labels))
+    folder = scenes_name(patient, condition, count, seed)
     with progress.bar(len(patient.labels) * count, f"scenes: {condition.group} {condition.name}") as bar:
         path = case_files.simulated_cases(
             out / "cases" / folder / "cases.json",
