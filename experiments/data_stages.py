@@ -11,6 +11,7 @@ import numpy as np
 from data_pipelines import cases
 from data_pipelines.ct import verse
 from data_pipelines.io import files
+from data_pipelines.io import processes
 from data_pipelines.pairs import build
 from data_pipelines.pairs import identity
 from data_pipelines.phantom import scan_files
@@ -70,7 +71,7 @@ class RealData:
 def _phantom_scans(config, workdir, first, count, text):
     seeds = [first + SEEDS_PER_RUN * config.seed + i for i in range(count)]
     with progress.bar(count, text) as bar:
-        return scan_files.phantoms(workdir / "scans", seeds, config.phantom, bar.update)
+        return processes.first_makes(lambda: scan_files.phantoms(workdir / "scans", seeds, config.phantom, bar.update))
 
 
 def patient_scan(config: configs.Config, workdir: pathlib.Path) -> tuple[str, pathlib.Path, pathlib.Path]:
@@ -116,13 +117,14 @@ def _p1_vertebrae(config, workdir, given):
         subjects = _phantom_scans(config, workdir, P1_SEED, config.p1_patients, "p1 phantoms")
         return [(identity.FileScan(*subject), label) for subject in subjects for label in config.labels]
     whole = "lumbar_scans" if set(config.labels) <= set(verse.LUMBAR) else "spine_scans"
-    builder = verse.prepare(given.p1_folder, workdir / "datasets", whole)
+    folder = given.p1_folder
+    builder = processes.first_makes(lambda: verse.prepare(folder, workdir / "datasets", whole))
     print(f"P1's CTs: {builder.info.metadata['line']}")
-    scans = [scan for scan in verse.scans_of(builder) if scan.split in given.p1_splits]
+    scans = [scan for scan in processes.first_makes(lambda: verse.scans_of(builder)) if scan.split in given.p1_splits]
     chosen = [(scan, label) for scan in scans for label in scan.complete if label in config.labels]
     if not chosen:
         wanted = f"one of {', '.join(map(levels.level_name, config.labels))} in {' or '.join(given.p1_splits)}"
-        errors.fail(given.p1_folder, "vertebrae", f"none in {len(scans)} scan(s)", wanted)
+        errors.fail(folder, "vertebrae", f"none in {len(scans)} scan(s)", wanted)
     print(f"P1 trains on {len(chosen)} vertebrae of {len({scan.patient for scan, _ in chosen})} patients")
     return chosen
 
@@ -187,16 +189,18 @@ def p2(
             errors.fail("flags", "--p2_variant", repr(variant), wanted)
         subjects = _phantom_scans(config, workdir, P2_SEED, config.p2_patients, "p2 phantoms")
         with progress.bar(len(subjects) * len(config.labels) * config.p2.pairs, "p2 X-rays") as bar:
-            case_path = case_files.simulated_cases(
-                workdir / "p2" / "cases.json",
-                subjects,
-                config.labels,
-                config.p2.pairs,
-                P2_STARTS_MM,
-                config.seed + 2,
-                config.detector,
-                (variant,),
-                on_done=bar.update,
+            case_path = processes.first_makes(
+                lambda: case_files.simulated_cases(
+                    workdir / "p2" / "cases.json",
+                    subjects,
+                    config.labels,
+                    config.p2.pairs,
+                    P2_STARTS_MM,
+                    config.seed + 2,
+                    config.detector,
+                    (variant,),
+                    on_done=bar.update,
+                )
             )
     case_file = cases.read(case_path)
     fold = folds([v.patient for v in case_file.volumes.values()], config.p2_folds)
@@ -225,13 +229,18 @@ def p2(
         trained = dataclasses.replace(model, params=jax.device_get(params))
         outside = [s.name for s in case_file.scenes.values() if s.name not in names]
         if outside:
-            start, error = evaluate.held_out(trained, case_file, outside, variant, config.passes, config.refine)
-            fold_scores = {"start_mm": start.tolist(), "error_mm": error.tolist(), "variant": variant}
-            files.write_json(workdir / "p2" / f"fold_{config.p2_fold}.json", fold_scores)
-            medians = f"median mTRE {np.median(start):.2f} -> {np.median(error):.2f} mm"
-            print(f"P2, held-out fold {config.p2_fold}, no patient-specific training: {len(error)} cases, {medians}")
+            processes.first_does(lambda: _score_fold(config, workdir, trained, case_file, outside, variant))
         note = f"P1+P2 without fold {config.p2_fold}"
         models.save_model(workdir / "p2" / "model", trained, note)
+
+
+def _score_fold(config, workdir, model, case_file, names, variant):
+    """Scores P2's model on the scenes of the fold that is held out."""
+    start, error = evaluate.held_out(model, case_file, names, variant, config.passes, config.refine)
+    fold_scores = {"start_mm": start.tolist(), "error_mm": error.tolist(), "variant": variant}
+    files.write_json(workdir / "p2" / f"fold_{config.p2_fold}.json", fold_scores)
+    medians = f"median mTRE {np.median(start):.2f} -> {np.median(error):.2f} mm"
+    print(f"P2, held-out fold {config.p2_fold}, no patient-specific training: {len(error)} cases, {medians}")
 
 
 def p3(

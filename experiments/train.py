@@ -14,11 +14,13 @@ from data_pipelines import cases
 from data_pipelines.ct import verse
 from data_pipelines.io import files
 from data_pipelines.io import locks
+from data_pipelines.io import processes
 from data_pipelines.pairs import identity
 from experiments import configs
 from experiments import data_stages
 from experiments.data_stages import RealData
 from experiments.runtime import cli
+from experiments.runtime import cluster
 from experiments.runtime import input_flags
 from experiments.scoring import evaluate
 from experiments.training import loop
@@ -39,6 +41,7 @@ def define_flags() -> None:
     flags.DEFINE_string("p2_cases", None, "Case file of real X-rays with known poses, for P2; default: simulated.")
     flags.DEFINE_string("p2_variant", "real", "Array of the X-ray files of --p2_cases.")
     flags.DEFINE_integer("p2_fold", 0, "Number of the fold of patients that P2 holds out.", lower_bound=0)
+    cluster.define()
     input_flags.define_scan("of the patient that P3 prepares; default: a phantom's")
 
 
@@ -97,19 +100,19 @@ def train(
       stage: one of STAGES.
       given: what is trained on in place of phantoms.
     Returns:
-      the score table after 'full' and 'p3', else None.
+      the score table after 'full' and 'p3' in the first process, else None.
     Raises:
       InputError: a stage whose predecessor is not there, a workdir of another configuration or in use by another process, or
         unusable input.
       DivergedError: as `loop.run_steps`.
     """
     workdir = files.make_folder(workdir)
-    with locks.hold(workdir / locks.LOCK, workdir):
+    with processes.first_holds(workdir / locks.LOCK, workdir):
         return _train(config, workdir, stage, given)
 
 
 def _train(config, workdir, stage, given):
-    _claim(workdir / "config.json", identity.config_hash(config, *given.mark()))
+    processes.first_does(lambda: _claim(workdir / "config.json", identity.config_hash(config, *given.mark())))
     name, _, phase = stage.partition("_")
     phases = objectives.PHASES[: objectives.PHASES.index(phase) + 1] if phase else objectives.PHASES
     if phase and len(phases) > 1:
@@ -127,11 +130,19 @@ def _train(config, workdir, stage, given):
         data_stages.p2(config, workdir, phases, given)
     if name in ("full", "p3"):
         patient = data_stages.p3(config, workdir, phases, given)
-    return score_patient(config, workdir, *patient) if name == "full" or stage == "p3" else None
+    scored: list[str] = []
+    if name == "full" or stage == "p3":
+        processes.first_does(lambda: scored.append(score_patient(config, workdir, *patient)))
+    return scored[0] if scored else None
 
 
 def main() -> None:
     """Runs `train` with the flags, prints the table where there is one, and raises as it does."""
+    with cluster.joined():
+        _main()
+
+
+def _main():
     asked = flags.FLAGS
     config = dataclasses.replace(configs.PRESETS[asked.preset], seed=asked.seed, p2_fold=asked.p2_fold)
     patient = tuple(input_flags.targets()) if asked.ct or asked.mask else ()

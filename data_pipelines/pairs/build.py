@@ -6,10 +6,10 @@ from collections.abc import Callable
 from collections.abc import Sequence
 
 import jax
-from jax.experimental import multihost_utils
 
 from data_pipelines import cases
 from data_pipelines.io import files
+from data_pipelines.io import processes
 from data_pipelines.pairs import batches
 from data_pipelines.pairs import examples
 from data_pipelines.pairs import identity
@@ -130,9 +130,9 @@ def _store(folder, make_example, count, config, seed=0, *, on_done, **rest):
     write = functools.partial(
         pair_store.write, folder, make_example, count, config, seed, processes=_workers(count), **rest
     )
-    if jax.process_count() > 1:
+    if processes.several():
         write(process_index=jax.process_index(), process_count=jax.process_count(), on_done=on_done)
-        multihost_utils.sync_global_devices(str(folder))
+        processes.wait_for_all(str(folder))
         return write()
     return write(on_done=on_done)
 

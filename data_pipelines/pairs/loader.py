@@ -20,7 +20,7 @@ class Loader:
     """An iterator of endless batches whose position can be saved and restored.
 
     The batch of a step is a function of (store, seed, batch, step): each epoch is a new shuffle of all examples, epochs follow
-    one another without a gap, and process p of P holds every P-th example of the batch. P may change at a restart.
+    one another without a gap, and process p of P holds the p-th of P equal parts of the batch. P may change at a restart.
     """
 
     def __init__(
@@ -53,11 +53,18 @@ class Loader:
         self.batch = batch // process_count
         # Grain adds 1 to a shuffle's seed in each epoch. Seeds are mixed first, so that neighbouring ones share no epochs.
         mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        own = slice(process_index * self.batch, (process_index + 1) * self.batch)
+
+        def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+            examples = [source[int(index)] for index in indices[own]]
+            return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
         self._iterator = iter(
-            grain.MapDataset.source(source)
+            grain.MapDataset.range(len(source))
             .shuffle(seed=mixed)
-            .repeat()[process_index::process_count]
-            .batch(self.batch, drop_remainder=True)
+            .repeat()
+            .batch(batch, drop_remainder=True)
+            .map(read)
             .to_iter_dataset(grain.ReadOptions(num_threads=workers, prefetch_buffer_size=BUFFERED_BATCHES))
         )
 

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from data_pipelines.io import checksums
 from data_pipelines.io import files
 from data_pipelines.io import locks
+from data_pipelines.io import processes
 from data_pipelines.pairs import identity
 from experiments.runtime import kept_programs
 from radgs_jax import errors
@@ -85,7 +85,7 @@ def save_model(folder: pathlib.Path | str, model: trained.Model, note: str) -> N
       InputError: another process replaces this model, or it cannot be written.
     """
     folder = pathlib.Path(os.path.realpath(folder))
-    first = jax.process_index() == 0
+    first = processes.is_first()
     temporary = locks.beside(folder, f"{_token()}.partial")
     with contextlib.ExitStack() as stack:
         if first:
@@ -96,7 +96,7 @@ def save_model(folder: pathlib.Path | str, model: trained.Model, note: str) -> N
                 for old in files.unfinished(folder) if held else []:
                     shutil.rmtree(old)
                 temporary.mkdir(parents=True)
-        _wait_for_all(f"{folder} begun")
+        processes.wait_for_all(f"{folder} begun")
         try:
             with writing(folder, "parameters"):
                 ocp.save_pytree(temporary / "params", model.params)
@@ -112,15 +112,12 @@ def save_model(folder: pathlib.Path | str, model: trained.Model, note: str) -> N
         except Exception:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _wait_for_all(f"{folder} written")
+        processes.wait_for_all(f"{folder} written")
 
 
 def _token():
     """Random characters of a name, the same in all of jax's processes."""
-    number = secrets.randbits(31)
-    if jax.process_count() > 1:
-        number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-    return f"{number:08x}"
+    return f"{processes.agreed(secrets.randbits(31)):08x}"
 
 
 def _aside(folder):
@@ -146,11 +143,6 @@ def _found(folder):
 def model_exists(folder: pathlib.Path | str) -> bool:
     """Whether `load_model` finds a model."""
     return (_found(folder) / "manifest.json").exists()
-
-
-def _wait_for_all(place):
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(place)
 
 
 def _finish_model(temporary, model, note):

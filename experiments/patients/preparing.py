@@ -11,6 +11,7 @@ from data_pipelines.ct import scans
 from data_pipelines.ct import whole_body
 from data_pipelines.io import files
 from data_pipelines.io import locks
+from data_pipelines.io import processes
 from data_pipelines.pairs import build
 from data_pipelines.pairs import identity
 from data_pipelines.pairs.batches import PairSet
@@ -108,17 +109,21 @@ def prepare(
     # Reads all input before the first file is written, so that unusable input leaves nothing behind.
     vertebrae = {digest: _extract(group.values(), model.config.gaussians) for digest, group in missing.items()}
     files.make_folder(workdir)
-    with locks.hold(workdir / locks.LOCK, workdir, shared=not shard.whole):
+
+    def settle():
         claim(workdir, document, part=not shard.whole)
         for digest in groups:
             # Training does not depend on these two, so an existing workdir may exchange them.
             renew(workdir / digest / REFINE_FILE, config.refine)
             renew(workdir / digest / CALIBRATION, rule)
             seal(workdir, settings_names(digest))
+
+    with processes.first_holds(workdir / locks.LOCK, workdir, shared=not shard.whole):
+        processes.first_does(settle)
         for digest in _missing(workdir, missing):
             group = missing[digest]
             _prepare_scan(config, workdir / digest, list(group.values()), vertebrae[digest], model, minutes, phases)
-            seal(workdir, prepared_names(digest, group))
+            processes.first_does(lambda: seal(workdir, prepared_names(digest, group)))
         for digest, group in groups.items() if localizer is not None else ():
             path = localizer_path(workdir, digest)
             name = path.relative_to(workdir).as_posix()
@@ -179,8 +184,12 @@ def pairs_of(config: configs.Config, folder: pathlib.Path, targets: Sequence[Tar
 
 
 def _prepare_scan(config, folder, targets, vertebrae, model, minutes, phases):
-    for vertebra, parts in vertebrae:
-        save_vertebra(folder / f"vertebra_{vertebra.label}.npz", vertebra, parts)
+
+    def save():
+        for vertebra, parts in vertebrae:
+            save_vertebra(folder / f"vertebra_{vertebra.label}.npz", vertebra, parts)
+
+    processes.first_does(save)
     labels = [target.label for target in targets]
     if minutes == 0:
         models.save_model(folder / "model", model, f"the base, for labels {labels}")

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 import numpy as np
 import tqdm
 
+from data_pipelines.io import processes
+
 TERMINAL_S, LOG_FILE_S = 0.2, 20.0
 """Minimum time between updates of a bar, s, chosen by hand: smooth on a terminal, few lines in a log file."""
 
 
 def bar(total: int, text: str, start: int = 0) -> tqdm.tqdm:
-    """A progress bar with ETA on standard error, updated rarely where that is not a terminal.
+    """A progress bar with ETA on standard error, updated rarely where that is not a terminal. Of jax's processes the first has one.
 
     Args:
       total: number of steps; text: its title; start: number of steps done already.
@@ -20,26 +22,31 @@ def bar(total: int, text: str, start: int = 0) -> tqdm.tqdm:
     interval = TERMINAL_S if sys.stderr.isatty() else LOG_FILE_S
     intervals = dict(mininterval=interval, maxinterval=4 * interval)
     # As wide as the terminal; a wider bar would leave a line at every update.
-    return tqdm.tqdm(total=total, initial=start, desc=text, dynamic_ncols=True, **intervals)
+    others = not processes.is_first()
+    return tqdm.tqdm(total=total, initial=start, desc=text, dynamic_ncols=True, disable=others, **intervals)
 
 
 class Log:
-    """TensorBoard event file of one stage, in `folder`/tensorboard/`stage`."""
+    """TensorBoard event file of one stage, in `folder`/tensorboard/`stage`, which jax's first process writes."""
 
     def __init__(self, folder: pathlib.Path | str, stage: str) -> None:
-        import tensorboardX  # an extra of the package, needed for training only
+        self._writer = None
+        if processes.is_first():
+            import tensorboardX  # an extra of the package, needed for training only
 
-        self._writer = tensorboardX.SummaryWriter(str(pathlib.Path(folder) / "tensorboard" / stage))
+            self._writer = tensorboardX.SummaryWriter(str(pathlib.Path(folder) / "tensorboard" / stage))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes scalars: name -> value."""
-        for name, value in values.items():
+        for name, value in values.items() if self._writer else ():
             self._writer.add_scalar(name, float(value), step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes an image (H, W) with values in [0, 1]."""
-        self._writer.add_image(name, image[None], step)
+        if self._writer:
+            self._writer.add_image(name, image[None], step)
 
     def close(self) -> None:
         """Flushes pending events and closes the file."""
-        self._writer.close()
+        if self._writer:
+            self._writer.close()

@@ -10,6 +10,7 @@ from orbax.checkpoint import v1 as ocp
 
 from data_pipelines.io import checksums
 from data_pipelines.io import files
+from data_pipelines.io import processes
 from experiments.patients import models
 from radgs_jax import errors
 
@@ -38,7 +39,7 @@ def save_state(folder: pathlib.Path | str, step: int, state: Any, place: Any = N
     path, metadata = folder / f"step_{step}", {"place": place, "skipped": skipped}
     # It gets its name when its checksums are there: a checkpoint of a killed run is complete, or none.
     partial = folder / f".step_{step}.partial"
-    if jax.process_index() == 0:
+    if processes.is_first():
         _clear(folder, but=partial.name)
     try:
         with models.writing(path, "checkpoint"):
@@ -47,7 +48,7 @@ def save_state(folder: pathlib.Path | str, step: int, state: Any, place: Any = N
         _clear(folder)
         raise
     with files.writing(path, "checkpoint"):
-        if jax.process_index() == 0:
+        if processes.is_first():
             for file in files.listed(partial):
                 files.synchronise(file)
             checksums.seal(partial)

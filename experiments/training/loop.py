@@ -17,8 +17,10 @@ import numpy as np
 
 from data_pipelines.io import files
 from data_pipelines.io import locks
+from data_pipelines.io import processes
 from data_pipelines.pairs.batches import PairSet
 from experiments import configs
+from experiments.runtime import cluster
 from experiments.runtime import endings
 from experiments.runtime import progress
 from experiments.training import checkpoint
@@ -242,8 +244,7 @@ def run_steps(
       Stopped: a signal asked for the end; the state after the step that ran then is saved. A second signal does not wait for it.
     """
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            stack.enter_context(locks.hold(files.make_folder(folder) / locks.LOCK, folder))
+        stack.enter_context(processes.first_holds(files.make_folder(folder) / locks.LOCK, folder))
         first, state, place, skipped = checkpoint.load_state(folder, state) or (0, state, batches.get_state(), 0)
         if first >= steps:
             return state
@@ -251,14 +252,14 @@ def run_steps(
         key, skips = _key_on(mesh, key), _Skips(skipped)
         saved = time.monotonic()
         log = stack.enter_context(contextlib.closing(progress.Log(log_folder, folder.name)))
-        with endings.held() as asked, progress.bar(steps, folder.name, first) as bar:
+        with cluster.asked_to_end() as asked, progress.bar(steps, folder.name, first) as bar:
             for step in range(first, steps):
                 place, batch, learning_rate = batches.get_state(), next(batches), np.float32(rate(step))
                 step_key = jax.random.fold_in(key, _whole(np.uint32(step), mesh))
                 state, metrics = update(state, step_key, _whole(learning_rate, mesh), _split(batch, mesh))
                 skips.add(step, place, metrics.pop("skipped"))
-                last, logged, ending = step == steps - 1, step % LOG_STEPS == LOG_STEPS - 1, bool(asked)
-                saving = last or ending or time.monotonic() - saved > checkpoint_seconds
+                last, logged, ending = step == steps - 1, step % LOG_STEPS == LOG_STEPS - 1, asked(step)
+                saving = last or ending or processes.all_due(logged, time.monotonic() - saved > checkpoint_seconds)
                 if saving or logged:
                     skips.read()
                 if last or logged or skips.full:
@@ -274,7 +275,7 @@ def run_steps(
                     saved = time.monotonic()
                 if ending:
                     before = checkpoint.latest(folder)
-                    raise endings.Stopped(asked[0], f"{folder}: saved up to step {before or 0}; run again to go on")
+                    raise endings.Stopped(ending, f"{folder}: saved up to step {before or 0}; run again to go on")
         if finish is not None:
             finish(log, state, batch)
     return state
@@ -425,9 +426,9 @@ def _time_step(update, state, key, batch, mesh):
 
 def _steps_for(folder, budget_s, measure):
     plan = folder / "plan.json"
-    if plan.exists():
+    if processes.agreed(plan.exists()):
         return int(files.read_json(plan)["steps"])
     seconds, compile_s = measure()
-    steps = max(1, int((budget_s - compile_s) / seconds))
-    files.write_json(plan, {"steps": steps, "step_s": seconds, "budget_s": budget_s})
+    steps = processes.agreed(max(1, int((budget_s - compile_s) / seconds)))
+    processes.first_does(lambda: files.write_json(plan, {"steps": steps, "step_s": seconds, "budget_s": budget_s}))
     return steps

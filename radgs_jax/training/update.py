@@ -61,47 +61,60 @@ def init_state(params: Params, phase: str) -> State:
     return state_of(params, TRAINED[phase])
 
 
-def update_of(mesh: Mesh, objective: Callable, trained: Sequence[str]) -> Callable:
+def update_of(mesh: Mesh, objective: Callable, trained: Sequence[str], parts: int = 1) -> Callable:
     """The jitted update (state, key, learning_rate, batch) -> (state, metrics) on a mesh with an axis 'data'.
 
-    The batch is split over 'data', parameters are replicated, and gradients are averaged across the mesh. Each shard draws its
-    own random numbers from (key, shard). The state is donated. A batch whose gradient is not finite leaves the state as it was.
-    The metrics are the loss, the norm of the gradient, the objective's scalars, and `skipped`: 1 for such a batch, else 0.
+    The batch is split over 'data' and parameters are replicated. The compiler divides the work, so that the numbers, random ones
+    included, are those of one device but for the order of sums. The state is donated. A batch whose gradient is not finite leaves
+    the state as it was. The metrics are the loss, the norm of the gradient, the objective's scalars, and `skipped`: 1 for such a
+    batch, else 0.
 
     Args:
       objective: (params, key, batch) -> scalar and a dict of scalars; trained: names in `params` that it is minimised over.
+      parts: number of parts of a batch whose gradients are made one after the other and averaged, each with random numbers of its
+        own; more take less memory.
     """
     import optax
 
     tx = optimizer()
 
-    def shard_step(state, key, learning_rate, batch):
-        key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+    def step(state, key, learning_rate, batch):
         free = {name: state["params"][name] for name in trained}
 
-        def of_free(free):
-            return objective({**state["params"], **free}, key, batch)
+        def of_part(number, part):
+            def of_free(free):
+                return objective({**state["params"], **free}, jax.random.fold_in(key, number), part)
 
-        (value, parts), gradient = jax.value_and_grad(of_free, has_aux=True)(free)
-        gradient, value, parts = jax.lax.pmean((gradient, value, parts), "data")
+            return jax.value_and_grad(of_free, has_aux=True)(free)
+
+        (value, scalars), gradient = _mean_over_parts(of_part, batch, parts)
         norm = optax.global_norm(gradient)
         direction, opt_state = tx.update(gradient, state["opt_state"], free)
         good = jnp.isfinite(norm)
         stepped = jax.tree.map(lambda p, d: jnp.where(good, p - learning_rate * d, p), free, direction)
         opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state["opt_state"])
         new_state = {"params": {**state["params"], **stepped}, "opt_state": opt_state}
-        return new_state, {"loss": value, "gradient_norm": norm, **parts, "skipped": (~good).astype(jnp.int32)}
+        return new_state, {"loss": value, "gradient_norm": norm, **scalars, "skipped": (~good).astype(jnp.int32)}
 
-    replicated, split = PartitionSpec(), PartitionSpec("data")
-    step = jax.shard_map(
-        shard_step,
-        mesh=mesh,
-        in_specs=(replicated, replicated, replicated, split),
-        out_specs=(replicated, replicated),
-        check_vma=False,
+    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    return jax.jit(step, in_shardings=(whole, whole, whole, split), out_shardings=(whole, whole), donate_argnums=0)
+
+
+def _mean_over_parts(of_part, batch, parts):
+    """The mean of of_part(number, part of the batch), one part after the other."""
+    if parts == 1:
+        return of_part(0, batch)
+    # Every part takes examples from every device.
+    split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total, numbered):
+        return jax.tree.map(jnp.add, total, of_part(*numbered)), None
+
+    zeros = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of_part, 0, jax.tree.map(lambda a: a[0], split))
     )
-    whole, parts = NamedSharding(mesh, replicated), NamedSharding(mesh, split)
-    return jax.jit(step, in_shardings=(whole, whole, whole, parts), out_shardings=(whole, whole), donate_argnums=0)
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), split))
+    return jax.tree.map(lambda a: a / parts, total)
 
 
 @functools.cache

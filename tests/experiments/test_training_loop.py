@@ -229,7 +229,7 @@ def test_one_compilation_serves_the_timed_steps_and_the_loop(tmp_path, compilati
     update = update_of(mesh, _objective, ("plain",))
     options = {"seed": 5, "learning_rate": 1e-2, "checkpoint_seconds": 1e9, "budget_s": 0.0}
     loop.scheduled(tmp_path / "stage", tmp_path, mesh, _state(), update, batches, **options)
-    assert [made["fun_name"] for made in compilations].count("jit(shard_step)") == 1
+    assert [made["fun_name"] for made in compilations].count("jit(step)") == 1
 
 
 def test_skipped_steps_are_counted_and_change_nothing(update, scalars, tmp_path):

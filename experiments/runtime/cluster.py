@@ -1,0 +1,76 @@
+"""How a command becomes one of the processes of jax's distributed runtime, and how all of them end together."""
+
+import contextlib
+import re
+import signal
+from collections.abc import Callable
+from collections.abc import Iterator
+
+import jax
+from absl import flags
+
+from data_pipelines.io import processes
+from experiments.runtime import endings
+from radgs_jax import errors
+
+AUTO = "auto"
+"""Value of --distributed that asks the launcher's environment: SLURM, Open MPI, a TPU's or Kubernetes' own."""
+GRAMMAR = f"{AUTO}, or host:port,processes,process such as 10.0.0.1:9876,16,0"
+SHOWN_CHARACTERS = 160
+"""Maximum length of jax's message in an error, so that it stays one line."""
+
+
+def define() -> None:
+    """Defines --distributed."""
+    flags.DEFINE_string("distributed", None, f"Join a distributed run: {GRAMMAR}; default: one process.")
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Inside, this process is one of those that --distributed says; to be entered before jax's devices are used.
+
+    Raises:
+      InputError: another text, or nothing is there to join.
+    """
+    text = flags.FLAGS.distributed
+    if text is None:
+        yield
+        return
+    explicit = re.fullmatch(r"(\S+:\d+),(\d{1,6}),(\d{1,6})", text)
+    if text != AUTO and not (explicit and int(explicit[3]) < int(explicit[2])):
+        errors.fail("flags", "--distributed", repr(text), GRAMMAR)
+    given = (explicit[1], int(explicit[2]), int(explicit[3])) if explicit else ()
+    try:
+        jax.distributed.initialize(*given)
+        jax.devices()  # now, since the processes wait for each other here for minutes only
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:SHOWN_CHARACTERS]
+        errors.fail("flags", "--distributed", f"{text!r}, and {reason}", "processes that can be joined")
+    try:
+        yield
+    except endings.Stopped:
+        # All of them have stopped at the same step. After another error the runtime ends the rest, which misses this one.
+        jax.distributed.shutdown()
+        raise
+    jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def asked_to_end() -> Iterator[Callable[[int], int | None]]:
+    """Inside, a signal that asks for the end is only noted, so that work can be saved first.
+
+    Of several processes SIGTERM may reach one; jax's runtime tells the others, and they agree on the step after which all end.
+
+    Yields:
+      a function from the number of a step, called at every step, to the number of the signal, or None to go on.
+    Raises:
+      Stopped: at the end, if there was one.
+    """
+    if not processes.several():
+        with endings.held() as asked:
+            yield lambda step: asked[0] if asked else None
+        return
+    from jax.experimental import multihost_utils
+
+    # The runtime has its own handler of SIGTERM, and every process gets a terminal's Ctrl-C.
+    yield lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
