@@ -29,7 +29,7 @@ DIGEST_CHARACTERS = 8
 def with_cost(path: pathlib.Path, resumed: bool, make: Callable[[], Any]) -> Any:
     """What `make` makes, parameters; what it cost is kept at `path`. resumed: whether it goes on where it was stopped."""
     began = time.process_time()
-    params = make()
+    params = jax.block_until_ready(make())
     spent = None if resumed else time.process_time() - began
     files.write_json(path, {"cpu_s": spent, "parameters": backbones.count_parameters(params)})
     return params

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import resource
 import time
 import zlib
 from collections.abc import Callable
@@ -249,12 +250,13 @@ def run_steps(
         if first >= steps:
             return state
         batches.set_state(place)
-        key, skips = _key_on(mesh, key), _Skips(skipped)
+        key, skips, pace = _key_on(mesh, key), _Skips(skipped), _Pace()
         saved = time.monotonic()
         log = stack.enter_context(contextlib.closing(progress.Log(log_folder, folder.name)))
         with cluster.asked_to_end() as asked, progress.bar(steps, folder.name, first) as bar:
             for step in range(first, steps):
-                place, batch, learning_rate = batches.get_state(), next(batches), np.float32(rate(step))
+                place, learning_rate = batches.get_state(), np.float32(rate(step))
+                batch = pace.next_of(batches)
                 step_key = jax.random.fold_in(key, _whole(np.uint32(step), mesh))
                 state, metrics = update(state, step_key, _whole(learning_rate, mesh), _split(batch, mesh))
                 skips.add(step, place, metrics.pop("skipped"))
@@ -264,11 +266,12 @@ def run_steps(
                     skips.read()
                 if last or logged or skips.full:
                     values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-                    log.scalars(step + 1, {**values, "learning_rate": learning_rate, "skipped": skips.count})
+                    counts = {"learning_rate": learning_rate, "skipped": skips.count}
+                    log.scalars(step + 1, {**values, **counts, **pace.read()})
                     shown = {k: f"{v:.3g}" for k, v in values.items() if k in ("loss", "points_mm", "pose_mm")}
                     bar.set_postfix({**shown, **({"skipped": skips.count} if skips.count else {})}, refresh=False)
                 bar.update()
-                skips.check(folder, key)
+                skips.check(folder, key, batches)
                 # Not within a row of skipped steps: the state is unchanged, and a restart must repeat the whole row.
                 if last or saving and not skips.row:
                     checkpoint.save_state(folder, step + 1, state, batches.get_state(), skips.count)
@@ -327,6 +330,31 @@ def train_network(
     return jax.device_get(state["params"][name])
 
 
+class _Pace:
+    """How fast examples come, and how much of the time is spent in waiting for them."""
+
+    def __init__(self):
+        self._start, self._examples, self._waited = time.monotonic(), 0, 0.0
+
+    def next_of(self, batches):
+        """The next batch."""
+        asked = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - asked
+        self._examples += len(jax.tree.leaves(batch)[0]) * jax.process_count()
+        return batch
+
+    def read(self):
+        """Figures since the last time: examples_per_s, waiting_share, and memory_gb, the most that was in use."""
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        found = {"examples_per_s": self._examples / elapsed, "waiting_share": self._waited / elapsed}
+        self.__init__()
+        stats = jax.local_devices()[0].memory_stats() or {}
+        # A CPU's device has no figures of its own; Linux counts kilobytes.
+        most = stats.get("peak_bytes_in_use", 1000 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        return {**found, "memory_gb": most / 1e9}
+
+
 class _Skips:
     """Counts skipped steps, and waits for the device in `read` only.
 
@@ -353,18 +381,25 @@ class _Skips:
                 self.full = self.full or self.row
         self._unread = []
 
-    def check(self, folder, key):
-        """Raises DivergedError if there is a full row; folder: of the stage; key: of all steps."""
+    def check(self, folder, key, batches):
+        """Raises DivergedError if there is a full row, and keeps its first batch; folder: of the stage; key: of all steps."""
         if not self.full:
             return
         (first, place), (last, _) = self.full[0], self.full[-1]
+        batches.set_state(place)
+        kept = folder / (
+            f"batch_of_step_{first}.npz" if processes.is_first() else f"batch_of_step_{first}_{jax.process_index()}.npz"
+        )
+        leaves = jax.tree_util.tree_flatten_with_path(next(batches))[0]
+        files.write_npz(kept, **{jax.tree_util.keystr(path).strip(".") or "batch": leaf for path, leaf in leaves})
         before = checkpoint.latest(folder)
         numbers = jax.device_get(jax.random.key_data(key)).tolist()
         raise DivergedError(
             f"{folder}: steps {first} to {last}, counted from 0: found {SKIPPED_IN_A_ROW} gradients in a row that are not"
             f" finite, wanted finite ones; to meet them again run the same command, which goes on from"
             f" {'the start' if before is None else f'step_{before}'}: step {first} takes its batch at"
-            f" {json.dumps(place)} and its key from jax.random.fold_in(jax.random.wrap_key_data({numbers}), {first})"
+            f" {json.dumps(place)}, kept as {kept.name}, and its key from"
+            f" jax.random.fold_in(jax.random.wrap_key_data({numbers}), {first})"
         )
 
 

@@ -66,8 +66,8 @@ def update_of(mesh: Mesh, objective: Callable, trained: Sequence[str], parts: in
 
     The batch is split over 'data' and parameters are replicated. The compiler divides the work, so that the numbers, random ones
     included, are those of one device but for the order of sums. The state is donated. A batch whose gradient is not finite leaves
-    the state as it was. The metrics are the loss, the norm of the gradient, the objective's scalars, and `skipped`: 1 for such a
-    batch, else 0.
+    the state as it was. The metrics are the loss, the norms of the gradient and of the trained parameters, the objective's scalars,
+    and `skipped`: 1 for such a batch, else 0.
 
     Args:
       objective: (params, key, batch) -> scalar and a dict of scalars; trained: names in `params` that it is minimised over.
@@ -94,7 +94,8 @@ def update_of(mesh: Mesh, objective: Callable, trained: Sequence[str], parts: in
         stepped = jax.tree.map(lambda p, d: jnp.where(good, p - learning_rate * d, p), free, direction)
         opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state["opt_state"])
         new_state = {"params": {**state["params"], **stepped}, "opt_state": opt_state}
-        return new_state, {"loss": value, "gradient_norm": norm, **scalars, "skipped": (~good).astype(jnp.int32)}
+        norms = {"gradient_norm": norm, "parameter_norm": optax.global_norm(stepped)}
+        return new_state, {"loss": value, **norms, **scalars, "skipped": (~good).astype(jnp.int32)}
 
     whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     return jax.jit(step, in_shardings=(whole, whole, whole, split), out_shardings=(whole, whole), donate_argnums=0)

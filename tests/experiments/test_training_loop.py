@@ -243,7 +243,9 @@ def test_skipped_steps_are_counted_and_change_nothing(update, scalars, tmp_path)
     state = _train(tmp_path, update, Batches(bad), 45, checkpoint_seconds=0.0)
     assert [(step, values["skipped"]) for step, values in scalars] == [(30, 3), (40, 12), (45, 12)]
     assert np.isfinite(np.asarray(state["params"]["plain"])).all()
-    assert scalars[-1][1].keys() == {"loss", "gradient_norm", "largest", "learning_rate", "skipped"}
+    own = {"loss", "gradient_norm", "parameter_norm", "largest", "learning_rate", "skipped"}
+    assert scalars[-1][1].keys() == own | {"examples_per_s", "waiting_share", "memory_gb"}
+    assert scalars[-1][1]["examples_per_s"] > 0 and 0 <= scalars[-1][1]["waiting_share"] < 1
     start = _state()
     kept = jax.device_get(start)
     after, metrics = update(start, jax.random.key(0), np.float32(1.0), jnp.full((2, WIDTH), jnp.nan))
@@ -270,9 +272,12 @@ def test_a_row_of_skipped_steps_ends_the_run(update, scalars, tmp_path, first, c
         assert f"goes on from {'the start' if saved is None else f'step_{saved}'}:" in line
         assert scalars[-1][1]["skipped"] >= 10
     found = re.search(
-        r"step (\d+) takes its batch at (\{.*?\}) and its key from .*wrap_key_data\((.*?)\), (\d+)\)", line
+        r"step (\d+) takes its batch at (\{.*?\}), kept as \S+, and its key from .*wrap_key_data\((.*?)\), (\d+)\)",
+        line,
     )
     assert int(found[1]) == int(found[4]) == first
+    kept = files.read_npz(tmp_path / "stage" / f"batch_of_step_{first}.npz", "batch")["batch"]
+    assert kept.shape == (2, WIDTH) and np.isnan(kept).all()
     key = jax.random.wrap_key_data(jnp.asarray(json.loads(found[3]), jnp.uint32))
     assert (jax.random.key_data(key) == jax.random.key_data(jax.random.key(5))).all()
     batches = Batches(bad)
