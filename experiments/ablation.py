@@ -45,7 +45,7 @@ SMALL = dataclasses.replace(
     p2=configs.StageConfig(pairs=2, ct_pairs=16, steps=(20, 10, 20), learning_rate=1e-3),
     p3=configs.StageConfig(pairs=96, ct_pairs=64, steps=(160, 10, 40), learning_rate=1.5e-3),
 )
-"""A sixth to a half of the demo's steps on fewer spines: chosen by hand, training time (70 minutes for all rows, which grow with
+"""A sixth to a half of the demo's steps on fewer spines: chosen by hand, training time (90 minutes for all rows, which grow with
 the steps) against how well the models are trained. The 21 acquisitions are what intervals and tests are over; with six, the least
 p-value of a single test is 0.03."""
 DENSE = ("densenet121", (("growth", 12), ("blocks", (3, 6))))
@@ -205,7 +205,7 @@ def _differences_table(rows):
                 continue
             scenes = tuple(map(str, range(len(values))))
             text = _with_interval(Row("", scenes, {score: values}), score, np.mean, digits, scale)
-            cell += [text, "-" if math.isnan(chance) else f"{chance:.3f}"]
+            cell += [text, tables.chance(chance)]
     return head, cells
 
 
@@ -249,7 +249,8 @@ def run_ablation(
         scored.append(score_row(configurations[run], out / run, row, case_file))
         seen[_word(name)] = files.read_npz(out / run / "scores" / f"{_word(name)}.npz", "crops", "activity")
         print(_write(out, scored))
-    shown = {name: seen[_word(name)]["activity"] for name, *_ in rows if _word(name) in SHOWN}
+    titles = {_word(name): name for name, *_ in rows}
+    shown = {titles[word]: seen[word]["activity"] for word in SHOWN if word in titles}
     pictures.attention_picture(out / "attention.png", next(iter(seen.values()))["crops"], shown)
 
 

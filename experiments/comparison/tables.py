@@ -108,12 +108,17 @@ def preparation(row: Row) -> str:
     return f"{row.preparation_s / 60.0:.1f}" if row.preparation_s else "-"
 
 
+def chance(p: float) -> str:
+    """A p-value as a cell."""
+    return "-" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def _common(row, p):
     return [
         *_times(row),
         preparation(row),
         f"{row.parameters:,}" if row.parameters else "-",
-        "-" if math.isnan(p) else f"{p:.3f}",
+        chance(p),
         row.paper or "-",
     ]
 

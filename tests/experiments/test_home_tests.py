@@ -133,7 +133,7 @@ def test_what_is_scored_is_what_the_views_show(place):
 
 def test_more_views_take_more_steps_of_the_system_that_sees_one_a_step():
     steps = [at_home.sizes_for(subjects.CPU, count).sax_nerf.steps for count in at_home.VIEWS]
-    assert steps == [1000, 2000, 10_000]
+    assert steps == [1000, 3000, 15_000]
     assert at_home.sizes_for(subjects.CPU, 30).diffvox == subjects.CPU.diffvox
 
 
