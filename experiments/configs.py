@@ -53,6 +53,7 @@ class Config:
       refine: the refinement after them.
       judged: whether P3 adds the shipped acceptance rule.
       eval_scenes: number of held-out acquisitions per vertebra.
+      mesh: sizes of axes of `sharding.make_mesh`, of which no result depends.
     """
 
     seed: int = 0
@@ -76,6 +77,7 @@ class Config:
     refine: RefineConfig = RefineConfig()
     judged: bool = True
     eval_scenes: int = 2
+    mesh: tuple[tuple[str, int], ...] = ()
 
     def stage(self, name: str) -> StageConfig:
         """The settings of 'p1', 'p2' or 'p3'.

@@ -159,7 +159,7 @@ def p1(config: configs.Config, workdir: pathlib.Path, phases: Sequence[str], giv
     params = jax.jit(lambda key: radgs_reg.init(config.model, key))(jax.random.key(config.seed))
     print("parameters: " + ", ".join(f"{k} {backbones.count_parameters(v):,}" for k, v in params.items()))
     params = loop.run_phases(config, workdir, "p1", pair_set, params, config.p1.steps, config.p1.learning_rate, phases)
-    model = Model(jax.device_get(params), config.model, pair_set.mean_shapes())
+    model = Model(params, config.model, pair_set.mean_shapes())
     if phases[-1] == "joint":
         models.save_model(workdir / "p1" / "model", model, "P1")
     return model
@@ -226,7 +226,7 @@ def p2(
         config, workdir, "p2", pair_set, model.params, config.p2.steps, config.p2.learning_rate, phases
     )
     if phases[-1] == "joint":
-        trained = dataclasses.replace(model, params=jax.device_get(params))
+        trained = dataclasses.replace(model, params=params)
         outside = [s.name for s in case_file.scenes.values() if s.name not in names]
         if outside:
             processes.first_does(lambda: _score_fold(config, workdir, trained, case_file, outside, variant))

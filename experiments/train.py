@@ -77,6 +77,12 @@ def score_patient(
     return result
 
 
+def mark(config: configs.Config, given: RealData = RealData()) -> str:
+    """Digest of all that a run's results depend on."""
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name != "mesh"}
+    return identity.config_hash(values, *given.mark())
+
+
 def _claim(path, config_hash):
     """Ties a workdir to one configuration, because its checkpoints would not fit another."""
     if not path.exists():
@@ -112,7 +118,7 @@ def train(
 
 
 def _train(config, workdir, stage, given):
-    processes.first_does(lambda: _claim(workdir / "config.json", identity.config_hash(config, *given.mark())))
+    processes.first_does(lambda: _claim(workdir / "config.json", mark(config, given)))
     name, _, phase = stage.partition("_")
     phases = objectives.PHASES[: objectives.PHASES.index(phase) + 1] if phase else objectives.PHASES
     if phase and len(phases) > 1:
@@ -144,7 +150,8 @@ def main() -> None:
 
 def _main():
     asked = flags.FLAGS
-    config = dataclasses.replace(configs.PRESETS[asked.preset], seed=asked.seed, p2_fold=asked.p2_fold)
+    config = configs.PRESETS[asked.preset]
+    config = dataclasses.replace(config, seed=asked.seed, p2_fold=asked.p2_fold, mesh=cluster.mesh_shape())
     patient = tuple(input_flags.targets()) if asked.ct or asked.mask else ()
     if any(target.labels for target in patient):
         # Held-out X-rays are a case file, whose label maps are recognised.

@@ -82,7 +82,7 @@ def trained_params(
 
     def make():
         mesh = sharding.make_mesh()
-        state = sharding.replicate(state_of(jax.jit(init)(), (tree,)), mesh)
+        state = sharding.place(state_of(jax.jit(init)(), (tree,)), mesh)
         folder = path.with_suffix("")
         found = loop.scheduled(
             folder / "checkpoints",
@@ -96,6 +96,6 @@ def trained_params(
             steps=steps,
             checkpoint_seconds=config.checkpoint_seconds,
         )
-        return jax.device_get(found["params"])
+        return sharding.gathered(found["params"], mesh)
 
     return kept_params(path, init, make)

@@ -4,8 +4,6 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-import jax
-
 from data_pipelines.ct import extraction
 from data_pipelines.ct import scans
 from data_pipelines.ct import whole_body
@@ -208,6 +206,4 @@ def _prepare_scan(config, folder, targets, vertebrae, model, minutes, phases):
         None if minutes is None else 60.0 * minutes,
     )
     if phases[-1] == "joint":
-        models.save_model(
-            folder / "model", dataclasses.replace(model, params=jax.device_get(params)), f"P3, labels {labels}"
-        )
+        models.save_model(folder / "model", dataclasses.replace(model, params=params), f"P3, labels {labels}")

@@ -12,17 +12,33 @@ from absl import flags
 from data_pipelines.io import processes
 from experiments.runtime import endings
 from radgs_jax import errors
+from radgs_jax.training import sharding
 
 AUTO = "auto"
 """Value of --distributed that asks the launcher's environment: SLURM, Open MPI, a TPU's or Kubernetes' own."""
 GRAMMAR = f"{AUTO}, or host:port,processes,process such as 10.0.0.1:9876,16,0"
+MESH_GRAMMAR = "such as data:8,fsdp:2"
 SHOWN_CHARACTERS = 160
 """Maximum length of jax's message in an error, so that it stays one line."""
 
 
 def define() -> None:
-    """Defines --distributed."""
+    """Defines --distributed and --mesh."""
     flags.DEFINE_string("distributed", None, f"Join a distributed run: {GRAMMAR}; default: one process.")
+    flags.DEFINE_list("mesh", [], f"Sizes of the device mesh's axes, {MESH_GRAMMAR}; default: all devices for data.")
+
+
+def mesh_shape() -> tuple[tuple[str, int], ...]:
+    """The (axis, size) that --mesh names; raises InputError for another text or a mesh of another number of devices."""
+    found = [re.fullmatch(rf"({'|'.join(sharding.AXES)}):([1-9]\d{{0,5}})", text) for text in flags.FLAGS.mesh]
+    if not all(found):
+        errors.fail("flags", "--mesh", repr(",".join(flags.FLAGS.mesh)), MESH_GRAMMAR)
+    shape = tuple((one[1], int(one[2])) for one in found if one)
+    try:
+        sharding.make_mesh(shape=dict(shape))
+    except ValueError as error:
+        errors.fail("flags", "--mesh", f"{','.join(flags.FLAGS.mesh)}: {error}", "a mesh of all devices")
+    return shape
 
 
 @contextlib.contextmanager

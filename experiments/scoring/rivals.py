@@ -54,7 +54,7 @@ def train_plain(
     pair_set = preparing.pairs_of(config, folder, targets, model_config.gaussians)
     mesh, shape = sharding.make_mesh(), plain.PlainConfig()
     params = jax.jit(lambda key: plain.init(shape, model_config, key))(jax.random.key(seed))
-    state = sharding.replicate(state_of(params, ("plain",)), mesh)
+    state = sharding.place(state_of(params, ("plain",)), mesh)
     update, batches = plain.make_update(mesh, shape, model_config), pair_set.batches(seed, config.batch)
     state = loop.scheduled(
         out / "checkpoints" / "plain",

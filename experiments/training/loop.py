@@ -109,11 +109,12 @@ def run_phases(
       budget_s: training time in s, of which `steps` are shares; None takes `steps` as they are. The numbers of steps are
         measured once and kept on disk, so a restart follows the same schedule.
     Returns:
-      the trained parameters.
+      the trained parameters, on the host.
     Raises:
+      ValueError: as `sharding.make_mesh`.
       DivergedError: as `run_steps`.
     """
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(shape=dict(config.mesh))
     batch = -(-config.batch // mesh.size) * mesh.size
     for phase in phases:
         share = steps[objectives.PHASES.index(phase)]
@@ -130,7 +131,7 @@ def run_phases(
             learning_rate,
             None if budget_s is None else budget_s * share / sum(steps),
         )
-    return params
+    return sharding.gathered(params, mesh)
 
 
 def _train_phase(config, workdir, name, phase, mesh, batch, pair_set, params, steps, learning_rate, budget_s):
@@ -140,7 +141,7 @@ def _train_phase(config, workdir, name, phase, mesh, batch, pair_set, params, st
     seed = zlib.crc32(f"{config.seed} {stage}".encode())
     update = make_update(mesh, phase, config.model, config.losses, 1.0)
     # Placed before the first step, because a state that jit moves onto the mesh itself would compile the update twice.
-    state = sharding.replicate(init_state(jax.tree.map(jnp.copy, params), phase), mesh)
+    state = sharding.place(init_state(jax.tree.map(jnp.copy, params), phase), mesh)
     state = scheduled(
         folder,
         workdir,
@@ -153,7 +154,7 @@ def _train_phase(config, workdir, name, phase, mesh, batch, pair_set, params, st
         steps=steps,
         budget_s=budget_s,
         checkpoint_seconds=config.checkpoint_seconds,
-        finish=functools.partial(_log_pictures, config) if phase != "reg" else None,
+        finish=functools.partial(_log_pictures, config, mesh) if phase != "reg" else None,
     )
     return state["params"]
 
@@ -319,7 +320,7 @@ def train_network(
         folder,
         log_folder,
         mesh,
-        sharding.replicate(state, mesh),
+        sharding.place(state, mesh),
         update_of(mesh, lambda params, key, batch: objective(params[name], key, batch), (name,)),
         Batches(lambda rng: make_batch(rng, size), seed),
         key=jax.random.key(seed),
@@ -327,7 +328,7 @@ def train_network(
         steps=steps,
         checkpoint_seconds=checkpoint_seconds,
     )
-    return jax.device_get(state["params"][name])
+    return sharding.gathered(state["params"][name], mesh)
 
 
 class _Pace:
@@ -405,8 +406,7 @@ class _Skips:
 
 def _whole(value, mesh):
     """Copies a number or array of the host to every device of the mesh; left to jit, the copy would delay the step."""
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return jax.make_array_from_process_local_data(whole, np.asarray(value), np.shape(value))
+    return jax.make_array_from_process_local_data(sharding.whole(mesh), np.asarray(value), np.shape(value))
 
 
 def _key_on(mesh, key):
@@ -416,8 +416,7 @@ def _key_on(mesh, key):
 
 def _split(batch, mesh):
     """Shards a batch over the mesh; every process places its own part on its own devices."""
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(split, a), batch)
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding.of_batch(mesh), a), batch)
 
 
 def finished(workdir: pathlib.Path | str, name: str, phase: str, steps: int) -> bool:
@@ -437,8 +436,11 @@ def _render(recm_params, batch, config):
     return example.xrays[0, 0], example.target[0, 0], objectives.project(effect, example)[0, 0]
 
 
-def _log_pictures(config, log, step, state, batch):
-    images = _render(state["params"]["recm"], jax.tree.map(lambda a: a[:1], batch), config.model)
+def _log_pictures(config, mesh, log, step, state, batch):
+    params = sharding.gathered(state["params"]["recm"], mesh)
+    if not processes.is_first():
+        return
+    images = _render(params, jax.tree.map(lambda a: a[:1], batch), config.model)
     log.image(
         step,
         "xray_target_effect",

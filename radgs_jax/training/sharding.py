@@ -1,21 +1,76 @@
-"""The device mesh that training runs on: one axis, 'data', over which batches are split."""
+"""The device mesh that training runs on, and what lies where on it.
 
+Axes: 'data' and 'fsdp' together split a batch by examples; 'fsdp' also splits parameters and the optimiser's moments of them.
+"""
+
+import math
+import re
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 from typing import TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+AXES = ("data", "fsdp")
+RULES = ((re.compile(r"(^|/)kernel$"), (-1, -2)),)
+"""Of a parameter's path: the axes of the array that may be split over 'fsdp', of which the first that it divides is. What no rule
+names stays whole on every device: biases and scales of normalisations, a thousandth of the numbers."""
 
 _Tree = TypeVar("_Tree")
 
 
-def make_mesh(devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """A mesh over jax devices (all of them by default); one device is a mesh of one."""
-    devices = jax.devices() if devices is None else devices
-    return jax.sharding.Mesh(np.asarray(devices), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+def make_mesh(devices: Sequence[Any] | None = None, shape: Mapping[str, int] | None = None) -> Mesh:
+    """A mesh over jax devices, all of them by default; one device is a mesh of one.
+
+    Args:
+      shape: sizes of `AXES`; 'data' takes the devices that the others leave.
+    Raises:
+      ValueError: an unknown axis, or sizes whose product is not the number of devices.
+    """
+    chosen = np.asarray(jax.devices() if devices is None else devices)
+    sizes = {"fsdp": 1, **(shape or {})}
+    sizes.setdefault("data", chosen.size // sizes["fsdp"])
+    if set(sizes) != set(AXES) or math.prod(sizes.values()) != chosen.size or min(sizes.values()) < 1:
+        raise ValueError(f"mesh: found {dict(sizes)} for {chosen.size} device(s), wanted sizes of {', '.join(AXES)}")
+    shape_of = tuple(sizes[axis] for axis in AXES)
+    return Mesh(chosen.reshape(shape_of), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
-def replicate(tree: _Tree, mesh: jax.sharding.Mesh) -> _Tree:
-    """`tree` with a copy of every array on each device of the mesh."""
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+def of_batch(mesh: Mesh) -> NamedSharding:
+    """Where examples lie: the first axis of every array of a batch is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def of_state(state: Any, mesh: Mesh) -> Any:
+    """Where each array of a training state lies, by `RULES`; a tree of `NamedSharding`."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _of_leaf(path, np.shape(leaf), mesh), state)
+
+
+def _of_leaf(path, shape, mesh):
+    parts, name = mesh.shape["fsdp"], jax.tree_util.keystr(path, simple=True, separator="/")
+    axes = next((axes for pattern, axes in RULES if pattern.search(name)), ()) if parts > 1 else ()
+    for axis in axes:
+        if len(shape) >= -axis and shape[axis] % parts == 0:
+            spec = ["fsdp" if index == axis % len(shape) else None for index in range(len(shape))]
+            return NamedSharding(mesh, PartitionSpec(*spec))
+    return whole(mesh)
+
+
+def place(state: _Tree, mesh: Mesh) -> _Tree:
+    """A state, which every process has whole, as arrays that lie where `of_state` says."""
+    return jax.device_put(state, of_state(state, mesh))
+
+
+def gathered(tree: _Tree, mesh: Mesh) -> _Tree:
+    """All of a tree's arrays on the host, wherever their parts lie. All of jax's processes must call this."""
+    return jax.device_get(jax.jit(lambda tree: tree, out_shardings=whole(mesh))(tree))

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 
 from radgs_jax.models.config import ModelConfig
 from radgs_jax.training import objectives
+from radgs_jax.training import sharding
 
 if TYPE_CHECKING:
     import optax
@@ -62,12 +61,12 @@ def init_state(params: Params, phase: str) -> State:
 
 
 def update_of(mesh: Mesh, objective: Callable, trained: Sequence[str], parts: int = 1) -> Callable:
-    """The jitted update (state, key, learning_rate, batch) -> (state, metrics) on a mesh with an axis 'data'.
+    """The jitted update (state, key, learning_rate, batch) -> (state, metrics) on a mesh of `sharding.make_mesh`.
 
-    The batch is split over 'data' and parameters are replicated. The compiler divides the work, so that the numbers, random ones
-    included, are those of one device but for the order of sums. The state is donated. A batch whose gradient is not finite leaves
-    the state as it was. The metrics are the loss, the norms of the gradient and of the trained parameters, the objective's scalars,
-    and `skipped`: 1 for such a batch, else 0.
+    The state lies as `sharding.place` puts it, the batch is split by examples. The compiler divides the work, so that the numbers,
+    random ones included, are those of one device but for the order of sums. The state is donated. A batch whose gradient is not
+    finite leaves the state as it was. The metrics are the loss, the norms of the gradient and of the trained parameters, the
+    objective's scalars, and `skipped`: 1 for such a batch, else 0.
 
     Args:
       objective: (params, key, batch) -> scalar and a dict of scalars; trained: names in `params` that it is minimised over.
@@ -79,6 +78,7 @@ def update_of(mesh: Mesh, objective: Callable, trained: Sequence[str], parts: in
     tx = optimizer()
 
     def step(state, key, learning_rate, batch):
+        batch = jax.lax.with_sharding_constraint(batch, sharding.of_batch(mesh))
         free = {name: state["params"][name] for name in trained}
 
         def of_part(number, part):
@@ -94,11 +94,11 @@ def update_of(mesh: Mesh, objective: Callable, trained: Sequence[str], parts: in
         stepped = jax.tree.map(lambda p, d: jnp.where(good, p - learning_rate * d, p), free, direction)
         opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state["opt_state"])
         new_state = {"params": {**state["params"], **stepped}, "opt_state": opt_state}
+        new_state = jax.lax.with_sharding_constraint(new_state, sharding.of_state(new_state, mesh))
         norms = {"gradient_norm": norm, "parameter_norm": optax.global_norm(stepped)}
         return new_state, {"loss": value, **norms, **scalars, "skipped": (~good).astype(jnp.int32)}
 
-    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    return jax.jit(step, in_shardings=(whole, whole, whole, split), out_shardings=(whole, whole), donate_argnums=0)
+    return jax.jit(step, donate_argnums=0)
 
 
 def _mean_over_parts(of_part, batch, parts):

@@ -167,7 +167,7 @@ def _objective(params, key, batch):
 
 
 def _state():
-    return sharding.replicate(state_of({"plain": jnp.arange(3.0)}, ("plain",)), sharding.make_mesh())
+    return sharding.place(state_of({"plain": jnp.arange(3.0)}, ("plain",)), sharding.make_mesh())
 
 
 def _train(folder, batches, steps):

@@ -171,7 +171,7 @@ def scalars(monkeypatch):
 
 def _state():
     state = state_of({"plain": jnp.arange(3.0)}, ("plain",))
-    return sharding.replicate(state, sharding.make_mesh())
+    return sharding.place(state, sharding.make_mesh())
 
 
 def _train(folder, update, batches, steps, checkpoint_seconds=1e9, guard="allow"):

@@ -4,6 +4,7 @@ import pytest
 
 from data_pipelines.pairs import identity
 from experiments import configs
+from experiments import train
 from experiments.localizers import training
 from radgs_jax.registration import confidence
 from radgs_jax.registration import gauss_newton
@@ -21,7 +22,7 @@ from radgs_jax.registration import search
 def test_presets_keep_their_digests(preset, run, patient):
     """Of a training run's configuration, and of what a prepared workdir names itself by."""
     c = configs.PRESETS[preset]
-    assert identity.config_hash(c) == run
+    assert train.mark(c) == run
     assert identity.config_hash(c.seed, c.p3, c.pairs, c.losses, c.model, c.batch, None) == patient
 
 

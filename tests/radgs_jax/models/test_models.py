@@ -273,7 +273,7 @@ def test_every_phase_lowers_its_loss_on_one_batch(params, batch, ct_batch, phase
     batch = ct_batch if phase == "reg" else batch
     update = make_update(sharding.make_mesh(jax.devices()[:1]), phase, CONFIG, objectives.LossConfig(), 0.0)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    state = sharding.replicate(init_state(jax.tree.map(jnp.copy, params), phase), mesh)
+    state = sharding.place(init_state(jax.tree.map(jnp.copy, params), phase), mesh)
     values = []
     for _ in range(12):
         state, metrics = update(state, jax.random.key(0), np.float32(2e-3), batch)
@@ -392,8 +392,8 @@ def test_the_papers_families_fit_the_paper_preset(name):
     assert 5e6 < count["recm"] < 1.2e8 and 8e6 < count["regm"] < 1.5e8
 
 
-def test_a_mesh_of_two_trains_like_a_mesh_of_one(tmp_path):
-    """Two devices, the batch split: the replicated state stays one, and the loss is that of the same data."""
+def test_every_mesh_trains_alike(tmp_path):
+    """One, two and four devices, with parameters whole and split: the same losses, random numbers included."""
     code = (
         "import sys; sys.path[:0] = ['tests/support', '.']\n"
         "import jax, numpy as np, jax.numpy as jnp, tiny\n"
@@ -402,27 +402,35 @@ def test_a_mesh_of_two_trains_like_a_mesh_of_one(tmp_path):
         "from radgs_jax.models import radgs_reg\n"
         "from radgs_jax.training import batches, objectives, sharding\n"
         "from radgs_jax.training import update as updates\n"
-        "cloud = jax.tree.map(lambda a: jnp.tile(a[None, :64], (4,) + (1,) * a.ndim), gaussians.uniform_cloud(4, 15.0, 0.02))\n"
-        "twists = jnp.tile(jnp.asarray([0.1, -0.2, 0.1, 3.0, 4.0, -5.0]), (4, 1))\n"
-        "batch = batches.CtBatch(rigid.motion_about(jnp.zeros(3), twists), cloud)\n"
-        "params = jax.jit(lambda key: radgs_reg.init(tiny.MODEL, key))(jax.random.key(0))\n"
-        "for devices in (jax.devices()[:1], jax.devices()):\n"
-        "    mesh = sharding.make_mesh(devices)\n"
+        "cloud = jax.tree.map(lambda a: np.tile(a[None, :64], (4,) + (1,) * a.ndim), gaussians.uniform_cloud(4, 15.0, 0.02))\n"
+        "twists = np.random.default_rng(0).normal(size=(4, 6)) * [0.1, 0.1, 0.1, 4.0, 4.0, 4.0]\n"
+        "batch = batches.CtBatch(np.asarray(rigid.motion_about(jnp.zeros(3), jnp.asarray(twists))), cloud)\n"
+        "params = jax.device_get(jax.jit(lambda key: radgs_reg.init(tiny.MODEL, key))(jax.random.key(0)))\n"
+        "for count, fsdp in ((1, 1), (2, 1), (4, 2)):\n"
+        "    mesh = sharding.make_mesh(jax.devices()[:count], {'fsdp': fsdp})\n"
         "    update = updates.make_update(mesh, 'reg', tiny.MODEL, objectives.LossConfig(), 0.0)\n"
-        "    state = sharding.replicate(updates.init_state(jax.tree.map(jnp.copy, params), 'reg'), mesh)\n"
-        "    for step in range(8):\n"
-        "        state, metrics = update(state, jax.random.key(step), np.float32(1e-3), batch)\n"
-        "    leaf = jax.tree.leaves(state['params'])[-1]\n"
-        "    assert len(leaf.addressable_shards) == len(devices)\n"
-        "    assert all(np.array_equal(s.data, leaf.addressable_shards[0].data) for s in leaf.addressable_shards)\n"
-        "    print(float(metrics['loss']))\n"
+        "    state = sharding.place(updates.init_state(params, 'reg'), mesh)\n"
+        "    part = jax.device_put(batch, sharding.of_batch(mesh))\n"
+        "    losses = []\n"
+        "    for step in range(4):\n"
+        "        place = lambda value: jax.device_put(value, sharding.whole(mesh))\n"
+        "        state, metrics = update(state, place(jax.random.key(step)), place(np.float32(1e-3)), part)\n"
+        "        losses.append(float(metrics['loss']))\n"
+        "    assert update._cache_size() == 1\n"
+        "    leaves = jax.tree.leaves(state)\n"
+        "    most = max(leaves, key=lambda leaf: leaf.size)\n"
+        "    assert most.addressable_shards[0].data.size * fsdp == most.size\n"
+        "    whole = sharding.gathered(state, mesh)\n"
+        "    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(whole))\n"
+        "    print(*losses)\n"
     )
     environment = {
         **os.environ,
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    one, two = map(float, done.stdout.split())
-    assert np.isfinite([one, two]).all() and abs(one - two) < 0.5 * one
+    found = np.array([list(map(float, line.split())) for line in done.stdout.splitlines()])
+    assert found.shape == (3, 4) and np.isfinite(found).all()
+    np.testing.assert_allclose(found, np.tile(found[:1], (3, 1)), rtol=1e-4)
