@@ -9,6 +9,7 @@ from data_pipelines.simulation.quick import PanelFaults
 from radgs_jax.models.config import ModelConfig
 from radgs_jax.registration.gauss_newton import RefineConfig
 from radgs_jax.training.objectives import LossConfig
+from radgs_jax.training.update import UpdateConfig
 
 DATA_STAGES = ("p1", "p2", "p3")
 STARTS_MM = ((0, 5), (5, 10), (10, 15), (15, 20), (20, 25))
@@ -53,6 +54,7 @@ class Config:
       refine: the refinement after them.
       judged: whether P3 adds the shipped acceptance rule.
       eval_scenes: number of held-out acquisitions per vertebra.
+      update: how a training step is made.
       mesh: sizes of axes of `sharding.make_mesh`, of which no result depends.
     """
 
@@ -77,6 +79,7 @@ class Config:
     refine: RefineConfig = RefineConfig()
     judged: bool = True
     eval_scenes: int = 2
+    update: UpdateConfig = UpdateConfig()
     mesh: tuple[tuple[str, int], ...] = ()
 
     def stage(self, name: str) -> StageConfig:

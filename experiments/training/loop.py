@@ -32,6 +32,7 @@ from radgs_jax.training import sharding
 from radgs_jax.training.update import cosine
 from radgs_jax.training.update import init_state
 from radgs_jax.training.update import make_update
+from radgs_jax.training.update import result_of
 from radgs_jax.training.update import state_of
 from radgs_jax.training.update import update_of
 
@@ -115,7 +116,8 @@ def run_phases(
       DivergedError: as `run_steps`.
     """
     mesh = sharding.make_mesh(shape=dict(config.mesh))
-    batch = -(-config.batch // mesh.size) * mesh.size
+    unit = mesh.size * config.update.parts
+    batch = -(-config.batch // unit) * unit
     for phase in phases:
         share = steps[objectives.PHASES.index(phase)]
         params = _train_phase(
@@ -139,9 +141,9 @@ def _train_phase(config, workdir, name, phase, mesh, batch, pair_set, params, st
     folder = workdir / "checkpoints" / stage
     # Each phase has its own random stream, independent of what ran before it.
     seed = zlib.crc32(f"{config.seed} {stage}".encode())
-    update = make_update(mesh, phase, config.model, config.losses, 1.0)
+    update = make_update(mesh, phase, config.model, config.losses, 1.0, config.update)
     # Placed before the first step, because a state that jit moves onto the mesh itself would compile the update twice.
-    state = sharding.place(init_state(jax.tree.map(jnp.copy, params), phase), mesh)
+    state = sharding.place(init_state(jax.tree.map(jnp.copy, params), phase, config.update), mesh)
     state = scheduled(
         folder,
         workdir,
@@ -156,7 +158,7 @@ def _train_phase(config, workdir, name, phase, mesh, batch, pair_set, params, st
         checkpoint_seconds=config.checkpoint_seconds,
         finish=functools.partial(_log_pictures, config, mesh) if phase != "reg" else None,
     )
-    return state["params"]
+    return result_of(state)
 
 
 def scheduled(

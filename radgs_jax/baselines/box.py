@@ -6,7 +6,6 @@ what is outside the box; only the box is scored. Both are fitted together, by th
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Mapping
@@ -49,6 +48,8 @@ UNIT_INTEGRAL = UNIT_MM * UNIT_DENSITY
 """Line integral that is 1 inside them, no unit."""
 PIXEL_MM, CROP_PX = 1.12, 96
 """Pixels of the windows at the isocentre, mm, and their number along a side: together the box as a C-arm's views see it."""
+LEAST_DENSITY = 1e-3
+"""Least density that the body starts with, 1/mm: a twentieth of water's. With an unknown air value, X-rays may show less."""
 SHARPNESS = 20.0
 """Of `softplus`, mm: DiffVox's, so that densities of bone are in the linear part."""
 
@@ -75,7 +76,6 @@ class BodyConfig:
     Attributes:
       side: voxels along a side; voxel_mm: of such a voxel: together a trunk.
       step_mm: of samples along rays.
-      density: at the start, 1/mm: soft tissue and air of a trunk, mixed.
       smoothness: weight of its total variation, mm.
       rate: Adam's, of voxels, 1/mm, and of air values.
       air: whether each view has an unknown constant, as where the exposure in air is unknown.
@@ -84,7 +84,6 @@ class BodyConfig:
     side: int = 48
     voxel_mm: float = 8.0
     step_mm: float = 6.0
-    density: float = 0.03
     smoothness: float = 1.0
     rate: float = 2e-3
     air: bool = False
@@ -140,30 +139,39 @@ def to_result(volume: Float[Array, "side side side"]) -> Float[jax.Array, "96 96
     return jax.image.resize(volume, (SIDE,) * 3, "linear", antialias=False)
 
 
-def init_body(config: BodyConfig, views: int) -> dict[str, jax.Array]:
-    """Parameters of the body: `voxels` before `softplus`, and `air`, a constant a view."""
-    start = math.log(math.expm1(SHARPNESS * config.density)) / SHARPNESS
-    return {"voxels": jnp.full((config.side,) * 3, start), "air": jnp.zeros(views)}
+def init_body(config: BodyConfig, views: BoxViews) -> dict[str, jax.Array]:
+    """Parameters of the body: `voxels` before `softplus`, and `air`, a constant a view.
+
+    It starts with the same density everywhere, by which the mean line integral is the X-rays'. With more, the box would have to
+    take away what is too much, and systems whose densities vanish never come back from there.
+    """
+    path_mm = _outside_image(config, jnp.ones((config.side,) * 3), views)
+    mean = masked_mean(views.images, views.valid) / jnp.maximum(masked_mean(path_mm, views.valid), config.voxel_mm)
+    start = jnp.log(jnp.expm1(SHARPNESS * jnp.maximum(mean, LEAST_DENSITY))) / SHARPNESS
+    return {"voxels": jnp.full((config.side,) * 3, start), "air": jnp.zeros(len(views.images))}
 
 
-def _body_density(config, voxels):
+def _outside(config, density):
     # The box's faces lie between voxels.
     places = (np.arange(config.side) - 0.5 * (config.side - 1)) * config.voxel_mm
     inner = np.abs(places) < 0.5 * BOX_MM
-    outside = ~(inner[:, None, None] & inner[None, :, None] & inner[None, None, :])
-    return softplus(voxels) * outside
+    return density * ~(inner[:, None, None] & inner[None, :, None] & inner[None, None, :])
+
+
+def _outside_image(config, density, views):
+    density = _outside(config, density)
+    return render(density, grid.centred(density.shape, config.voxel_mm), views, config.step_mm)
 
 
 def body_image(params: Mapping[str, Array], config: BodyConfig, views: BoxViews) -> Float[Array, "views size size"]:
     """Line integrals of what is outside the box, and the views' constants."""
-    density = _body_density(config, params["voxels"])
-    image = render(density, grid.centred(density.shape, config.voxel_mm), views, config.step_mm)
+    image = _outside_image(config, softplus(params["voxels"]), views)
     return image + params["air"][:, None, None] * config.air
 
 
 def body_penalty(params: Mapping[str, Array], config: BodyConfig) -> Float[jax.Array, ""]:
     """Weighted total variation of the body."""
-    return config.smoothness * losses.tv3d(_body_density(config, params["voxels"]))
+    return config.smoothness * losses.tv3d(_outside(config, softplus(params["voxels"])))
 
 
 def masked_mean(values: Float[Array, "*pixels"], valid: Bool[Array, "*pixels"]) -> Float[jax.Array, ""]:
@@ -182,7 +190,7 @@ def with_body(tx: "optax.GradientTransformation", config: BodyConfig | None) -> 
     return optax.multi_transform(parts, {name: name for name in parts})
 
 
-def parameters(box: Any, config: BodyConfig | None, views: int) -> dict[str, Any]:
+def parameters(box: Any, config: BodyConfig | None, views: BoxViews) -> dict[str, Any]:
     """{'box': `box`, 'body': `init_body`}, or the first alone."""
     return {"box": box} if config is None else {"box": box, "body": init_body(config, views)}
 

@@ -95,7 +95,7 @@ def _fit(config, views):
     # Not a number times zero is not a number, so that invalid pixels are emptied before anything is computed from them.
     views = views.replace(images=jnp.where(views.valid, views.images, 0.0))
     side = config.side if config.body is None else config.cluttered_side
-    params = box.parameters(jnp.zeros((side,) * 3), config.body, views.images.shape[0])
+    params = box.parameters(jnp.zeros((side,) * 3), config.body, views)
     tx = box.with_body(optimiser(config), config.body)
     steps = jnp.arange(config.steps)
     params, _, _ = box.descend(lambda params, _: loss(params, config, views), tx, params, tx.init(params), steps)

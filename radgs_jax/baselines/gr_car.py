@@ -221,7 +221,7 @@ def backprojection(config: Config, views: BoxViews) -> Float[jax.Array, "side si
 
     The body is as at the start, so that the box gets what that leaves.
     """
-    params = box.parameters({}, config.body, views.images.shape[0])
+    params = box.parameters({}, config.body, views)
     rest = jnp.maximum(views.images - box.surroundings(params, config.body, views)[0], 0.0)
     voxels = box.box_grid(config.side)
     draw = functools.partial(box.render, voxels=voxels, views=views, step_mm=box.BOX_MM / config.side)
@@ -316,7 +316,7 @@ def fit(config: Config, views: BoxViews, key: jax.Array, params: Any = None) -> 
     """
     first, rounds = jax.random.split(key)
     raw, alive = start(config, views, first, params)
-    fitted = box.parameters(raw, config.body, views.images.shape[0])
+    fitted = box.parameters(raw, config.body, views)
     opt_state = optimiser(config).init(fitted)
     best, waited = np.inf, 0
     for done in range(config.interval, config.steps + 1, config.interval):

@@ -214,7 +214,7 @@ def optimiser(config: Config) -> Any:
     return box.with_body(adaptive.adam(rates, config.steps), config.body)
 
 
-def start(config: Config, views: int, key: jax.Array) -> State:
+def start(config: Config, views: BoxViews, key: jax.Array) -> State:
     """Gaussians uniform in the box at random."""
     place, level = jax.random.split(key)
     mean = jax.random.uniform(place, (config.gaussians, 3), minval=-1.0, maxval=1.0)
@@ -279,7 +279,7 @@ def fit(config: Config, views: BoxViews, key: jax.Array) -> Float[jax.Array, "96
     """Reconstructs the density in the box, 1/mm, in its frame."""
     first, order, boxes, rounds = jax.random.split(key, 4)
     count = views.images.shape[0]
-    state = start(config, count, first)
+    state = start(config, views, first)
     chunks = config.steps // config.interval
     orders = view_order(order, chunks * config.interval, count).reshape(chunks, -1)
     keys = jax.random.split(boxes, (chunks, config.interval))

@@ -273,7 +273,7 @@ def _fit(config, views, key):
     views = views.replace(images=jnp.where(views.valid, views.images, 0.0))
     first, rest = jax.random.split(key)
     net = Net(config).init(first, jnp.zeros((config.line, 3)))
-    params = box.parameters(net, config.body, views.images.shape[0])
+    params = box.parameters(net, config.body, views)
     tx = box.with_body(optimiser(config), config.body)
     keys = jax.random.split(rest, config.steps)
     params, _, _ = box.descend(lambda params, key: loss(params, key, config, views), tx, params, tx.init(params), keys)

@@ -1,5 +1,6 @@
 """The optimiser, its schedule, and the sharded update."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -29,10 +30,36 @@ WARMUP_STEPS = 50
 """Number of steps over which the learning rate rises. Chosen by hand: with fewer, Adam's first and uncertain moments take
 large steps."""
 
+
+@dataclasses.dataclass(frozen=True)
+class UpdateConfig:
+    """How a training step is made. The defaults suit a small network on one device.
+
+    Attributes:
+      parts: number of parts of a batch whose gradients are made one after the other and averaged, each with random numbers of its
+        own: more take less memory.
+      ema: decay of the moving average of the parameters that a phase ends with; 0 ends it with the last ones.
+      bfloat16, remat: of the backbones in training, as in `backbones.make_backbone`.
+    """
+
+    parts: int = 1
+    ema: float = 0.0
+    bfloat16: bool = False
+    remat: bool = False
+
+    def in_training(self, config: ModelConfig) -> ModelConfig:
+        """The model's configuration with the backbones' options; its parameters are the same."""
+        chosen = tuple((name, True) for name in ("bfloat16", "remat") if getattr(self, name))
+        with_options = lambda backbone: backbone and (backbone[0], (*backbone[1], *chosen))
+        return dataclasses.replace(
+            config, backbone_2d=with_options(config.backbone_2d), backbone_3d=with_options(config.backbone_3d)
+        )
+
+
 Params = dict[str, Any]
 """Parameter trees by the name of their network."""
 State = dict[str, Any]
-"""{'params': `Params`, 'opt_state': moments of the trained ones}."""
+"""{'params': `Params`, 'opt_state': moments of the trained ones, 'ema': average of these where there is one}."""
 
 
 def optimizer(weight_decay: float = WEIGHT_DECAY) -> "optax.GradientTransformation":
@@ -50,17 +77,26 @@ def cosine(step: int, steps: int, peak: float, warmup: int = WARMUP_STEPS) -> fl
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def state_of(params: Params, trained: Sequence[str]) -> State:
+def state_of(params: Params, trained: Sequence[str], config: UpdateConfig = UpdateConfig()) -> State:
     """The first state; only the trees named in `trained` get optimiser moments."""
-    return {"params": params, "opt_state": optimizer().init({name: params[name] for name in trained})}
+    free = {name: params[name] for name in trained}
+    average = {"ema": jax.tree.map(jnp.copy, free)} if config.ema else {}
+    return {"params": params, "opt_state": optimizer().init(free), **average}
 
 
-def init_state(params: Params, phase: str) -> State:
+def init_state(params: Params, phase: str, config: UpdateConfig = UpdateConfig()) -> State:
     """`state_of` one phase."""
-    return state_of(params, TRAINED[phase])
+    return state_of(params, TRAINED[phase], config)
 
 
-def update_of(mesh: Mesh, objective: Callable, trained: Sequence[str], parts: int = 1) -> Callable:
+def result_of(state: State) -> Params:
+    """The parameters that a phase ends with."""
+    return {**state["params"], **state.get("ema", {})}
+
+
+def update_of(
+    mesh: Mesh, objective: Callable, trained: Sequence[str], config: UpdateConfig = UpdateConfig()
+) -> Callable:
     """The jitted update (state, key, learning_rate, batch) -> (state, metrics) on a mesh of `sharding.make_mesh`.
 
     The state lies as `sharding.place` puts it, the batch is split by examples. The compiler divides the work, so that the numbers,
@@ -70,8 +106,6 @@ def update_of(mesh: Mesh, objective: Callable, trained: Sequence[str], parts: in
 
     Args:
       objective: (params, key, batch) -> scalar and a dict of scalars; trained: names in `params` that it is minimised over.
-      parts: number of parts of a batch whose gradients are made one after the other and averaged, each with random numbers of its
-        own; more take less memory.
     """
     import optax
 
@@ -87,13 +121,19 @@ def update_of(mesh: Mesh, objective: Callable, trained: Sequence[str], parts: in
 
             return jax.value_and_grad(of_free, has_aux=True)(free)
 
-        (value, scalars), gradient = _mean_over_parts(of_part, batch, parts)
+        (value, scalars), gradient = _mean_over_parts(of_part, batch, config.parts)
         norm = optax.global_norm(gradient)
         direction, opt_state = tx.update(gradient, state["opt_state"], free)
         good = jnp.isfinite(norm)
         stepped = jax.tree.map(lambda p, d: jnp.where(good, p - learning_rate * d, p), free, direction)
         opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state["opt_state"])
         new_state = {"params": {**state["params"], **stepped}, "opt_state": opt_state}
+        if config.ema:
+            new_state["ema"] = jax.tree.map(
+                lambda old, new: jnp.where(good, config.ema * old + (1.0 - config.ema) * new, old),
+                state["ema"],
+                stepped,
+            )
         new_state = jax.lax.with_sharding_constraint(new_state, sharding.of_state(new_state, mesh))
         norms = {"gradient_norm": norm, "parameter_norm": optax.global_norm(stepped)}
         return new_state, {"loss": value, **norms, **scalars, "skipped": (~good).astype(jnp.int32)}
@@ -120,8 +160,14 @@ def _mean_over_parts(of_part, batch, parts):
 
 @functools.cache
 def make_update(
-    mesh: Mesh, phase: str, config: ModelConfig, weights: objectives.LossConfig, strength: float
+    mesh: Mesh,
+    phase: str,
+    config: ModelConfig,
+    weights: objectives.LossConfig,
+    strength: float,
+    how: UpdateConfig = UpdateConfig(),
 ) -> Callable:
     """`update_of` one phase's `objectives.loss`."""
+    config = how.in_training(config)
     objective = functools.partial(objectives.loss, phase=phase, config=config, weights=weights, strength=strength)
-    return update_of(mesh, objective, TRAINED[phase])
+    return update_of(mesh, objective, TRAINED[phase], how)

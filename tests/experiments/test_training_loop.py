@@ -25,8 +25,10 @@ from radgs_jax.models import radgs_reg
 from radgs_jax.models import trained
 from radgs_jax.training import sharding
 from radgs_jax.training.update import cosine
+from radgs_jax.training.update import result_of
 from radgs_jax.training.update import state_of
 from radgs_jax.training.update import update_of
+from radgs_jax.training.update import UpdateConfig
 
 WIDTH = 3
 
@@ -291,3 +293,31 @@ def test_the_bar_tells_of_skipped_steps(update, tmp_path, capsys):
     assert "skipped=1" in capsys.readouterr().err
     _train(tmp_path / "none", update, Batches(), 10)
     assert "skipped" not in capsys.readouterr().err
+
+
+def _no_noise(params, key, batch):
+    return jnp.mean((params["plain"] - batch) ** 2), {}
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole():
+    mesh, batch = sharding.make_mesh(), np.random.default_rng(3).normal(size=(6, WIDTH)).astype(np.float32)
+    found = []
+    for parts in (1, 3):
+        step = update_of(mesh, _no_noise, ("plain",), UpdateConfig(parts=parts))
+        found.append(jax.device_get(step(_state(), jax.random.key(0), np.float32(1e-2), batch)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), *found)
+
+
+def test_the_moving_average_follows_and_is_what_a_phase_ends_with():
+    config = UpdateConfig(ema=0.75)
+    step = update_of(sharding.make_mesh(), _no_noise, ("plain",), config)
+    state = state_of({"plain": jnp.arange(3.0), "fixed": jnp.ones(2)}, ("plain",), config)
+    average = np.arange(3.0)
+    for number in range(5):
+        batch = np.full((2, WIDTH), np.nan if number == 2 else 1.0, np.float32)
+        state, _ = step(state, jax.random.key(number), np.float32(0.1), batch)
+        # A step that is skipped changes nothing.
+        average = average if number == 2 else 0.75 * average + 0.25 * np.asarray(state["params"]["plain"])
+    result = result_of(state)
+    np.testing.assert_allclose(result["plain"], average, rtol=1e-5)
+    assert np.abs(result["plain"] - state["params"]["plain"]).max() > 0.01 and result["fixed"].shape == (2,)

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import lumps
 import numpy as np
 import pytest
 
@@ -165,7 +166,9 @@ def test_a_dead_slot_draws_nothing_and_learns_nothing():
 def test_moments_of_new_gaussians_are_forgotten_and_others_kept():
     names = {"mean": (0.1, 0.01), "density": (0.2, 0.2)}
     tx = box.with_body(adaptive.adam(names, 10), box.BodyConfig(side=4))
-    params = box.parameters({"mean": jnp.ones((4, 3)), "density": jnp.ones(4)}, box.BodyConfig(side=4), 4)
+    params = box.parameters(
+        {"mean": jnp.ones((4, 3)), "density": jnp.ones(4)}, box.BodyConfig(side=4), lumps.oblique_views(4)
+    )
     state = tx.init(params)
     _, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
     fresh = jnp.asarray([False, True, False, True])

@@ -98,8 +98,12 @@ def test_what_is_outside_the_box_goes_to_the_body():
     """A trunk of water around the box: a fit of the box alone has to take it in."""
     views = lumps.oblique_views(3)
     body = box.BodyConfig(side=12, voxel_mm=24.0)
-    trunk = box.init_body(dataclasses.replace(body, density=0.02), 3)
+    voxels = jnp.full((body.side,) * 3, jnp.log(jnp.expm1(box.SHARPNESS * 0.02)) / box.SHARPNESS)
+    trunk = {"voxels": voxels, "air": jnp.zeros(3)}
     around = box.body_image(trunk, body, views)
+    # Without a lump, a fit begins with what is there.
+    alone = box.init_body(body, _seen(lumps.voxel_lump(48), views).replace(images=around))
+    np.testing.assert_allclose(alone["voxels"], voxels, rtol=0.02)
     cluttered = _seen(lumps.voxel_lump(48), views)
     cluttered = cluttered.replace(images=cluttered.images + around)
     config = dataclasses.replace(TINY, steps=150)

@@ -45,8 +45,8 @@ def views(bone):
 
 
 @pytest.fixture(scope="module")
-def state():
-    return r2_gaussian.start(SMALL, 6, jax.random.key(0))
+def state(views):
+    return r2_gaussian.start(SMALL, views, jax.random.key(0))
 
 
 def test_start_is_uniform_with_scales_of_neighbours_and_units_are_the_scenes(state):
@@ -155,7 +155,7 @@ def test_published_variation_moves_means_too_little_and_nothing_else(bone):
 
 def test_the_image_alone_pushes_the_nudge_and_a_view_has_its_own_air(views, state):
     config = dataclasses.replace(SMALL, body=box.BodyConfig(side=16, voxel_mm=24.0, step_mm=24.0, air=True))
-    params = {**state.params, "body": box.init_body(config.body, 6)}
+    params = {**state.params, "body": box.init_body(config.body, views)}
     to_params, push = gradient(params, jnp.zeros((80, 3)), 4, jax.random.key(0), config, views, state.alive)
     assert np.abs(np.asarray(push)[:60]).max() > 0 and not np.asarray(push)[60:].any()
     air = np.asarray(to_params["body"]["air"])
@@ -178,7 +178,7 @@ def test_a_small_reconstruction_improves_and_is_deterministic(views, bone):
     key = jax.random.key(2)
     truth = np.asarray(gaussians.voxelize(bone, box.box_grid(box.SIDE)))
     found = np.asarray(r2_gaussian.fit(SMALL, views, key))
-    none = np.asarray(r2_gaussian.density_of(r2_gaussian.start(SMALL, 6, key)))
+    none = np.asarray(r2_gaussian.density_of(r2_gaussian.start(SMALL, _views(6), key)))
     error = [np.square(a - truth).mean() for a in (found, none)]
     assert found.shape == (96, 96, 96) and found.min() >= 0
     assert error[0] < 0.6 * error[1]

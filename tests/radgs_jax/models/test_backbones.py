@@ -1,6 +1,7 @@
 """Backbones: shapes and sizes against the published networks (abstractly, nothing is computed), and small real runs."""
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,3 +155,30 @@ def test_errors():
         abstract("vit12", (1, 24, 24, 20, 1))
     with pytest.raises(ValueError, match=r"\(8, 16\) and blocks \(1, 2, 2\) differ"):
         abstract("small", (1, 32, 32, 1), widths=(8, 16))
+
+
+@pytest.mark.parametrize("options", [{"bfloat16": True}, {"remat": True}, {"bfloat16": True, "remat": True}])
+def test_backbones_of_training_have_the_same_parameters(options):
+    """In lower precision or computed twice: float32 features of the same parameters, and a gradient close to the plain one."""
+
+    def features(options):
+        class Net(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                return backbones.make_backbone("resnet18", **REDUCED["resnet18"], **options)(x)
+
+        return Net()
+
+    x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    plain, other = features({}), features(options)
+    params = plain.init(jax.random.key(1), x)
+    assert jax.tree.map(jnp.shape, other.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, params)
+    loss = lambda net: jax.jit(jax.value_and_grad(lambda params: jnp.mean(net.apply(params, x) ** 2)))
+    (wanted, gradient), (found, other_gradient) = loss(plain)(params), loss(other)(params)
+    assert other.apply(params, x).dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(other_gradient)} == {jnp.dtype(jnp.float32)}
+    tolerance = 0.1 if options.get("bfloat16") else 1e-4
+    np.testing.assert_allclose(found, wanted, rtol=tolerance)
+    miss = jnp.sqrt(sum(jnp.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (gradient, other_gradient)))))
+    size = jnp.sqrt(sum(jnp.sum(a**2) for a in jax.tree.leaves(gradient)))
+    assert miss < 3 * tolerance * size
