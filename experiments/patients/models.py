@@ -115,6 +115,17 @@ def save_model(folder: pathlib.Path | str, model: trained.Model, note: str) -> N
         processes.wait_for_all(f"{folder} written")
 
 
+def _alone():
+    """Inside, Orbax waits for none of jax's other processes, which may not read at all."""
+    if not processes.several():
+        return contextlib.nullcontext()
+    own = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+    )
+    return ocp.Context(multiprocessing_options=options)
+
+
 def _token():
     """Random characters of a name, the same in all of jax's processes."""
     return f"{processes.agreed(secrets.randbits(31)):08x}"
@@ -191,7 +202,8 @@ def load_model(folder: pathlib.Path | str) -> trained.Model:
     shapes = files.read_npz(folder / "mean_shapes.npz", "labels", "shapes")
     like = kept_programs.kept_shapes(_fresh_params, config)
     try:
-        params = ocp.load_pytree(folder / "params", jax.tree.map(abstract, like))
+        with _alone():
+            params = ocp.load_pytree(folder / "params", jax.tree.map(abstract, like))
     except Exception as error:  # the type depends on what is wrong
         line = f"{type(error).__name__}: {error}"[:SHOWN_CHARACTERS]
         errors.fail(folder / "params", "content", line, "parameters of the manifest's model")

@@ -133,7 +133,7 @@ def run_phases(
             learning_rate,
             None if budget_s is None else budget_s * share / sum(steps),
         )
-    return sharding.gathered(params, mesh)
+    return params
 
 
 def _train_phase(config, workdir, name, phase, mesh, batch, pair_set, params, steps, learning_rate, budget_s):
@@ -143,7 +143,7 @@ def _train_phase(config, workdir, name, phase, mesh, batch, pair_set, params, st
     seed = zlib.crc32(f"{config.seed} {stage}".encode())
     update = make_update(mesh, phase, config.model, config.losses, 1.0, config.update)
     # Placed before the first step, because a state that jit moves onto the mesh itself would compile the update twice.
-    state = sharding.place(init_state(jax.tree.map(jnp.copy, params), phase, config.update), mesh)
+    state = sharding.place(init_state(jax.tree.map(jnp.array, params), phase, config.update), mesh)
     state = scheduled(
         folder,
         workdir,
@@ -158,7 +158,7 @@ def _train_phase(config, workdir, name, phase, mesh, batch, pair_set, params, st
         checkpoint_seconds=config.checkpoint_seconds,
         finish=functools.partial(_log_pictures, config, mesh) if phase != "reg" else None,
     )
-    return result_of(state)
+    return sharding.gathered(result_of(state), mesh)
 
 
 def scheduled(

@@ -61,14 +61,22 @@ def _of_leaf(path, shape, mesh):
     axes = next((axes for pattern, axes in RULES if pattern.search(name)), ()) if parts > 1 else ()
     for axis in axes:
         if len(shape) >= -axis and shape[axis] % parts == 0:
-            spec = ["fsdp" if index == axis % len(shape) else None for index in range(len(shape))]
-            return NamedSharding(mesh, PartitionSpec(*spec))
+            # Without axes after it, as jax writes it: another spelling would compile the step twice.
+            return NamedSharding(mesh, PartitionSpec(*[None] * (axis % len(shape)), "fsdp"))
     return whole(mesh)
 
 
 def place(state: _Tree, mesh: Mesh) -> _Tree:
     """A state, which every process has whole, as arrays that lie where `of_state` says."""
-    return jax.device_put(state, of_state(state, mesh))
+
+    def put(leaf, where):
+        if where.is_fully_addressable:
+            return jax.device_put(leaf, where)
+        # Between processes nothing has to be sent: each of them has it.
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
+
+    return jax.tree.map(put, state, of_state(state, mesh))
 
 
 def gathered(tree: _Tree, mesh: Mesh) -> _Tree:
