@@ -1,5 +1,6 @@
 """Registers many cases into one folder: results are kept as they come, failures are rows, and a stopped run can go on."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -174,7 +175,10 @@ def register_rows(
                 shutil.rmtree(partial, ignore_errors=True)
             raise
     if shard.whole:
-        shutil.rmtree(parts, ignore_errors=True)
+        for path in parts.glob(f"*/{PART}"):
+            shutil.rmtree(path.parent, ignore_errors=True)
+        with contextlib.suppress(OSError):  # nothing was shared, or the folder holds something else
+            parts.rmdir()
     return Registered(out, results, failures)
 
 

@@ -235,11 +235,13 @@ def _claim(workdir, document, part):
     path = workdir / "manifest.json"
     if path.exists():
         found = read_manifest(workdir)
-        if part or found.get("shared"):
+        shared = part or found.get("shared", False)
+        if shared:
             document = {**document, "scans": {**found.get("scans", {}), **document["scans"]}, "shared": True}
-        fields = ("base", "config", *({"detector", "scans"} & set(found) & set(document)))
+        same = ("base", "config") if shared else ("base", "config", "scans")
+        fields = (*same, *({"detector"} & set(found) & set(document)))
         for field in fields:
-            if found.get(field) != document[field] and not (field == "scans" and "shared" in document):
+            if found.get(field) != document[field]:
                 errors.fail(
                     path,
                     field,

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import pathlib
-import resource
 import time
 import zlib
 from collections.abc import Callable
@@ -35,6 +34,11 @@ from radgs_jax.training.update import make_update
 from radgs_jax.training.update import result_of
 from radgs_jax.training.update import state_of
 from radgs_jax.training.update import update_of
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
 
 LOG_STEPS = 10
 """Number of steps between scalars and between checks for skipped steps. Both wait for the device: half of it waits twice as
@@ -348,14 +352,15 @@ class _Pace:
         return batch
 
     def read(self):
-        """Figures since the last time: examples_per_s, waiting_share, and memory_gb, the most that was in use."""
+        """Figures since the last time: examples_per_s, waiting_share, and memory_gb, the most in use, where it is known."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
         found = {"examples_per_s": self._examples / elapsed, "waiting_share": self._waited / elapsed}
         self.__init__()
-        stats = jax.local_devices()[0].memory_stats() or {}
-        # A CPU's device has no figures of its own; Linux counts kilobytes.
-        most = stats.get("peak_bytes_in_use", 1000 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        return {**found, "memory_gb": most / 1e9}
+        most = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        if most is None and resource is not None:
+            # A CPU's device has no figures of its own; Linux counts in units of 1024 bytes.
+            most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return found if most is None else {**found, "memory_gb": most / 1e9}
 
 
 class _Skips:
