@@ -81,7 +81,7 @@ def prepare(
     workdir = pathlib.Path(workdir)
     digests = ScanDigests()
     groups, mine = {}, shard.of((target.ct, target.mask) for target in targets)
-    if not mine:
+    if not (mine or shard.whole):
         return
     for target in [target for target in targets if (target.ct, target.mask) in mine]:
         groups.setdefault(digests.of(target), {})[target.label] = target
