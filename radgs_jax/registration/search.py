@@ -36,14 +36,14 @@ class SearchConfig:
     CT and four vertebrae of a phantom.
 
     Attributes:
-      turn_rad: by how much starts are turned against a refused answer about each of its axes. Most answers that are wrong by
-        less than 5 mm sit in a wrong orientation; at half the turn they stay there, at twice they find a neighbour. The places of
-        neighbouring levels lie along arcs of this turn, to the front and back: at twice, straight spines are missed.
+      turn_rad: by how much starts are turned, about each axis, against an answer that is refused or `uneven`. Most answers that are
+        wrong by less than 5 mm sit in a wrong orientation; at half the turn they stay there, at twice they find a neighbour. The
+        places of neighbouring levels lie along arcs of this turn, to the front and back: at twice, straight spines are missed.
       depth_mm: shifts along the rays of a view that are tried: where one view fits, it fits in other depths as well.
-      uneven: ratio of the views' least and largest support below which the answer is tried in other depths of the view with the
-        largest. Wrong answers that one view shows well have up to 0.67; right ones 0.8 and more where the body has moved as one
-        piece, 0.67 and more where it has bent, and less with metal in the vertebra. At half, wrong ones stay and are accepted; at
-        1, every answer is tried.
+      uneven: ratio of the views' least and largest support below which the answer is also tried turned, and in other depths of the
+        view with the largest. Wrong answers that one view shows well have up to 0.77; right ones 0.8 and more where the body has
+        moved as one piece, 0.67 and more where it has bent, and less with metal in the vertebra. At half, wrong ones stay and are
+        accepted; at 1, every answer is tried.
       one_sided: ratio below which an answer is searched for wider, even where it is trusted: below that of right ones without metal
         in the vertebra. At half, wrong ones are accepted; at 1, every answer is searched for.
       overview: how a wider search looks for the body.
@@ -120,6 +120,12 @@ def _turn(axis, angle):
     return rigid_host.matrix(angle * axis, [0.0, 0.0, 0.0])
 
 
+def _turned(world_from_box, search):
+    """The pose turned about each of its axes, both ways."""
+    angles = -search.turn_rad, search.turn_rad
+    return [world_from_box @ _turn(axis, angle) for axis in np.eye(3) for angle in angles]
+
+
 def along_arcs(world_from_box: _Pose, along_mm: float, turns_rad: Sequence[float]) -> list[_Pose]:
     """Poses of a neighbouring level, `along_mm` up the spine, for each turn that the spine bends forwards or back on the way."""
     halves = [_turn(np.eye(3)[0], 0.5 * turn) for turn in turns_rad]
@@ -185,12 +191,13 @@ def refine_pose(
             refined = again(refined)
         return refined
 
-    def in_other_depths(refined):
+    def moved_where_uneven(refined):
         if evenness(refined) >= search.uneven:
             return refined
         best = int(np.argmax(refined.support))
         pose, cameras = (np.asarray(a, np.float64) for a in (refined.world_from_box, seen.camera_from_world))
-        other = settled(run(_along_rays(pose, cameras[best : best + 1], search.depth_mm), config.levels))
+        moved = [*_along_rays(pose, cameras[best : best + 1], search.depth_mm), *_turned(pose, search)]
+        other = settled(run(moved, config.levels))
         if not other.fit[-1] > refined.fit[-1]:
             return refined
         away_mm = _apart_mm(other, refined)
@@ -202,7 +209,7 @@ def refine_pose(
     refined = run(starts, levels, least_fit)
     if refined.fit[-1] < least_fit:
         return refined
-    refined = in_other_depths(settled(refined))
+    refined = moved_where_uneven(settled(refined))
     for _ in range(search.max_walk if places_mm else 0):
         places = [refined.world_from_box @ _shift((0.0, 0.0, along)) for along in places_mm]
         other = run(places, glance(config, search))
@@ -256,16 +263,14 @@ def searches(
         label: VerSe number.
     """
     places_mm = neighbours_mm(label)
-    angles = (-search.turn_rad, search.turn_rad)
-    turns = [_turn(axis, angle) for axis in np.eye(3) for angle in angles]
     if not places_mm:
-        starts = [start, *(start @ turn for turn in turns)]
+        starts = [start, *_turned(start, search)]
         levels = twice(config, search.survivors)
         yield refine_pose(programs, parts, seen, starts, config, search, places_mm, levels)
         return
     refined = refine_pose(programs, parts, seen, [start], config, search, places_mm, twice(config), search.promising)
     yield refined
-    near = [pose @ turn for pose in (refined.world_from_box, start) for turn in turns]
+    near = [*_turned(refined.world_from_box, search), *_turned(start, search)]
     near += _along_rays(refined.world_from_box, seen.camera_from_world, search.depth_mm)
     wide = [*near, *wider_starts()][: search.starts]
     # Always as many, so that one program takes them.

@@ -107,6 +107,24 @@ def test_an_answer_that_one_view_alone_shows_is_tried_in_other_depths_of_that_vi
     assert found[0.65].rival_mm > gauss_newton.DISTINCT_MM and 0.0 < found[0.65].margin < 1.0
 
 
+@pytest.mark.parametrize("axis, sign", [(0, 1), (1, -1), (2, 1)])
+def test_an_answer_that_one_view_alone_shows_is_tried_in_other_orientations(spine, xrays, axis, sign):
+    """In place of the refinement, one that takes no step, and whose second view shows turned poses less well."""
+    how = search.SearchConfig()
+    start = TRUTH @ rigid_host.matrix(sign * how.turn_rad * np.eye(3)[axis], (0.0, 0.0, 0.0))
+
+    def stays(parts, views, camera_from_world, poses, iterations, level, config):
+        off_mm = np.linalg.norm(np.asarray(poses[:, 0]) - TRUTH, axis=(-2, -1))
+        support, none = np.stack([np.ones_like(off_mm), 1.0 / (1.0 + off_mm)], -1), np.zeros_like(off_mm)
+        found = [np.zeros((len(poses), 6, 6))] * 2 + [support, support, none, none]
+        return gauss_newton.Candidates(poses, 2.0 * support.mean(-1), *found)
+
+    seen = pyramid.make_pyramid(xrays, [level.pixel_mm for level in CONFIG.levels])
+    programs = dataclasses.replace(programs_of(jax.jit), refine_level=stays)
+    found = search.refine_pose(programs, spine, seen, [start], CONFIG, how, (), CONFIG.levels)
+    np.testing.assert_allclose(found.world_from_box, TRUTH, atol=1e-4)
+
+
 def test_arcs_lead_along_a_curved_spine():
     """Vertebrae on a circle in the sagittal plane, each turned about its right axis against the one before."""
     turn, chord_mm = np.radians(17.0), 33.0
