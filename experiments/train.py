@@ -41,12 +41,6 @@ def define_flags() -> None:
     flags.DEFINE_multi_enum("p1_split", ["training"], verse.SPLITS, "Split of --p1_data that P1 trains on, or several.")
     flags.DEFINE_string("p2_cases", None, "Case file of real X-rays with known poses, for P2; default: simulated.")
     flags.DEFINE_string("p2_variant", "real", "Array of the X-ray files of --p2_cases.")
-    flags.DEFINE_integer("parts", 1, "Parts of a batch that are computed one after the other.", lower_bound=1)
-    flags.DEFINE_float(
-        "ema", 0.0, "Decay of the parameters' moving average; 0: none.", lower_bound=0.0, upper_bound=0.99999
-    )
-    flags.DEFINE_bool("bfloat16", False, "Compute the backbones in bfloat16, in training.")
-    flags.DEFINE_bool("remat", False, "Compute the backbones once more for the gradient, to save memory.")
     flags.DEFINE_integer("p2_fold", 0, "Number of the fold of patients that P2 holds out.", lower_bound=0)
     cluster.define()
     input_flags.define_scan("of the patient that P3 prepares; default: a phantom's")
@@ -161,8 +155,8 @@ def main() -> None:
 def _main():
     asked = flags.FLAGS
     config = configs.PRESETS[asked.preset]
-    how = UpdateConfig(asked.parts, asked.ema, asked.bfloat16, asked.remat)
-    config = dataclasses.replace(config, seed=asked.seed, p2_fold=asked.p2_fold, mesh=cluster.mesh_shape(), update=how)
+    how = {"mesh": cluster.mesh_shape(), "update": cluster.update_config()}
+    config = dataclasses.replace(config, seed=asked.seed, p2_fold=asked.p2_fold, **how)
     patient = tuple(input_flags.targets()) if asked.ct or asked.mask else ()
     if any(target.labels for target in patient):
         # Held-out X-rays are a case file, whose label maps are recognised.

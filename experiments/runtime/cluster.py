@@ -13,6 +13,7 @@ from data_pipelines.io import processes
 from experiments.runtime import endings
 from radgs_jax import errors
 from radgs_jax.training import sharding
+from radgs_jax.training.update import UpdateConfig
 
 AUTO = "auto"
 """Value of --distributed that asks the launcher's environment: SLURM, Open MPI, a TPU's or Kubernetes' own."""
@@ -23,19 +24,42 @@ SHOWN_CHARACTERS = 160
 
 
 def define() -> None:
-    """Defines --distributed and --mesh."""
+    """Defines --distributed and the flags of a step."""
     flags.DEFINE_string("distributed", None, f"Join a distributed run: {GRAMMAR}; default: one process.")
+    define_step()
+
+
+def define_step() -> None:
+    """Defines --mesh, --parts, --ema, --bfloat16 and --remat."""
     flags.DEFINE_list("mesh", [], f"Sizes of the device mesh's axes, {MESH_GRAMMAR}; default: all devices for data.")
+    flags.DEFINE_integer("parts", 1, "Parts of a batch that are computed one after the other.", lower_bound=1)
+    flags.DEFINE_float(
+        "ema", 0.0, "Decay of the parameters' moving average; 0: none.", lower_bound=0.0, upper_bound=0.99999
+    )
+    flags.DEFINE_bool("bfloat16", False, "Compute the backbones in bfloat16, in training.")
+    flags.DEFINE_bool("remat", False, "Compute the backbones once more for the gradient, to save memory.")
 
 
-def mesh_shape() -> tuple[tuple[str, int], ...]:
-    """The (axis, size) that --mesh names; raises InputError for another text or a mesh of another number of devices."""
+def update_config() -> UpdateConfig:
+    """How the flags say that a step is made."""
+    given = flags.FLAGS
+    return UpdateConfig(given.parts, given.ema, given.bfloat16, given.remat)
+
+
+def mesh_shape(devices: int | None = None) -> tuple[tuple[str, int], ...]:
+    """The (axis, size) that --mesh names.
+
+    Args:
+      devices: their number; None takes jax's.
+    Raises:
+      InputError: another text, or a mesh of another number of devices.
+    """
     found = [re.fullmatch(rf"({'|'.join(sharding.AXES)}):([1-9]\d{{0,5}})", text) for text in flags.FLAGS.mesh]
     if not all(found):
         errors.fail("flags", "--mesh", repr(",".join(flags.FLAGS.mesh)), MESH_GRAMMAR)
     shape = tuple((one[1], int(one[2])) for one in found if one)
     try:
-        sharding.make_mesh(shape=dict(shape))
+        sharding.axis_sizes(jax.device_count() if devices is None else devices, dict(shape))
     except ValueError as error:
         errors.fail("flags", "--mesh", f"{','.join(flags.FLAGS.mesh)}: {error}", "a mesh of all devices")
     return shape

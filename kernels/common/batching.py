@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import backend
+from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
@@ -25,7 +26,8 @@ def along_batch(
     """Computes `function(*arrays)` shard by shard; arguments and results have the same leading batch axes.
 
     XLA cannot see inside a kernel, so it would gather a sharded batch on every device before the call; declaring the batch axes
-    independent prevents that. vmap adds one more batch axis; where it maps a shared array or a sum, it becomes a loop.
+    independent prevents that. Where a mesh is in use (`jax.set_mesh`), the first of them is split over all of it. vmap adds one
+    more batch axis; where it maps a shared array or a sum, it becomes a loop.
 
     Args:
       function: arrays -> tuple of arrays; must accept any number and size of leading axes.
@@ -59,8 +61,28 @@ def along_batch(
     return call(*arrays)
 
 
+def _over_mesh(function, mesh, arrays, shared, summed):
+    """`function` with the first batch axis split over all of a mesh that is in use, which TPUs need: they know no
+    `custom_partitioning`. Inside a `jax.shard_map` it is split already."""
+    splits = all(kind == AxisType.Auto for kind in mesh.axis_types) and len(arrays[shared]) % mesh.size == 0
+    if not splits or mesh.size == 1:
+        return function(*arrays)
+    first = PartitionSpec(mesh.axis_names)
+
+    def on_each(*shards):
+        results = function(*shards)
+        return jax.lax.psum(results, mesh.axis_names) if summed else results
+
+    taken = (PartitionSpec(),) * shared + (first,) * (len(arrays) - shared)
+    given = PartitionSpec() if summed else first
+    return jax.shard_map(on_each, in_specs=taken, out_specs=given, check_vma=False)(*arrays)
+
+
 def _partitioned(function, events, arrays, shared, summed):
     batch = arrays[shared].ndim - events[shared]
+    mesh = jax.sharding.get_abstract_mesh()
+    if batch and not mesh.empty:
+        return _over_mesh(function, mesh, arrays, shared, summed)
     # All kinds of devices count: the arrays may be split over a host's processors although the default device is one GPU.
     if batch == 0 or all(client.device_count() == 1 for client in backend.backends().values()):
         return function(*arrays)

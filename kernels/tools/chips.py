@@ -1,6 +1,7 @@
 """Chips, as their data sheets describe them, and the targets that kernels are compiled for."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 
@@ -22,6 +23,11 @@ class Chip:
       threads: maximum number of resident threads per core.
       shared: bytes of shared memory per core.
       shared_optin: maximum bytes of shared memory per block.
+      matrix: peak operations per second of dense matrix products, by the type of their operands, at jax's default precision:
+        float32 in TF32 on a GPU, and in one pass of bfloat16 on a TPU.
+      link: bytes/s that a chip sends to its neighbours, in one direction, over all of its links.
+      linked: number of chips that these links reach.
+      network: bytes/s per chip, in one direction, beyond those; of one 400 Gbit/s adapter per GPU, or a TPU pod's own links.
     """
 
     name: str
@@ -38,6 +44,10 @@ class Chip:
     threads: int = 0
     shared: int = 0
     shared_optin: int = 0
+    matrix: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    link: float = 0.0
+    linked: int = 1
+    network: float = 5e10
 
     @property
     def flops(self) -> float:
@@ -57,22 +67,28 @@ CHIPS = {
         "NVIDIA A100 SXM 80 GB",
         f"NVIDIA A100 data sheet and A100 architecture whitepaper; {_GUIDE}",
         *("gpu", 108, 1.41, 128, 16, 2.039e12, 80 * 2**30, 40 * 2**20, (8, 0), 2048, 164 * 2**10, 163 * 2**10),
+        *({"float32": 1.56e14, "bfloat16": 3.12e14}, 3e11, 8),
     ),
     "rtx4090": Chip(
         "NVIDIA GeForce RTX 4090",
         f"NVIDIA Ada GPU architecture whitepaper; {_GUIDE}",
         *("gpu", 128, 2.52, 256, 16, 1.008e12, 24 * 2**30, 72 * 2**20, (8, 9), 1536, 100 * 2**10, 99 * 2**10),
+        *({"float32": 8.26e13, "bfloat16": 1.652e14}, 3.2e10, 8),
     ),
     "h100": Chip(
         "NVIDIA H100 SXM 80 GB",
         f"NVIDIA H100 data sheet and H100 architecture whitepaper; {_GUIDE}",
         *("gpu", 132, 1.98, 256, 16, 3.35e12, 80 * 2**30, 50 * 2**20, (9, 0), 2048, 228 * 2**10, 227 * 2**10),
+        *({"float32": 4.947e14, "bfloat16": 9.894e14}, 4.5e11, 8),
     ),
     "v5e": Chip(
         "Google TPU v5e",
         # 197 TFLOP/s = 4 matrix units of 128 x 128 multiply-adds at 1.5 GHz; the vector unit: 8 x 128 lanes of 4 ALUs.
         "Google Cloud TPU v5e documentation (memory, and the clock from 197 TFLOP/s); How to Scale Your Model (vector unit)",
         *("tpu", 1, 1.5, 4096, None, 8.19e11, 16 * 2**30),
+        matrix={"float32": 1.97e14, "bfloat16": 1.97e14},
+        link=2e11,  # the documentation's 1,600 Gbit/s
+        linked=256,
     ),
 }
 

@@ -59,7 +59,47 @@ def parse_pallas_calls(hlo: str) -> list[dict[str, Any]]:
     return result
 
 
+_COLLECTIVES = (
+    "all-gather|all-reduce|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast|reduce-scatter"
+)
+
+
 def parse_collectives(hlo: str) -> dict[str, int]:
     """Number, by opcode, of the operations in an HLO text that move data between devices."""
-    names = "all-gather|all-reduce|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast|reduce-scatter"
-    return dict(collections.Counter(re.findall(rf"(?<![\w-])({names})(?:-start)?\(", hlo)))
+    return dict(collections.Counter(re.findall(rf"(?<![\w-])({_COLLECTIVES})(?:-start)?\(", hlo)))
+
+
+def _instructions(hlo):
+    """(opcode, bytes of the result, bytes of the operands) of each instruction in an HLO text."""
+    sizes: dict[str, int] = {}
+    for line in hlo.splitlines():
+        found = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", line)
+        if found:
+            name, shape, opcode, rest = found.groups()
+            sizes[name] = array_bytes(shape)
+            operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
+            yield opcode, sizes[name], sum(sizes.get(operand, 0) for operand in operands)
+
+
+def collective_bytes(hlo: str) -> dict[str, int]:
+    """Bytes, by opcode, that a device gives to or takes from such operations: of their operands or results, if these are more."""
+    found: collections.Counter[str] = collections.Counter()
+    for opcode, result, operands in _instructions(hlo):
+        if match := re.fullmatch(rf"({_COLLECTIVES})(-start)?", opcode):
+            # What starts one, but for a sum, lists its operands among its results.
+            listed = match[2] and match[1] != "all-reduce"
+            found[match[1]] += max(result - operands * bool(listed), operands)
+    return dict(found)
+
+
+_MOVES_NOTHING = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional"}
+
+
+def moved_bytes(hlo: str) -> int:
+    """Bytes that a compiled program reads and writes if each operation reads its operands, and writes its results, once.
+
+    Loops are left out: those of a training step are inside the kernels' own launches.
+    """
+    entry = hlo[hlo.find("\nENTRY") + 1 :]
+    counted = (i for i in _instructions(entry) if i[0] not in _MOVES_NOTHING and not i[0].endswith("-done"))
+    return sum(result + operands for _, result, operands in counted)

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,11 +26,14 @@ from jax.sharding import PartitionSpec
 from kernels.tools import compiler_output
 from kernels.tools import operators
 from kernels.tools import roofline
+from kernels.tools.chips import Chip
 from kernels.tools.chips import CHIPS
+from kernels.tools.chips import Target
 from kernels.tools.chips import target_config
 from kernels.tools.chips import TARGETS
 
-_PLATFORMS = {"gpu": "cuda", "tpu": "tpu"}
+PLATFORMS = {"gpu": "cuda", "tpu": "tpu"}
+"""jax's name of the platform of each kind of chip."""
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Limit for all kernels of a target; chosen by hand, several times what they take. Less could cut off a slow machine.
 _TIMEOUT_S = 1800
@@ -61,7 +65,7 @@ def _compile(target, topology, op, spec_name, what):
     sharding = NamedSharding(mesh, split)
     start = time.perf_counter()
     jitted = jax.jit(_named(function, f"{op}_{what}"), in_shardings=sharding, out_shardings=sharding)
-    compiled = jitted.trace(*shapes).lower(lowering_platforms=(_PLATFORMS[kind],)).compile()
+    compiled = jitted.trace(*shapes).lower(lowering_platforms=(PLATFORMS[kind],)).compile()
     seconds = time.perf_counter() - start
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and hlo is not None
@@ -76,29 +80,93 @@ def _compile(target, topology, op, spec_name, what):
     }
 
 
-def work() -> None:
-    """Compiles one target's programs: reads the job from standard input, and writes a line of JSON per program to its file."""
-    job = json.load(sys.stdin)
-    sys.path.extend(job["paths"])
-    target = TARGETS[job["target"]]
+def topology_of(target: Target, chip: Chip) -> Any:
+    """The described devices of a target, to compile for; in a process whose compilers can be imported."""
+    options = {"target_config": target_config(chip)} if chip.kind == "gpu" else {}
+    return topologies.get_topology_desc(
+        platform=PLATFORMS[chip.kind],
+        **{"topology" if chip.kind == "gpu" else "topology_name": target.topology},
+        **options,
+    )
+
+
+def take_jobs(work: Callable[[Target, Chip, Any, Any], dict[str, Any]]) -> None:
+    """What a compiler's process does: the jobs on standard input, one after the other, each with a line of JSON in its file.
+
+    Args:
+      work: (target, its chip, its topology, a job) -> what the compiler reports.
+    """
+    given = json.load(sys.stdin)
+    sys.path.extend(given["paths"])
+    target = TARGETS[given["target"]]
     chip = CHIPS[target.chip]
     # The backends ask for the default device, which here is the described one.
     setattr(jax, "default_backend", lambda: chip.kind)  # noqa: B010
     topology = None
-    for op, spec, what in job["programs"]:
+    for job in given["jobs"]:
         try:
             if topology is None:
-                options = {"target_config": target_config(chip)} if chip.kind == "gpu" else {}
-                topology = topologies.get_topology_desc(
-                    platform=_PLATFORMS[chip.kind],
-                    **{"topology" if chip.kind == "gpu" else "topology_name": target.topology},
-                    **options,
-                )
-            result = _compile(target, topology, op, spec, what)
+                topology = topology_of(target, chip)
+            result = work(target, chip, topology, job)
         except Exception as error:  # any failure of a compiler is a result
             result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
-        with open(job["results"], "a") as file:
+        with open(given["results"], "a") as file:
             file.write(json.dumps(result) + "\n")
+
+
+def work() -> None:
+    """The process of `compile_target`."""
+    take_jobs(lambda target, _, topology, job: _compile(target, topology, *job))
+
+
+def give_jobs(
+    name: str,
+    jobs: Sequence[Any],
+    function: str,
+    paths: Sequence[pathlib.Path | str],
+    folder: pathlib.Path | str,
+    xla_flags: str,
+    limit_s: float = _TIMEOUT_S,
+) -> list[dict[str, Any]]:
+    """Has jobs done in a process of their own, whose imports include the compilers in `paths`.
+
+    Args:
+      name: of the target.
+      jobs: plain values each.
+      function: the process's, as module.function, which calls `take_jobs`.
+      folder: for the results; xla_flags: value of XLA_FLAGS; limit_s: for all of them.
+    Returns:
+      A dict per job; `error` alone where it failed.
+    """
+    results = pathlib.Path(folder) / "results"
+    given = {"target": name, "jobs": jobs, "paths": [str(path) for path in paths], "results": str(results)}
+    # JAXPLATFORMS=cpu keeps the GPU plugin from looking for a driver. The user's own flags for XLA could change the compiled
+    # code, and a program from a cache would dump none.
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
+    variables |= {"JAXPLATFORMS": "cpu", "XLA_FLAGS": xla_flags, "TPU_SKIP_MDS_QUERY": "1"}
+    # Nothing runs, so no chip is taken, and other users of libtpu on this machine are not disturbed.
+    variables |= {"JAX_ENABLE_COMPILATION_CACHE": "false", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    for path in paths:
+        if (library := pathlib.Path(path) / "libtpu" / "libtpu.so").is_file():
+            variables["TPU_LIBRARY_PATH"] = str(library)
+    module = function.rpartition(".")[0]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {module}; {function}()"],
+            input=json.dumps(given),
+            cwd=_ROOT,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+        )
+        status = f"the compiler's process ended with status {done.returncode}"
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        ending = f"{status}: {lines[-1].strip()[:300]}" if lines else status
+    except subprocess.TimeoutExpired:
+        ending = f"not compiled in {limit_s:.0f} s"
+    found = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    return found + [{"error": ending}] * (len(jobs) - len(found))
 
 
 def compile_target(
@@ -119,37 +187,8 @@ def compile_target(
     Returns:
       A dict per program: bytes of its memory, `collectives`, `calls` and `seconds`; or `error` alone.
     """
-    folder = pathlib.Path(folder)
-    results = folder / "results"
-    job = {"target": name, "programs": wanted, "paths": [str(path) for path in paths], "results": str(results)}
-    # JAX_PLATFORMS=cpu keeps the GPU plugin from looking for a driver. The user's own flags for XLA could change the compiled
-    # code, and a program from a cache would dump none.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
     xla_flags = f"--xla_dump_to={folder}" + (f" --xla_gpu_cuda_data_dir={cuda}" if cuda else "")
-    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags, "TPU_SKIP_MDS_QUERY": "1"}
-    # Nothing runs, so no chip is taken, and other users of libtpu on this machine are not disturbed.
-    environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    for path in paths:
-        if (library := pathlib.Path(path) / "libtpu" / "libtpu.so").is_file():
-            environment["TPU_LIBRARY_PATH"] = str(library)
-    command = [sys.executable, "-c", "from kernels.tools import lowering; lowering.work()"]
-    try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(job),
-            cwd=_ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-        )
-        status = f"the compiler's process ended with status {done.returncode}"
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        ending = f"{status}: {lines[-1].strip()[:300]}" if lines else status
-    except subprocess.TimeoutExpired:
-        ending = f"not compiled in {_TIMEOUT_S} s"
-    found = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    return found + [{"error": ending}] * (len(wanted) - len(found))
+    return give_jobs(name, wanted, "kernels.tools.lowering.work", paths, folder, xla_flags)
 
 
 def assemble(cuda: str, ptx: pathlib.Path | str) -> tuple[dict[str, dict[str, int]], str | None]:

@@ -33,12 +33,17 @@ def make_mesh(devices: Sequence[Any] | None = None, shape: Mapping[str, int] | N
       ValueError: an unknown axis, or sizes whose product is not the number of devices.
     """
     chosen = np.asarray(jax.devices() if devices is None else devices)
-    sizes = {"fsdp": 1, **(shape or {})}
-    sizes.setdefault("data", chosen.size // sizes["fsdp"])
-    if set(sizes) != set(AXES) or math.prod(sizes.values()) != chosen.size or min(sizes.values()) < 1:
-        raise ValueError(f"mesh: found {dict(sizes)} for {chosen.size} device(s), wanted sizes of {', '.join(AXES)}")
-    shape_of = tuple(sizes[axis] for axis in AXES)
-    return Mesh(chosen.reshape(shape_of), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    sizes = axis_sizes(chosen.size, shape or {})
+    return Mesh(chosen.reshape(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def axis_sizes(devices: int, shape: Mapping[str, int]) -> tuple[int, ...]:
+    """Sizes of `AXES` for a number of devices; arguments and errors as of `make_mesh`."""
+    sizes = {"fsdp": 1, **shape}
+    sizes.setdefault("data", devices // sizes["fsdp"])
+    if set(sizes) != set(AXES) or math.prod(sizes.values()) != devices or min(sizes.values()) < 1:
+        raise ValueError(f"mesh: found {dict(sizes)} for {devices} device(s), wanted sizes of {', '.join(AXES)}")
+    return tuple(sizes[axis] for axis in AXES)
 
 
 def of_batch(mesh: Mesh) -> NamedSharding:

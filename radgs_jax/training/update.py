@@ -121,7 +121,9 @@ def update_of(
 
             return jax.value_and_grad(of_free, has_aux=True)(free)
 
-        (value, scalars), gradient = _mean_over_parts(of_part, batch, config.parts)
+        # In use here, since operators split their batch over it.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            (value, scalars), gradient = _mean_over_parts(of_part, batch, config.parts)
         norm = optax.global_norm(gradient)
         direction, opt_state = tx.update(gradient, state["opt_state"], free)
         good = jnp.isfinite(norm)

@@ -30,6 +30,7 @@ COMMANDS = (
     "table1",
     "home_tests",
     "metal",
+    "compile_check",
 )
 
 

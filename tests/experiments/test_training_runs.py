@@ -91,6 +91,7 @@ KILL_WHEN = (
 )
 
 
+@pytest.mark.chaos
 def test_a_run_killed_in_every_stage_goes_on_and_ends_with_the_same_table(trained, script, tmp_path):
     """SIGKILL in the data of P1, in three phases of three data stages, and in the evaluation; then to the end."""
     workdir = tmp_path / "run"
