@@ -97,7 +97,6 @@ def take_jobs(work: Callable[[Target, Chip, Any, Any], dict[str, Any]]) -> None:
       work: (target, its chip, its topology, a job) -> what the compiler reports.
     """
     given = json.load(sys.stdin)
-    sys.path.extend(given["paths"])
     target = TARGETS[given["target"]]
     chip = CHIPS[target.chip]
     # The backends ask for the default device, which here is the described one.
@@ -139,7 +138,7 @@ def give_jobs(
       A dict per job; `error` alone where it failed.
     """
     results = pathlib.Path(folder) / "results"
-    given = {"target": name, "jobs": jobs, "paths": [str(path) for path in paths], "results": str(results)}
+    given = {"target": name, "jobs": jobs, "results": str(results)}
     # JAXPLATFORMS=cpu keeps the GPU plugin from looking for a driver. The user's own flags for XLA could change the compiled
     # code, and a program from a cache would dump none.
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
@@ -149,10 +148,11 @@ def give_jobs(
     for path in paths:
         if (library := pathlib.Path(path) / "libtpu" / "libtpu.so").is_file():
             variables["TPU_LIBRARY_PATH"] = str(library)
-    module = function.rpartition(".")[0]
+    # Before anything is imported, since jax looks for compilers once.
+    imports = f"import sys; sys.path.extend({[str(path) for path in paths]}); import {function.rpartition('.')[0]}"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", f"import {module}; {function}()"],
+            [sys.executable, "-c", f"{imports}; {function}()"],
             input=json.dumps(given),
             cwd=_ROOT,
             env=variables,
