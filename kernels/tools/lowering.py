@@ -139,10 +139,10 @@ def give_jobs(
     """
     results = pathlib.Path(folder) / "results"
     given = {"target": name, "jobs": jobs, "results": str(results)}
-    # JAXPLATFORMS=cpu keeps the GPU plugin from looking for a driver. The user's own flags for XLA could change the compiled
+    # JAX_PLATFORMS=cpu keeps the GPU plugin from looking for a driver. The user's own flags for XLA could change the compiled
     # code, and a program from a cache would dump none.
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
-    variables |= {"JAXPLATFORMS": "cpu", "XLA_FLAGS": xla_flags, "TPU_SKIP_MDS_QUERY": "1"}
+    variables |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags, "TPU_SKIP_MDS_QUERY": "1"}
     # Nothing runs, so no chip is taken, and other users of libtpu on this machine are not disturbed.
     variables |= {"JAX_ENABLE_COMPILATION_CACHE": "false", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for path in paths:

@@ -1,4 +1,4 @@
-"""Training steps compiled ahead of time: shapes, counts of operations, what the command says, and a compilation where one can be."""
+"""Training steps compiled ahead of time: shapes, counts of operations, what the command says, and a compilation if there can be."""
 
 import dataclasses
 import os
