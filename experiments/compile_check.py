@@ -52,7 +52,7 @@ def check(
     chip, found = CHIPS[TARGETS[target].chip], ahead.compile_steps(target, preset, sizes, phases, folders)
     rows, scales, wrong = [HEADER, _rule(HEADER)], [SCALE_HEADER, _rule(SCALE_HEADER)], []
     for phase, compiled in zip(phases, found):
-        if reason := _failure(chip, compiled):
+        if reason := _failure(chip, compiled, dict(sizes.mesh).get("fsdp", 1) > 1):
             wrong.append(f"{phase} on {target}: {reason}")
         if "error" in compiled:
             continue
@@ -84,11 +84,15 @@ def _row(phase, compiled, chip, devices):
     return f"| {' | '.join(cells)} |"
 
 
-def _failure(chip, compiled):
+def _failure(chip, compiled, split):
     if "error" in compiled:
         return compiled["error"]
     if compiled["memory"] > chip.memory:
         return f"found {compiled['memory'] / 1e9:.1f} GB a device, wanted {chip.memory / 1e9:.1f} GB at most"
+    # Split parameters are gathered for use. Whatever gathers clouds gathers all of a batch.
+    gathered = sum(size for opcode, size in compiled["sent"].items() if opcode != "all-reduce")
+    if gathered >= compiled["clouds"] and not split:
+        return f"found {gathered / 1e6:.1f} MB gathered, wanted less than the batch's Gaussians, {compiled['clouds'] / 1e6:.1f} MB"
     return None
 
 

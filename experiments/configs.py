@@ -49,7 +49,7 @@ class Config:
       patient_labels: VerSe numbers of the vertebrae that P3 prepares.
       p1, p2, p3: the data stages.
       batch: number of examples per step.
-      checkpoint_seconds: minimum time between checkpoints, s.
+      checkpoint_seconds: minimum time between checkpoints, s; trace_steps: as in `loop.run_steps`.
       passes: number of the network's passes in scores.
       refine: the refinement after them.
       judged: whether P3 adds the shipped acceptance rule.
@@ -75,6 +75,7 @@ class Config:
     p3: StageConfig = StageConfig(pairs=192, ct_pairs=96, steps=(600, 40, 100), learning_rate=1.5e-3)
     batch: int = 16
     checkpoint_seconds: float = 60.0
+    trace_steps: int = 0
     passes: int = 5
     refine: RefineConfig = RefineConfig()
     judged: bool = True

@@ -42,6 +42,7 @@ def define_flags() -> None:
     flags.DEFINE_string("p2_cases", None, "Case file of real X-rays with known poses, for P2; default: simulated.")
     flags.DEFINE_string("p2_variant", "real", "Array of the X-ray files of --p2_cases.")
     flags.DEFINE_integer("p2_fold", 0, "Number of the fold of patients that P2 holds out.", lower_bound=0)
+    flags.DEFINE_integer("trace_steps", 0, "Steps of each phase that jax's profiler records.", lower_bound=0)
     cluster.define()
     input_flags.define_scan("of the patient that P3 prepares; default: a phantom's")
 
@@ -81,7 +82,7 @@ def score_patient(
 def mark(config: configs.Config, given: RealData = RealData()) -> str:
     """Digest of all that a run's results depend on."""
     values = dataclasses.asdict(config)
-    del values["mesh"]
+    del values["mesh"], values["trace_steps"]
     if config.update == UpdateConfig():
         del values["update"]
     return identity.config_hash(values, *given.mark())
@@ -156,7 +157,8 @@ def _main():
     asked = flags.FLAGS
     config = configs.PRESETS[asked.preset]
     how = {"mesh": cluster.mesh_shape(), "update": cluster.update_config()}
-    config = dataclasses.replace(config, seed=asked.seed, p2_fold=asked.p2_fold, **how)
+    how |= {"seed": asked.seed, "p2_fold": asked.p2_fold, "trace_steps": asked.trace_steps}
+    config = dataclasses.replace(config, **how)
     patient = tuple(input_flags.targets()) if asked.ct or asked.mask else ()
     if any(target.labels for target in patient):
         # Held-out X-rays are a case file, whose label maps are recognised.

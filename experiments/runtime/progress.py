@@ -3,7 +3,9 @@
 import pathlib
 import sys
 from collections.abc import Mapping
+from typing import Any
 
+import jax
 import numpy as np
 import tqdm
 
@@ -50,3 +52,33 @@ class Log:
         """Flushes pending events and closes the file."""
         if self._writer:
             self._writer.close()
+
+
+class Trace:
+    """jax's profile of some steps of a stage, in the folder of its `Log`."""
+
+    def __init__(self, folder: pathlib.Path | str, stage: str, start: int, stop: int) -> None:
+        """Records from step `start` to before `stop`; nothing where they are the same."""
+        self._folder, self._start, self._stop, self._on = (
+            pathlib.Path(folder) / "tensorboard" / stage,
+            start,
+            stop,
+            False,
+        )
+
+    def before(self, step: int, state: Any) -> None:
+        """To be called before each step with the state, for which it waits where the profile begins or ends."""
+        if step not in (self._start, self._stop) or self._start == self._stop:
+            return
+        jax.block_until_ready(state)
+        if step == self._start:
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what has been recorded."""
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on = False

@@ -151,6 +151,7 @@ def _compile(target, chip, topology, job):
         "flops": {kind: count / target.devices for kind, count in matrix_flops(traced.jaxpr.jaxpr).items()},
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(arguments[0]["params"])),
         "kernels": len(compiler_output.parse_pallas_calls(hlo)),
+        "clouds": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments[3].cloud)),
     }
 
 
@@ -169,7 +170,7 @@ def compile_steps(
     Returns:
       A dict per phase, of one device: bytes of its `state` (arguments), of all `memory`, `sent` by each kind of collective
       operation, and `moved` (`compiler_output.moved_bytes`); `flops` of matrix products by type; the numbers of `collectives`, of
-      `parameters` of all devices, and of `kernels` launched. Or `error` alone.
+      `parameters` of all devices, and of `kernels` launched; and bytes of the `clouds` of a whole batch. Or `error` alone.
     """
     devices, chip = TARGETS[target].devices, CHIPS[TARGETS[target].chip]
     each = configs.PRESETS[preset].batch if sizes.batch is None else sizes.batch

@@ -160,6 +160,7 @@ def _train_phase(config, workdir, name, phase, mesh, batch, pair_set, params, st
         steps=steps,
         budget_s=budget_s,
         checkpoint_seconds=config.checkpoint_seconds,
+        trace_steps=config.trace_steps,
         finish=functools.partial(_log_pictures, config, mesh) if phase != "reg" else None,
     )
     return sharding.gathered(result_of(state), mesh)
@@ -178,12 +179,13 @@ def scheduled(
     checkpoint_seconds: float,
     steps: int | None = None,
     budget_s: float | None = None,
+    trace_steps: int = 0,
     finish: Callable[[progress.Log, int, Any, Any], None] | None = None,
 ) -> Any:
     """`run_steps` with a cosine schedule and, if asked for, a time budget; closes `batches`.
 
     Args:
-      folder, log_folder, mesh, state, update, checkpoint_seconds: as in `run_steps`.
+      folder, log_folder, mesh, state, update, checkpoint_seconds, trace_steps: as in `run_steps`.
       batches: as in `run_steps`, with `close`.
       seed: of all steps.
       learning_rate: peak of the schedule.
@@ -212,6 +214,7 @@ def scheduled(
             rate=lambda step: cosine(step, steps, learning_rate, min(WARMUP_STEPS, max(1, steps // 5))),
             steps=steps,
             checkpoint_seconds=checkpoint_seconds,
+            trace_steps=trace_steps,
             finish=None if finish is None else lambda log, state, batch: finish(log, steps, state, batch),
         )
 
@@ -228,6 +231,7 @@ def run_steps(
     rate: Callable[[int], float],
     steps: int,
     checkpoint_seconds: float,
+    trace_steps: int = 0,
     finish: Callable[[progress.Log, Any, Any], None] | None = None,
 ) -> Any:
     """Trains for a number of steps, continuing from the last checkpoint in `folder`, with a progress bar.
@@ -242,6 +246,7 @@ def run_steps(
       rate: step -> learning rate.
       steps: number of steps, those before the checkpoint included.
       checkpoint_seconds: minimum time between checkpoints, s.
+      trace_steps: how many steps jax's profiler records beside the TensorBoard log, after the first, which compiles.
       finish: called with (log, state, last batch) after the last step.
     Returns:
       the state after the last step.
@@ -261,7 +266,10 @@ def run_steps(
         saved = time.monotonic()
         log = stack.enter_context(contextlib.closing(progress.Log(log_folder, folder.name)))
         with cluster.asked_to_end() as asked, progress.bar(steps, folder.name, first) as bar:
+            traced = progress.Trace(log_folder, folder.name, first + 1, first + 1 + trace_steps)
+            stack.enter_context(contextlib.closing(traced))
             for step in range(first, steps):
+                traced.before(step, state)
                 place, learning_rate = batches.get_state(), np.float32(rate(step))
                 batch = pace.next_of(batches)
                 step_key = jax.random.fold_in(key, _whole(np.uint32(step), mesh))

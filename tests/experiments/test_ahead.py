@@ -133,11 +133,19 @@ def test_what_does_not_fit_is_an_error(monkeypatch):
         "moved": 1e10,
         "kernels": 4,
     }
-    compiled |= {"flops": {"float32": 1e12}, "parameters": 10}
-    monkeypatch.setattr(ahead, "compile_steps", lambda *_: [compiled, {**compiled, "memory": 5e9}, {"error": "no"}])
-    text, wrong, _ = compile_check.check("8xh100", "paper", ahead.Sizes(), ("rec", "reg", "joint"), ())
+    compiled |= {"flops": {"float32": 1e12}, "parameters": 10, "clouds": 2e6}
+    small = {**compiled, "memory": 5e9}
+    gathers = {**small, "sent": {"all-reduce": 1e9, "all-gather": 2e6}}
+    monkeypatch.setattr(ahead, "compile_steps", lambda *_: [compiled, small, {"error": "no"}, gathers])
+    text, wrong, _ = compile_check.check("8xh100", "paper", ahead.Sizes(), ("rec", "reg", "joint", "joint"), ())
     assert "| rec | 1.00 | 91.00 | 86 | 2.0 | 3.0 | 4 | 1000 | 0 | 3.89 |" in text and "| reg | 512 |" in text
-    assert wrong == ["rec on 8xh100: found 91.0 GB a device, wanted 85.9 GB at most", "joint on 8xh100: no"]
+    assert wrong == [
+        "rec on 8xh100: found 91.0 GB a device, wanted 85.9 GB at most",
+        "joint on 8xh100: no",
+        "joint on 8xh100: found 2.0 MB gathered, wanted less than the batch's Gaussians, 2.0 MB",
+    ]
+    split = ahead.Sizes(mesh=(("fsdp", 2),))
+    assert compile_check.check("8xh100", "paper", split, ("rec", "reg", "joint", "joint"), ())[1] == wrong[:2]
 
 
 @pytest.mark.slow

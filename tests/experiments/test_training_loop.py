@@ -176,7 +176,7 @@ def _state():
     return sharding.place(state, sharding.make_mesh())
 
 
-def _train(folder, update, batches, steps, checkpoint_seconds=1e9, guard="allow"):
+def _train(folder, update, batches, steps, checkpoint_seconds=1e9, guard="allow", trace_steps=0):
     state, key = _state(), jax.random.key(5)
     with jax.transfer_guard(guard):
         return loop.run_steps(
@@ -190,6 +190,7 @@ def _train(folder, update, batches, steps, checkpoint_seconds=1e9, guard="allow"
             rate=lambda step: cosine(step, 100, 1e-2),
             steps=steps,
             checkpoint_seconds=checkpoint_seconds,
+            trace_steps=trace_steps,
         )
 
 
@@ -321,3 +322,8 @@ def test_the_moving_average_follows_and_is_what_a_phase_ends_with():
     result = result_of(state)
     np.testing.assert_allclose(result["plain"], average, rtol=1e-5)
     assert np.abs(result["plain"] - state["params"]["plain"]).max() > 0.01 and result["fixed"].shape == (2,)
+
+
+def test_a_profile_of_some_steps_lies_beside_the_log(update, tmp_path):
+    _train(tmp_path, update, Batches(), 5, trace_steps=2)
+    assert list((tmp_path / "tensorboard" / "stage").rglob("*.xplane.pb"))
