@@ -6,7 +6,7 @@ FIRST ?= runs/first
 COMPILERS ?= .compilers
 BIN := $(VENV)/bin
 
-.PHONY: demo train test compile-check lint setup
+.PHONY: demo train test test-faults compile-check step-check lint setup
 
 demo: setup
 	$(BIN)/python -m experiments.demo --out=$(FIRST)
@@ -18,10 +18,19 @@ test: setup
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
+# Several processes, kills, damaged checkpoints, a full disk: about half an hour.
+test-faults: setup
+	$(BIN)/python -m pytest -q -m "multiprocess or chaos" --durations=0
+
 # Where the compilers cannot be installed, the check says what it skips and why.
 compile-check: setup
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(COMPILERS) -r requirements-aot.txt
 	$(BIN)/python -m kernels.tools.compile_check --wheels=$(COMPILERS) --libtpu=$(COMPILERS)
+
+# The paper's training steps for eight H100, where `compile-check` has found a compiler.
+step-check: setup
+	test ! -d $(COMPILERS)/jax_plugins || $(BIN)/python -m experiments.compile_check --target=8xh100 --crop_px=976 --grid=128 \
+		--wheels=$(COMPILERS) --libtpu=$(COMPILERS)
 
 lint: setup
 	$(BIN)/python -m ruff check .

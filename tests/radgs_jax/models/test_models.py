@@ -393,7 +393,7 @@ def test_the_papers_families_fit_the_paper_preset(name):
 
 
 def test_every_mesh_trains_alike(tmp_path):
-    """One, two and four devices, with parameters whole and split: the same losses, random numbers included."""
+    """One to eight devices, parameters whole and split: the same losses, random numbers included, from one compilation each."""
     code = (
         "import sys; sys.path[:0] = ['tests/support', '.']\n"
         "import jax, numpy as np, jax.numpy as jnp, tiny\n"
@@ -402,11 +402,11 @@ def test_every_mesh_trains_alike(tmp_path):
         "from radgs_jax.models import radgs_reg\n"
         "from radgs_jax.training import batches, objectives, sharding\n"
         "from radgs_jax.training import update as updates\n"
-        "cloud = jax.tree.map(lambda a: np.tile(a[None, :64], (4,) + (1,) * a.ndim), gaussians.uniform_cloud(4, 15.0, 0.02))\n"
-        "twists = np.random.default_rng(0).normal(size=(4, 6)) * [0.1, 0.1, 0.1, 4.0, 4.0, 4.0]\n"
+        "cloud = jax.tree.map(lambda a: np.tile(a[None, :64], (8,) + (1,) * a.ndim), gaussians.uniform_cloud(4, 15.0, 0.02))\n"
+        "twists = np.random.default_rng(0).normal(size=(8, 6)) * [0.1, 0.1, 0.1, 4.0, 4.0, 4.0]\n"
         "batch = batches.CtBatch(np.asarray(rigid.motion_about(jnp.zeros(3), jnp.asarray(twists))), cloud)\n"
         "params = jax.device_get(jax.jit(lambda key: radgs_reg.init(tiny.MODEL, key))(jax.random.key(0)))\n"
-        "for count, fsdp in ((1, 1), (2, 1), (4, 2)):\n"
+        "for count, fsdp in ((1, 1), (2, 1), (4, 2), (8, 1)):\n"
         "    mesh = sharding.make_mesh(jax.devices()[:count], {'fsdp': fsdp})\n"
         "    update = updates.make_update(mesh, 'reg', tiny.MODEL, objectives.LossConfig(), 0.0)\n"
         "    state = sharding.place(updates.init_state(params, 'reg'), mesh)\n"
@@ -426,11 +426,11 @@ def test_every_mesh_trains_alike(tmp_path):
     )
     environment = {
         **os.environ,
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = np.array([list(map(float, line.split())) for line in done.stdout.splitlines()])
-    assert found.shape == (3, 4) and np.isfinite(found).all()
-    np.testing.assert_allclose(found, np.tile(found[:1], (3, 1)), rtol=1e-4)
+    assert found.shape == (4, 4) and np.isfinite(found).all()
+    np.testing.assert_allclose(found, np.tile(found[:1], (4, 1)), rtol=1e-4)
