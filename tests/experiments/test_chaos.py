@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from trainings import LIMIT_S
 from trainings import Running
 
-KILLS, STEPS, INTERVAL = 20, 1500, 10
+KILLS, STEPS, INTERVAL = 20, 400, 10
 FLAGS = "--stage=p1_rec", f"--log_steps={INTERVAL}"
 
 
