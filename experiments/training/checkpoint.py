@@ -52,12 +52,21 @@ def save_state(folder: pathlib.Path | str, step: int, state: Any, place: Any = N
             for file in files.listed(partial):
                 files.synchronise(file)
             checksums.seal(partial)
+            steps = _steps(folder)
             # Later ones were damaged, or the run would have gone on from them.
-            older = [s for s in _steps(folder) if s < step]
-            for other in set(_steps(folder)) - set(older[1 - KEPT :]):
-                shutil.rmtree(folder / f"step_{other}")
+            _remove(folder, [other for other in steps if other >= step])
             partial.rename(path)
             files.synchronise(folder)
+            _remove(folder, [other for other in steps if other < step][: 1 - KEPT])
+
+
+def _remove(folder, steps):
+    """Removes states; one that a kill leaves half removed has no name that is read."""
+    for step in steps:
+        hidden = folder / f".step_{step}.partial_removed"
+        shutil.rmtree(hidden, ignore_errors=True)
+        (folder / f"step_{step}").rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def _clear(folder, but=None):

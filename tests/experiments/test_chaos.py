@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from trainings import LIMIT_S
 from trainings import Running
 
-KILLS, STEPS, INTERVAL = 20, 400, 10
+KILLS, STEPS, FEW, INTERVAL = 20, 400, 100, 1
 FLAGS = "--stage=p1_rec", f"--log_steps={INTERVAL}"
 
 
@@ -96,14 +96,14 @@ def test_kills_at_random_moments_lose_one_interval_at_most(undisturbed, tmp_path
 @pytest.mark.chaos
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_process_of_two_that_is_killed_ends_the_other_and_both_go_on(undisturbed, tmp_path, rank):
-    workdir, flags = tmp_path / "W", (*FLAGS, "--steps=200")
+    workdir, flags = tmp_path / "W", (*FLAGS, f"--steps={FEW}")
     running = Running(workdir, *flags, processes=2)
     _wait(running, lambda: any(line[1] >= 3 * INTERVAL for line in running.lines()))
     _kill(running, rank)
     last = running.lines()[-1][1]
     again = Running(workdir, *flags, processes=2).ended()
     assert again[0][0] == "resumed" and 0 <= last - again[0][1] <= INTERVAL
-    for a, b in zip(_arrays(workdir, 200), undisturbed(200, 2), strict=True):
+    for a, b in zip(_arrays(workdir, FEW), undisturbed(FEW, 2), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -121,7 +121,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.chaos
 def test_a_full_disk_ends_the_run_with_a_line_and_room_lets_it_go_on(undisturbed, small_disk):
-    workdir, flags = small_disk / "W", (*FLAGS, "--steps=200")
+    workdir, flags = small_disk / "W", (*FLAGS, f"--steps={FEW}")
     running = Running(workdir, *flags)
     _wait(running, lambda: any(line[1] >= 2 * INTERVAL for line in running.lines()))
     ballast = pathlib.Path(small_disk / "ballast")
@@ -139,5 +139,5 @@ def test_a_full_disk_ends_the_run_with_a_line_and_room_lets_it_go_on(undisturbed
     ballast.unlink()
     again = Running(workdir, *flags).ended()
     assert again[0][0] == "resumed" and 0 <= last - again[0][1] <= INTERVAL
-    for a, b in zip(_arrays(workdir, 200), undisturbed(200), strict=True):
+    for a, b in zip(_arrays(workdir, FEW), undisturbed(FEW), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -154,6 +154,28 @@ def test_checkpoints_damaged_anywhere_fall_back_on_the_one_before(tmp_path, capl
     damage_checkpoints(SLOW, 6, tmp_path, caplog)
 
 
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_two_whole_ones(tmp_path, monkeypatch):
+    folder, like = tmp_path / "stage", jax.tree.map(jnp.asarray, _state(0))
+    for step in (5, 7):
+        checkpoint.save_state(folder, step, jax.tree.map(jnp.asarray, _state(step)))
+
+    def killed(path, **_):
+        if path.exists():
+            next(file for file in path.rglob("*") if file.is_file()).unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_state(folder, 9, jax.tree.map(jnp.asarray, _state(9)))
+    monkeypatch.undo()
+    assert sorted(path.name for path in folder.glob("step_*")) == ["step_7", "step_9"]
+    for step in (9, 7):
+        assert checkpoint.load_state(folder, like)[0] == step
+        (folder / f"step_{step}" / checksums.NAME).unlink()
+    checkpoint.save_state(folder, 8, jax.tree.map(jnp.asarray, _state(8)))
+    assert sorted(path.name for path in folder.iterdir()) == ["step_7", "step_8"]
+
+
 def _turn(x, n):
     return jnp.sin(x) * n + jnp.cos(x[::-1])
 
