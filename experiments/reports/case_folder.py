@@ -88,6 +88,7 @@ def write(
       start_found: whether the start pose was found in these X-rays.
     """
     # Imported here because matplotlib takes half a second, which a registration without pictures saves.
+    from experiments.reports import page
     from experiments.reports import pictures
 
     folder = pathlib.Path(folder) / name
@@ -119,6 +120,7 @@ def write(
     if outcome.together is not None:
         xrays = pipeline.corrected(xrays, outcome.together)
     pictures.registration_picture(folder / "picture.png", name, said, prepared, xrays, poses, outcome)
+    page.write(folder / "report.html", name, said, prepared, xrays, poses, outcome)
     if (seen := outcome.reconstructed) is not None:
         reconstruction = reconstruct.in_ct(seen.gaussians, np.eye(4), world_from_index, resample.GRID_SHAPE)
         nifti.write_nifti(folder / "reconstruction_in_world.nii.gz", reconstruction, world_from_index)

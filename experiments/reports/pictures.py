@@ -221,8 +221,14 @@ def render(
     )[0]
 
 
-def _checkerboard(close, prepared, xrays, world_from_ct, outcome):
-    """The close-up with every other square from the model, and its valid pixels."""
+def predicted(
+    close: XRay, prepared: Prepared, xrays: Sequence[XRay], world_from_ct: Float[np.ndarray, "4 4"], outcome: Outcome
+) -> Float[np.ndarray, "h w"]:
+    """A close-up as the model predicts it, with what is smooth over `LOCAL_MM` from the X-ray.
+
+    Args:
+      close: of one of `xrays`, by `close_up`; outcome: of the registration.
+    """
     vertebra, refined = prepared.vertebra, outcome.refined
     parts = parts_in(prepared, xrays)
     world_from_box = world_from_ct @ vertebra.ct_from_box
@@ -234,11 +240,17 @@ def _checkerboard(close, prepared, xrays, world_from_ct, outcome):
     smooth = LOCAL_MM * scale
     detail, fine = _detail(image, valid, smooth), _detail(model, valid, smooth)
     gain = np.sum(detail * fine) / max(np.sum(fine * fine), 1e-12)
-    v, u = np.indices(image.shape)
-    squares = (v // max(2, round(SQUARE_MM * scale)) + u // max(2, round(SQUARE_MM * scale))) % 2
     # A model that does not fit has no or a negative gain; it is shown as strong as the X-ray, so that it is seen not to fit.
     strength = np.std(detail[valid]) / max(np.std(fine[valid]), 1e-12) if valid.any() else 1.0
-    return np.where(squares == 1, (image - detail) + max(gain, 0.5 * strength) * fine, image), valid
+    return (image - detail) + max(gain, 0.5 * strength) * fine
+
+
+def _checkerboard(close, prepared, xrays, world_from_ct, outcome):
+    """The close-up with every other square from the model, and its valid pixels."""
+    side = max(2, round(SQUARE_MM * _pixels_per_mm(close.camera, world_from_ct, prepared.vertebra)))
+    v, u = np.indices(close.line_integrals.shape)
+    model = predicted(close, prepared, xrays, world_from_ct, outcome)
+    return np.where((v // side + u // side) % 2 == 1, model, close.line_integrals), close.valid
 
 
 def _detail(image, valid, sigma):

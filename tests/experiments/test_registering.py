@@ -1,6 +1,7 @@
 """Registering many cases: what is said of each, what a failure leaves, and how a stopped run goes on."""
 
 import dataclasses
+import html.parser
 import json
 import math
 
@@ -14,6 +15,7 @@ from experiments.patients import registering
 from experiments.patients import spines
 from experiments.patients.workdir import load
 from experiments.patients.workdir import ScanDigests
+from experiments.reports import page
 from experiments.reports import pictures
 from experiments.reports import verdicts
 from radgs_jax import errors
@@ -211,6 +213,64 @@ def test_the_picture_says_the_verdict_in_its_banner(ready, rows, tmp_path):
         assert image.shape[0] > 480 * len(views)
         corners = image[[2, 2, 100, 100], [2, -3, 2, -3]]
         assert (corners.argmax(1) == strongest).all()
+
+
+class _Page(html.parser.HTMLParser):
+    """Tags with their attributes, the JSON of the scene, and the texts of the matrices."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.scene, self.matrices, self._inside = [], None, [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._inside = dict(attrs).get("id") if tag == "script" else tag
+
+    def handle_endtag(self, tag):
+        self._inside = None
+
+    def handle_data(self, data):
+        if self._inside == "scene":
+            self.scene = json.loads(data)
+        if self._inside == "pre":
+            self.matrices.append(np.array([line.split() for line in data.splitlines()], float))
+
+
+def test_the_page_needs_nothing_else_and_has_the_pose_for_every_frame(ready, rows, tmp_path):
+    views = list(rows[0].xrays())
+    outcome = pipeline.register(ready("refusing"), views, rows[0].start, dataclasses.replace(QUICK, reconstruct=True))
+    poses = {"start": rows[0].start, "estimate": outcome.world_from_ct}
+    said = dataclasses.replace(verdicts.verdict(outcome, ready("refusing"), views), why="<because> & so")
+    page.write(tmp_path / "r.html", "<a case>", said, ready("refusing"), views, poses, outcome)
+    text = (tmp_path / "r.html").read_text()
+    assert "{{" not in text and "&lt;because&gt; &amp; so" in text and "<a case>" not in text and len(text) < 2e6
+    found = _Page(text)
+    assert ("header", {"class": "refused"}) in found.tags
+    for tag, attributes in found.tags:
+        for name in ("src", "href", "data"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
+    images = [attributes for tag, attributes in found.tags if tag == "img"]
+    assert len(images) == 3 * len(views) and all(image["alt"] for image in images)
+    paths = [attributes for tag, attributes in found.tags if tag == "path"]
+    assert [one["class"] for one in paths] == ["start", "estimate"] * 2 and all(
+        one["d"].startswith("M") for one in paths
+    )
+    plain, moving, resampling = found.matrices
+    np.testing.assert_allclose(plain, outcome.world_from_ct, atol=1e-7)
+    np.testing.assert_allclose(moving @ resampling, np.eye(4), atol=1e-4)
+    # A point of the CT, and where it lies in the world, in LPS.
+    point, flip = np.array([10.0, -20.0, 30.0, 1.0]), np.diag([-1.0, -1.0, 1.0, 1.0])
+    np.testing.assert_allclose(moving @ flip @ point, flip @ outcome.world_from_ct @ point, atol=1e-5)
+    assert [view["name"] for view in found.scene["views"]] == ["AP", "lateral"]
+    for view, xray in zip(found.scene["views"], views):
+        E = xray.camera.camera_from_world
+        np.testing.assert_allclose(E[:3, :3] @ view["source"] + E[:3, 3], 0.0, atol=0.05)
+        corner = E[:3, :3] @ view["corners"][2] + E[:3, 3]
+        size = [xray.camera.width, xray.camera.height]
+        pixel = xray.camera.intrinsics[:2] * corner[:2] / corner[2] + xray.camera.intrinsics[2:]
+        np.testing.assert_allclose(pixel, np.array(size) - 0.5, atol=0.1)
+    assert len(found.scene["clouds"]) == 3
 
 
 def test_views_are_named_by_the_way_their_rays_pass_the_patient(rows):

@@ -70,6 +70,7 @@ def test_full_run_leaves_what_it_promises(trained):
         "gaussians.npz",
         "reconstruction_in_world.nii.gz",
         "picture.png",
+        "report.html",
         "network.png",
     }
     assert files.read_json(workdir / "eval" / "results_real.json")["format"] == cases.RESULTS_FORMAT

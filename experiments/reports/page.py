@@ -1,0 +1,201 @@
+"""The page of a registered case: one HTML file that needs nothing else, for a browser."""
+
+import base64
+import html
+import io
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy.spatial import transform
+
+from data_pipelines.io import files
+from experiments.reports import pictures
+from experiments.reports import verdicts
+from experiments.reports.verdicts import Verdict
+from radgs_jax import levels
+from radgs_jax import metrics
+from radgs_jax.geometry.xray import XRay
+from radgs_jax.registration.pipeline import Outcome
+from radgs_jax.registration.prepared import Prepared
+
+TEMPLATE = pathlib.Path(__file__).with_suffix(".html")
+STATES = {True: "accepted", False: "refused", None: "unjudged"}
+POINTS = 1500
+"""Most points of a cloud in the drawing in space. Chosen by hand: half shows holes, twice is slower to turn."""
+BEHIND = 1.35
+"""Distance of the drawn picture planes from the source, relative to the vertebra's. Chosen by hand, to be seen."""
+COLOURS = {"start": "#e8a33d", "estimate": "#1fa8ff", "truth": "#7bd150", "reconstruction": "#f2f2f2"}
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def write(
+    path: pathlib.Path | str,
+    name: str,
+    verdict: Verdict,
+    prepared: Prepared,
+    xrays: Sequence[XRay],
+    poses: Mapping[str, np.ndarray],
+    outcome: Outcome,
+) -> None:
+    """Writes the page: verdict, X-rays to compare with the model, the vertebra in space, and the pose in several frames.
+
+    Args:
+      name: of the case.
+      poses: world_from_ct (4, 4) of 'start', 'estimate' and possibly 'truth', mm.
+      outcome: of the registration.
+    """
+    level = levels.level_name(prepared.vertebra.label)
+    clouds = _clouds(prepared, poses, outcome)
+    filled = {
+        "title": html.escape(f"{level}: {verdict.headline}"),
+        "state": STATES[verdict.accepted],
+        "headline": html.escape(f"{level}: {verdict.headline}"),
+        "lines": "\n".join(f"<p>{html.escape(line)}</p>" for line in _lines(name, verdict, prepared, poses)),
+        "outlines": "".join(
+            f'<label><input type="checkbox" data-outline="{pose}" checked> <span class="key {pose}">{pose}</span></label>'
+            for pose in poses
+        ),
+        "views": "\n".join(_view(xray, prepared, xrays, poses, outcome) for xray in xrays),
+        "clouds": html.escape(f"Points: {', '.join(f'{cloud} ({colour})' for cloud, colour in _named(clouds))}."),
+        "pose": _pose(poses["estimate"], prepared),
+        "scene": json.dumps(_scene(prepared, xrays, poses, clouds)).replace("<", "\\u003c"),
+    }
+    text = TEMPLATE.read_text()
+    for key, value in filled.items():
+        text = text.replace("{{" + key + "}}", value)
+    with files.replacing(pathlib.Path(path)) as temporary:
+        temporary.write_text(text)
+
+
+def _lines(name, verdict, prepared, poses):
+    points = prepared.vertebra.points
+    moved = metrics.mtre(points, poses["start"], poses["estimate"])
+    yield f"{'' if name == 'case' else f'Case {name}. '}Moved {moved:.1f} mm from the start pose."
+    if "truth" in poses:
+        yield f"{metrics.mtre(points, poses['estimate'], poses['truth']):.2f} mm from the true pose."
+    yield from (part for part in (verdict.why, verdict.advice) if part)
+
+
+def _view(xray, prepared, xrays, poses, outcome):
+    """A figure of the X-ray's close-up with the pictures that may cover it, and outlines."""
+    vertebra, estimate = prepared.vertebra, poses["estimate"]
+    close, _ = pictures.close_up(xray, vertebra, estimate)
+    model = pictures.predicted(close, prepared, xrays, estimate, outcome)
+    alone = pictures.render(vertebra.density, vertebra.ct_from_index, estimate, close.camera)
+    inside = close.line_integrals[close.valid] if close.valid.any() else close.line_integrals
+    low, high = np.percentile(inside, [1.0, 99.5])
+    title, height, width = verdicts.view_name(xray, poses["start"]), *close.line_integrals.shape
+    images = [
+        f'<img src="{_png(image, *limits)}" alt="{html.escape(f"{title}: {text}")}"{attribute}>'
+        for image, limits, text, attribute in (
+            (np.where(close.valid, close.line_integrals, low), (low, high), "the X-ray around the vertebra", ""),
+            (model, (low, high), "the X-ray that the model predicts", ' data-picture="model"'),
+            (alone, (0.0, alone.max()), "the CT's vertebra at the estimate", ' data-picture="vertebra"'),
+        )
+    ]
+    paths = [
+        f'<path class="{pose}" d="{_outline(pictures.render(vertebra.density, vertebra.ct_from_index, T, close.camera))}"/>'
+        for pose, T in sorted(poses.items(), key=lambda item: list(pictures.STYLES).index(item[0]))
+    ]
+    drawn = f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" aria-hidden="true">{"".join(paths)}</svg>'
+    caption = f"{title}, around the vertebra"
+    return f'<figure><div class="stack">{"".join(images)}{drawn}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
+
+
+def _png(image, low, high):
+    scaled = np.clip((np.asarray(image, np.float64) - low) / max(high - low, 1e-9), 0.0, 1.0)
+    stream = io.BytesIO()
+    Image.fromarray(np.uint8(np.round(255 * scaled))).save(stream, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _outline(image):
+    """SVG path of a vertebra's outline, in pixels from the image's corner."""
+    if not image.max() > pictures.OUTLINE:
+        return ""
+    axes = Figure().subplots()
+    lines = axes.contour(image, levels=[pictures.OUTLINE]).allsegs[0]
+    return "".join(f"M{' '.join(f'{u + 0.5:.1f},{v + 0.5:.1f}' for u, v in line)}" for line in lines if len(line) > 2)
+
+
+def _sample(points):
+    return points[:: max(1, math.ceil(len(points) / POINTS))]
+
+
+def _clouds(prepared, poses, outcome):
+    """World points, mm, by name."""
+    points = _sample(prepared.vertebra.points)
+    found = {pose: points @ T[:3, :3].T + T[:3, 3] for pose, T in poses.items()}
+    if outcome.reconstructed is not None:
+        means = np.asarray(outcome.reconstructed.gaussians.mean)
+        found["reconstruction"] = _sample(means[np.asarray(outcome.reconstructed.gaussians.density) > 0])
+    return found
+
+
+def _named(clouds):
+    spoken = {"start": "orange", "estimate": "blue", "truth": "green", "reconstruction": "white"}
+    return [(name, spoken[name]) for name in clouds]
+
+
+def _scene(prepared, xrays, poses, clouds):
+    """What is drawn in space, mm."""
+    centre = (poses["estimate"] @ prepared.vertebra.ct_from_box)[:3, 3]
+    views, round_off = [], lambda points: np.round(points, 2).tolist()
+    for xray in xrays:
+        world_from_camera = np.linalg.inv(np.asarray(xray.camera.camera_from_world, np.float64))
+        fx, fy, cx, cy = np.asarray(xray.camera.intrinsics, np.float64)
+        depth = BEHIND * np.linalg.norm(world_from_camera[:3, 3] - centre)
+        u, v = (
+            np.array([0, xray.camera.width, xray.camera.width, 0]),
+            np.array([0, 0, xray.camera.height, xray.camera.height]),
+        )
+        corners = depth * np.stack([(u - 0.5 - cx) / fx, (v - 0.5 - cy) / fy, np.ones(4)], -1)
+        corners = corners @ world_from_camera[:3, :3].T + world_from_camera[:3, 3]
+        views.append(
+            {
+                "name": verdicts.view_name(xray, poses["start"]),
+                "source": round_off(world_from_camera[:3, 3]),
+                "corners": round_off(corners),
+            }
+        )
+    reach = max(float(np.linalg.norm(np.array(view["source"]) - centre)) for view in views)
+    shown = [{"colour": COLOURS[name], "points": round_off(points)} for name, points in clouds.items()]
+    return {"centre": round_off(centre), "reach": reach, "views": views, "clouds": shown}
+
+
+def _pose(world_from_ct, prepared):
+    """Tables of the pose in several frames."""
+    turn = transform.Rotation.from_matrix(world_from_ct[:3, :3])
+    angles, vector = turn.as_euler("xyz", degrees=True), turn.as_rotvec(degrees=True)
+    centre = (world_from_ct @ prepared.vertebra.ct_from_box)[:3, 3]
+    moving = LPS @ world_from_ct @ LPS
+    rows = (
+        ("turn about the world's x, then y, then z, degrees", angles),
+        ("the same as one turn: axis times angle, degrees", vector),
+        ("shift of the CT's origin, mm", world_from_ct[:3, 3]),
+        ("the vertebra's centre in the world, mm", centre),
+    )
+    table = "".join(
+        f"<tr><th scope='row'>{text}</th>{''.join(f'<td class=number>{value:.3f}</td>' for value in values)}</tr>"
+        for text, values in rows
+    )
+    matrices = (
+        ("world_from_ct: moves points of the CT (RAS+, mm) into the C-arm's frame", world_from_ct),
+        ("the same in LPS, as DICOM and ITK write points: moves points", moving),
+        (
+            "its inverse in LPS, as in pose.tfm: what ITK resamples the CT with, and 3D Slicer loads",
+            np.linalg.inv(moving),
+        ),
+    )
+    texts = "".join(
+        f"<h3>{text}</h3><pre>{chr(10).join('  '.join(f'{value:14.8f}' for value in row) for row in matrix)}</pre>"
+        for text, matrix in matrices
+    )
+    head = "<tr><td></td><th scope='col'>x</th><th scope='col'>y</th><th scope='col'>z</th></tr>"
+    return f"<table>{head}{table}</table>{texts}"
