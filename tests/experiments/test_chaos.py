@@ -38,7 +38,12 @@ def _checkpoints(workdir):
 
 
 def _arrays(workdir, steps):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(ocp.load_pytree(_checkpoints(workdir) / f"step_{steps}"))]
+    """A checkpoint's, whatever devices wrote it."""
+    path, here = _checkpoints(workdir) / f"step_{steps}", jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    described = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), ocp.metadata(path).metadata
+    )
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(ocp.load_pytree(path, described))]
 
 
 def _wait(running, enough):
