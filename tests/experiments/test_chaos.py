@@ -81,7 +81,6 @@ def test_kills_at_random_moments_lose_one_interval_at_most(undisturbed, tmp_path
         running = Running(workdir, *FLAGS, f"--steps={STEPS}")
         _wait(running, lambda: any(line[0] == "p1_rec" for line in running.lines()))
         resumed = [line[1] for line in running.lines() if line[0] == "resumed"]
-        assert resumed or not kill
         assert last - (resumed or [0])[0] <= allowed, (kill, last, resumed)
         time.sleep(rng.uniform(0.0, 1.0))
         _kill(running)
