@@ -22,6 +22,7 @@ import pydicom.uid
 from data_pipelines.io import codestream
 from data_pipelines.io import files
 from radgs_jax import errors
+from radgs_jax.geometry import rigid_host
 
 CT_CLASSES = (
     pydicom.uid.CTImageStorage,
@@ -106,7 +107,7 @@ def read_series(path: pathlib.Path | str) -> tuple[np.ndarray, np.ndarray]:
         slices = [piece for file, header in headers for piece in _slices(file, header)]
         ordered, lps_from_index = _stack(path, slices)
         hu = _decode(ordered)
-    return hu, np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps_from_index
+    return hu, rigid_host.LPS_FROM_RAS @ lps_from_index
 
 
 @contextlib.contextmanager

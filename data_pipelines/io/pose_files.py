@@ -8,6 +8,7 @@ import numpy as np
 from data_pipelines.io import camera_files
 from data_pipelines.io import files
 from radgs_jax import errors
+from radgs_jax.geometry import rigid_host
 
 ITK_START = "#Insight Transform File V1.0"
 """First line of an ITK transform as text."""
@@ -15,7 +16,6 @@ MAX_ITK_BYTES = 2**16
 """Bytes of an ITK transform: a bound on files of another kind. Chosen by hand, far above a rigid one; not sensitive."""
 MAX_VERSOR_EXCESS = 1e-6
 """By how much the square of a versor's vector may exceed 1, from rounding. Chosen by hand; not sensitive."""
-_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def read_pose(path: pathlib.Path | str) -> np.ndarray:
@@ -76,7 +76,7 @@ def _read_itk(path):
     ct_from_world[:3, 3] = values[-3:] + fixed[:3] - matrix @ fixed[:3]
     ct_from_world = camera_files.check_rigid(path, "Parameters", ct_from_world)
     # The inverse of what is rigid within a tolerance, so that what was written comes back.
-    return camera_files.check_rigid(path, "Parameters", _LPS @ np.linalg.inv(ct_from_world) @ _LPS)
+    return camera_files.check_rigid(path, "Parameters", rigid_host.between_lps(np.linalg.inv(ct_from_world)))
 
 
 def _numbers(path, name, text, counts):

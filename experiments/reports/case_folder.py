@@ -11,6 +11,7 @@ from data_pipelines.io import nifti
 from experiments.reports import verdicts
 from radgs_jax import gaussians
 from radgs_jax.geometry import resample
+from radgs_jax.geometry import rigid_host
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.levels import level_name
 from radgs_jax.registration import joint
@@ -60,8 +61,7 @@ def itk_transform(world_from_ct: np.ndarray) -> str:
     ITK stores the map from the fixed frame (world) to the moving one (CT); Slicer shows its inverse, which moves the CT into the
     C-arm's frame.
     """
-    lps = np.diag([-1.0, -1.0, 1.0, 1.0])
-    T = lps @ np.linalg.inv(world_from_ct) @ lps
+    T = rigid_host.between_lps(np.linalg.inv(world_from_ct))
     numbers = " ".join(f"{v:.17g}" for v in [*T[:3, :3].ravel(), *T[:3, 3]])
     return (
         "#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3\n"

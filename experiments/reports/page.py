@@ -6,6 +6,7 @@ import io
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ from experiments.reports import pictures
 from experiments.reports import verdicts
 from experiments.reports.verdicts import Verdict
 from radgs_jax import levels
-from radgs_jax import metrics
+from radgs_jax.geometry import rigid_host
 from radgs_jax.geometry.xray import XRay
 from radgs_jax.registration.pipeline import Outcome
 from radgs_jax.registration.prepared import Prepared
@@ -30,8 +31,9 @@ POINTS = 1500
 """Most points of a cloud in the drawing in space. Chosen by hand: half shows holes, twice is slower to turn."""
 BEHIND = 1.35
 """Distance of the drawn picture planes from the source, relative to the vertebra's. Chosen by hand, to be seen."""
-COLOURS = {"start": "#e8a33d", "estimate": "#1fa8ff", "truth": "#7bd150", "reconstruction": "#f2f2f2"}
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+COLOURS = {"start": "orange", "estimate": "blue", "truth": "green", "reconstruction": "white"}
+"""Colours of points, in words: those of `pictures.STYLES`, and `RECONSTRUCTION`."""
+RECONSTRUCTION = "#f2f2f2"
 
 
 def write(
@@ -52,34 +54,25 @@ def write(
     """
     level = levels.level_name(prepared.vertebra.label)
     clouds = _clouds(prepared, poses, outcome)
+    lines = [part for part in (pictures.distances(name, prepared.vertebra, poses), verdict.why, verdict.advice) if part]
+    colours = {pose: style["colors"] for pose, style in pictures.STYLES.items()} | {"reconstruction": RECONSTRUCTION}
     filled = {
-        "title": html.escape(f"{level}: {verdict.headline}"),
         "state": STATES[verdict.accepted],
         "headline": html.escape(f"{level}: {verdict.headline}"),
-        "lines": "\n".join(f"<p>{html.escape(line)}</p>" for line in _lines(name, verdict, prepared, poses)),
+        "lines": "\n".join(f"<p>{html.escape(line[0].upper() + line[1:])}.</p>" for line in lines),
+        "colours": "; ".join(f"--{cloud}: {colour}" for cloud, colour in colours.items()),
         "outlines": "".join(
             f'<label><input type="checkbox" data-outline="{pose}" checked> <span class="key {pose}">{pose}</span></label>'
             for pose in poses
         ),
         "views": "\n".join(_view(xray, prepared, xrays, poses, outcome) for xray in xrays),
-        "clouds": html.escape(f"Points: {', '.join(f'{cloud} ({colour})' for cloud, colour in _named(clouds))}."),
+        "clouds": f"Points: {', '.join(f'{cloud} ({COLOURS[cloud]})' for cloud in clouds)}.",
         "pose": _pose(poses["estimate"], prepared),
-        "scene": json.dumps(_scene(prepared, xrays, poses, clouds)).replace("<", "\\u003c"),
+        "scene": json.dumps(_scene(prepared, xrays, poses, clouds, colours)).replace("<", "\\u003c"),
     }
-    text = TEMPLATE.read_text()
-    for key, value in filled.items():
-        text = text.replace("{{" + key + "}}", value)
+    text = re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], TEMPLATE.read_text())
     with files.replacing(pathlib.Path(path)) as temporary:
         temporary.write_text(text)
-
-
-def _lines(name, verdict, prepared, poses):
-    points = prepared.vertebra.points
-    moved = metrics.mtre(points, poses["start"], poses["estimate"])
-    yield f"{'' if name == 'case' else f'Case {name}. '}Moved {moved:.1f} mm from the start pose."
-    if "truth" in poses:
-        yield f"{metrics.mtre(points, poses['estimate'], poses['truth']):.2f} mm from the true pose."
-    yield from (part for part in (verdict.why, verdict.advice) if part)
 
 
 def _view(xray, prepared, xrays, poses, outcome):
@@ -87,21 +80,26 @@ def _view(xray, prepared, xrays, poses, outcome):
     vertebra, estimate = prepared.vertebra, poses["estimate"]
     close, _ = pictures.close_up(xray, vertebra, estimate)
     model = pictures.predicted(close, prepared, xrays, estimate, outcome)
-    alone = pictures.render(vertebra.density, vertebra.ct_from_index, estimate, close.camera)
-    inside = close.line_integrals[close.valid] if close.valid.any() else close.line_integrals
-    low, high = np.percentile(inside, [1.0, 99.5])
+    alone = {
+        pose: pictures.render(vertebra.density, vertebra.ct_from_index, T, close.camera) for pose, T in poses.items()
+    }
+    low, high = pictures.contrast(close.line_integrals, close.valid)
     title, height, width = verdicts.view_name(xray, poses["start"]), *close.line_integrals.shape
     images = [
         f'<img src="{_png(image, *limits)}" alt="{html.escape(f"{title}: {text}")}"{attribute}>'
         for image, limits, text, attribute in (
             (np.where(close.valid, close.line_integrals, low), (low, high), "the X-ray around the vertebra", ""),
             (model, (low, high), "the X-ray that the model predicts", ' data-picture="model"'),
-            (alone, (0.0, alone.max()), "the CT's vertebra at the estimate", ' data-picture="vertebra"'),
+            (
+                alone["estimate"],
+                (0.0, alone["estimate"].max()),
+                "the CT's vertebra at the estimate",
+                ' data-picture="vertebra"',
+            ),
         )
     ]
     paths = [
-        f'<path class="{pose}" d="{_outline(pictures.render(vertebra.density, vertebra.ct_from_index, T, close.camera))}"/>'
-        for pose, T in sorted(poses.items(), key=lambda item: list(pictures.STYLES).index(item[0]))
+        f'<path class="{pose}" d="{_outline(alone[pose])}"/>' for pose in sorted(poses, key=list(pictures.STYLES).index)
     ]
     drawn = f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" aria-hidden="true">{"".join(paths)}</svg>'
     caption = f"{title}, around the vertebra"
@@ -138,12 +136,7 @@ def _clouds(prepared, poses, outcome):
     return found
 
 
-def _named(clouds):
-    spoken = {"start": "orange", "estimate": "blue", "truth": "green", "reconstruction": "white"}
-    return [(name, spoken[name]) for name in clouds]
-
-
-def _scene(prepared, xrays, poses, clouds):
+def _scene(prepared, xrays, poses, clouds, colours):
     """What is drawn in space, mm."""
     centre = (poses["estimate"] @ prepared.vertebra.ct_from_box)[:3, 3]
     views, round_off = [], lambda points: np.round(points, 2).tolist()
@@ -165,7 +158,7 @@ def _scene(prepared, xrays, poses, clouds):
             }
         )
     reach = max(float(np.linalg.norm(np.array(view["source"]) - centre)) for view in views)
-    shown = [{"colour": COLOURS[name], "points": round_off(points)} for name, points in clouds.items()]
+    shown = [{"colour": colours[name], "points": round_off(points)} for name, points in clouds.items()]
     return {"centre": round_off(centre), "reach": reach, "views": views, "clouds": shown}
 
 
@@ -174,7 +167,7 @@ def _pose(world_from_ct, prepared):
     turn = transform.Rotation.from_matrix(world_from_ct[:3, :3])
     angles, vector = turn.as_euler("xyz", degrees=True), turn.as_rotvec(degrees=True)
     centre = (world_from_ct @ prepared.vertebra.ct_from_box)[:3, 3]
-    moving = LPS @ world_from_ct @ LPS
+    moving = rigid_host.between_lps(world_from_ct)
     rows = (
         ("turn about the world's x, then y, then z, degrees", angles),
         ("the same as one turn: axis times angle, degrees", vector),

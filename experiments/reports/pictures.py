@@ -128,7 +128,6 @@ def registration_picture(
 
 def _banner(figure, name, verdict, vertebra, poses, xrays):
     figure.set_facecolor(BANNERS[verdict.accepted])
-    moved = metrics.mtre(vertebra.points, poses["start"], poses["estimate"])
     headline = verdict.headline[0].upper() + verdict.headline[1:]
     figure.text(
         0.012,
@@ -139,9 +138,7 @@ def _banner(figure, name, verdict, vertebra, poses, xrays):
         fontweight="bold",
         va="center",
     )
-    lines = [f"{'' if name == 'case' else f'case {name}; '}moved {moved:.1f} mm from the start pose"]
-    if "truth" in poses:
-        lines[0] += f"; {metrics.mtre(vertebra.points, poses['estimate'], poses['truth']):.2f} mm from the true pose"
+    lines = [distances(name, vertebra, poses)]
     if verdict.why or verdict.advice:
         lines += textwrap.wrap("; ".join(part for part in (verdict.why, verdict.advice) if part), 170)
     figure.text(0.012, 0.54, "\n".join(lines), color="white", fontsize=11, va="top", linespacing=1.35)
@@ -154,13 +151,26 @@ def _binned(image, valid, view: Camera):
     return camera.bin_image(np.asarray(image), factor), camera.bin(view, factor), counts > 0.5
 
 
+def contrast(image: Float[np.ndarray, "h w"], shown: Bool[np.ndarray, "h w"]) -> tuple[float, float]:
+    """The values that are drawn black and white, from the pixels `shown`, or from all where there are none."""
+    low, high = np.percentile(image[shown] if shown.any() else image, [1.0, 99.5])
+    return low, high
+
+
+def distances(name: str, vertebra: Vertebra, poses: Mapping[str, np.ndarray]) -> str:
+    """A line: the case, how far its estimate is from the start, and from the truth where that is among the poses, mTRE in mm."""
+    moved = metrics.mtre(vertebra.points, poses["start"], poses["estimate"])
+    line = f"{'' if name == 'case' else f'case {name}; '}moved {moved:.1f} mm from the start pose"
+    if "truth" in poses:
+        line += f"; {metrics.mtre(vertebra.points, poses['estimate'], poses['truth']):.2f} mm from the true pose"
+    return line
+
+
 def show(
     axes: Axes, image: Float[np.ndarray, "h w"], valid: Bool[np.ndarray, "h w"], bone: Bool[np.ndarray, "h w"]
 ) -> None:
     """Draws an image (H, W) of valid pixels; its contrast is that of the pixels without metal, `bone`."""
-    shown = valid & bone if (valid & bone).any() else valid
-    inside = image[shown] if shown.any() else image
-    low, high = np.percentile(inside, [1.0, 99.5])
+    low, high = contrast(image, valid & bone if (valid & bone).any() else valid)
     axes.imshow(
         np.where(valid, image, low),
         cmap="gray",

@@ -59,12 +59,8 @@ class Trace:
 
     def __init__(self, folder: pathlib.Path | str, stage: str, start: int, stop: int) -> None:
         """Records from step `start` to before `stop`; nothing where they are the same."""
-        self._folder, self._start, self._stop, self._on = (
-            pathlib.Path(folder) / "tensorboard" / stage,
-            start,
-            stop,
-            False,
-        )
+        self._folder = pathlib.Path(folder) / "tensorboard" / stage
+        self._start, self._stop, self._on = start, stop, False
 
     def before(self, step: int, state: Any) -> None:
         """To be called before each step with the state, for which it waits where the profile begins or ends."""

@@ -80,8 +80,7 @@ def _compile(target, topology, op, spec_name, what):
     }
 
 
-def topology_of(target: Target, chip: Chip) -> Any:
-    """The described devices of a target, to compile for; in a process whose compilers can be imported."""
+def _topology_of(target, chip):
     options = {"target_config": target_config(chip)} if chip.kind == "gpu" else {}
     return topologies.get_topology_desc(
         platform=PLATFORMS[chip.kind],
@@ -105,7 +104,7 @@ def take_jobs(work: Callable[[Target, Chip, Any, Any], dict[str, Any]]) -> None:
     for job in given["jobs"]:
         try:
             if topology is None:
-                topology = topology_of(target, chip)
+                topology = _topology_of(target, chip)
             result = work(target, chip, topology, job)
         except Exception as error:  # any failure of a compiler is a result
             result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}

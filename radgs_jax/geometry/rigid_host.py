@@ -10,6 +10,14 @@ from jaxtyping import Real
 from kernels.common.types import Array
 from radgs_jax.geometry.rigid import LEVER_MM
 
+LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""From RAS+ to the axes of DICOM and ITK, left, posterior and up; it is its own inverse."""
+
+
+def between_lps(T: Real[np.ndarray, "4 4"]) -> Float[np.ndarray, "4 4"]:
+    """The transform, mm, between the LPS axes of its two frames, where T is between their RAS axes; or the other way round."""
+    return LPS_FROM_RAS @ T @ LPS_FROM_RAS
+
 
 def matrix(
     rotation_vector: Real[Array, "3"] | Sequence[float | int],

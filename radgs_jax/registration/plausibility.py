@@ -17,6 +17,7 @@ from jaxtyping import Real
 
 from kernels.common.types import Array
 from radgs_jax import errors
+from radgs_jax.geometry import rigid_host
 from radgs_jax.geometry import triangulation
 from radgs_jax.geometry.camera import Camera
 from radgs_jax.geometry.xray import XRay
@@ -50,7 +51,6 @@ def _inverse(T):
     return _with(T, T[:3, :3].T, -T[:3, :3].T @ T[:3, 3])
 
 
-_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _UNITS = ((1000.0, "metres"), (10.0, "centimetres"), (25.4, "inches"))
 
 IN_LPS = "it in RAS (this looks like LPS: the signs of x and y of both frames changed)"
@@ -61,11 +61,17 @@ START_MENDS: tuple[tuple[str, Callable[[np.ndarray], np.ndarray]], ...] = (
         (f"its translation times {f:g}, from {unit} to mm", lambda T, f=f: _with(T, shift=f * T[:3, 3]))
         for f, unit in _UNITS
     ),
-    (IN_LPS, lambda T: _LPS @ T @ _LPS),
+    (IN_LPS, rigid_host.between_lps),
     ("its inverse (this looks like ct_from_world)", _inverse),
-    ("the inverse in RAS (this looks like an ITK transform, LPS ct_from_world)", lambda T: _LPS @ _inverse(T) @ _LPS),
-    ("it for a CT in RAS (this looks like a CT in LPS)", lambda T: T @ _LPS),
-    ("it for a world with +y and +x turned round (this looks like a world in LPS)", lambda T: _LPS @ T),
+    (
+        "the inverse in RAS (this looks like an ITK transform, LPS ct_from_world)",
+        lambda T: rigid_host.between_lps(_inverse(T)),
+    ),
+    ("it for a CT in RAS (this looks like a CT in LPS)", lambda T: T @ rigid_host.LPS_FROM_RAS),
+    (
+        "it for a world with +y and +x turned round (this looks like a world in LPS)",
+        lambda T: rigid_host.LPS_FROM_RAS @ T,
+    ),
     ("its rotation transposed", lambda T: _with(T, T[:3, :3].T)),
 )
 """Mistakes in a start pose: what an error asks for, and the pose (4, 4) that was meant. The first that fits is named."""

@@ -73,7 +73,7 @@ def _damage(folder, how):
 
 @pytest.mark.chaos
 def test_kills_at_random_moments_lose_one_interval_at_most(undisturbed, tmp_path):
-    """Every save takes about as long as the steps between, so that half of the kills hit one. Two find the latest damaged."""
+    """Every save takes about as long as the steps between, so that many kills hit one. After two of them the latest is damaged."""
     rng, workdir = random.Random(0), tmp_path / "W"
     damages = {6: "truncated", 13: "a bit"}
     last, saving, allowed = 0, 0, INTERVAL
