@@ -34,9 +34,7 @@ class Batches(loader.Loader):
         cloud = jax.tree.map(lambda a: a[values["owner"]], self._clouds)
         if "motion" in values:
             return CtBatch(values["motion"], cloud)
-        types = {name: np.float32 if name in examples.IMAGES else values[name].dtype for name in examples.ARRAYS}
-        arrays = {name: values[name].astype(dtype) for name, dtype in types.items()}
-        return PairBatch(**arrays, cloud=cloud)
+        return PairBatch(**{name: values[name] for name in examples.ARRAYS}, cloud=cloud)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,7 +82,7 @@ def trained_params(
 
     def make():
         mesh = sharding.make_mesh()
-        state = sharding.place(state_of(jax.jit(init)(), (tree,)), mesh)
+        state = sharding.made(mesh, lambda: state_of(init(), (tree,)))
         folder = path.with_suffix("")
         found = loop.scheduled(
             folder / "checkpoints",

@@ -53,8 +53,7 @@ def train_plain(
     folder = patient.workdir / patient.digests.of(targets[0])
     pair_set = preparing.pairs_of(config, folder, targets, model_config.gaussians)
     mesh, shape = sharding.make_mesh(), plain.PlainConfig()
-    params = jax.jit(lambda key: plain.init(shape, model_config, key))(jax.random.key(seed))
-    state = sharding.place(state_of(params, ("plain",)), mesh)
+    state = sharding.made(mesh, lambda: state_of(plain.init(shape, model_config, jax.random.key(seed)), ("plain",)))
     update, batches = plain.make_update(mesh, shape, model_config), pair_set.batches(seed, config.batch)
     state = loop.scheduled(
         out / "checkpoints" / "plain",

@@ -95,7 +95,7 @@ def _examples(config, phase, batch):
     motion = jnp.zeros((batch, 4, 4))
     if phase == "reg":
         return CtBatch(motion, cloud)
-    image = jnp.zeros((batch, VIEWS, side, side))
+    image = jnp.zeros((batch, VIEWS, side, side), jnp.float16)
     cameras = jnp.zeros((batch, VIEWS, 4)), jnp.zeros((batch, VIEWS, 4, 4))
     return PairBatch(*[image] * 4, image > 0, *cameras, motion, jnp.zeros(batch, bool), cloud)
 

@@ -146,8 +146,7 @@ def _train_phase(config, workdir, name, phase, mesh, batch, pair_set, params, st
     # Each phase has its own random stream, independent of what ran before it.
     seed = zlib.crc32(f"{config.seed} {stage}".encode())
     update = make_update(mesh, phase, config.model, config.losses, 1.0, config.update)
-    # Placed before the first step, because a state that jit moves onto the mesh itself would compile the update twice.
-    state = sharding.place(init_state(jax.tree.map(jnp.array, params), phase, config.update), mesh)
+    state = sharding.made(mesh, functools.partial(init_state, phase=phase, config=config.update), params)
     state = scheduled(
         folder,
         workdir,
@@ -329,12 +328,11 @@ def train_network(
     """
     mesh = sharding.make_mesh()
     size = -(-batch // mesh.size) * mesh.size
-    state = state_of({name: jax.tree.map(jnp.array, params)}, (name,))
     state = run_steps(
         folder,
         log_folder,
         mesh,
-        sharding.place(state, mesh),
+        sharding.made(mesh, lambda params: state_of({name: params}, (name,)), params),
         update_of(mesh, lambda params, key, batch: objective(params[name], key, batch), (name,)),
         Batches(lambda rng: make_batch(rng, size), seed),
         key=jax.random.key(seed),

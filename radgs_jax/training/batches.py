@@ -8,7 +8,8 @@ from radgs_jax import gaussians
 
 @flax.struct.dataclass
 class PairBatch:
-    """B pairs, simulated or real, in windows wider than the network's crop.
+    """B pairs, simulated or real, in windows wider than the network's crop. Line integrals may be float16, as they are stored: a
+    device turns them into float32 faster than the host does.
 
     Attributes:
       rest: (B, V, S, S) line integrals of everything but the vertebra.

@@ -56,7 +56,8 @@ def make_example(
     camera_from_box = rigid.matmul(batch.camera_from_world, world_from_start[:, None])
 
     def crop(image, valid, k, E):
-        return camera.window(image, valid, k, E, config.crop_px)
+        cut, inside, moved = camera.window(image, valid, k, E, config.crop_px)
+        return cut.astype(jnp.float32), inside, moved
 
     crop = cast(Callable[..., tuple[jax.Array, jax.Array, jax.Array]], jax.vmap(jax.vmap(crop)))
     measured, valid, intrinsics = crop(batch.measured, batch.valid, batch.intrinsics, camera_from_box)

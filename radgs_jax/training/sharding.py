@@ -5,12 +5,14 @@ Axes: 'data' and 'fsdp' together split a batch by examples; 'fsdp' also splits p
 
 import math
 import re
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -71,17 +73,15 @@ def _of_leaf(path, shape, mesh):
     return whole(mesh)
 
 
-def place(state: _Tree, mesh: Mesh) -> _Tree:
-    """A state, which every process has whole, as arrays that lie where `of_state` says."""
+def made(mesh: Mesh, make: Callable[..., _Tree], *given: Any) -> _Tree:
+    """The state that `make(*given)` returns, made where `of_state` wants each array, so that no device ever holds all of it.
 
-    def put(leaf, where):
-        if where.is_fully_addressable:
-            return jax.device_put(leaf, where)
-        # Between processes nothing has to be sent: each of them has it.
-        values = np.asarray(leaf)
-        return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
-
-    return jax.tree.map(put, state, of_state(state, mesh))
+    Args:
+      given: pytrees of arrays, the same in all of jax's processes. They are copied, so that the state may be donated.
+    """
+    values = jax.device_get(given)
+    copied = lambda *values: make(*jax.tree.map(jnp.copy, values))
+    return jax.jit(copied, out_shardings=of_state(jax.eval_shape(make, *values), mesh))(*values)
 
 
 def gathered(tree: _Tree, mesh: Mesh) -> _Tree:

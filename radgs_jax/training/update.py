@@ -99,7 +99,7 @@ def update_of(
 ) -> Callable:
     """The jitted update (state, key, learning_rate, batch) -> (state, metrics) on a mesh of `sharding.make_mesh`.
 
-    The state lies as `sharding.place` puts it, the batch is split by examples. The compiler divides the work, so that the numbers,
+    The state lies as `sharding.made` makes it, the batch is split by examples. The compiler divides the work, so that the numbers,
     random ones included, are those of one device but for the order of sums. The state is donated. A batch whose gradient is not
     finite leaves the state as it was. The metrics are the loss, the norms of the gradient and of the trained parameters, the
     objective's scalars, and `skipped`: 1 for such a batch, else 0.

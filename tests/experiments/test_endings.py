@@ -167,7 +167,7 @@ def _objective(params, key, batch):
 
 
 def _state():
-    return sharding.place(state_of({"plain": jnp.arange(3.0)}, ("plain",)), sharding.make_mesh())
+    return sharding.made(sharding.make_mesh(), lambda: state_of({"plain": jnp.arange(3.0)}, ("plain",)))
 
 
 def _train(folder, batches, steps):

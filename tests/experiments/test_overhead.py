@@ -4,7 +4,6 @@ import dataclasses
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -31,7 +30,7 @@ def test_the_loop_adds_little_to_its_steps_and_hardly_waits(tmp_path, monkeypatc
     params = jax.jit(lambda key: radgs_reg.init(config.model, key))(jax.random.key(0))
     mesh, logged = sharding.make_mesh(), []
     update = make_update(mesh, "rec", config.model, config.losses, 1.0)
-    fresh = lambda: sharding.place(init_state(jax.tree.map(jnp.array, params), "rec"), mesh)
+    fresh = lambda: sharding.made(mesh, lambda params: init_state(params, "rec"), params)
     monkeypatch.setattr(progress.Log, "scalars", lambda _, step, values: logged.append((step, values)))
 
     def bare():

@@ -172,8 +172,7 @@ def scalars(monkeypatch):
 
 
 def _state():
-    state = state_of({"plain": jnp.arange(3.0)}, ("plain",))
-    return sharding.place(state, sharding.make_mesh())
+    return sharding.made(sharding.make_mesh(), lambda: state_of({"plain": jnp.arange(3.0)}, ("plain",)))
 
 
 def _train(folder, update, batches, steps, checkpoint_seconds=1e9, guard="allow", trace_steps=0):

@@ -160,7 +160,7 @@ def test_batches_join_pairs_with_their_vertebrae_and_go_on_from_a_place(pair_set
     for batch in first:
         for row in range(4):
             index = next(i for i, pair in enumerate(stored) if np.array_equal(pair["excess"], batch.excess[row]))
-            assert batch.excess.dtype == np.float32 and batch.rest.shape == (4, 2, 56, 56)
+            assert batch.excess.dtype == np.float16 and batch.rest.shape == (4, 2, 56, 56)
             np.testing.assert_array_equal(batch.world_from_box[row], stored[index]["world_from_box"])
             np.testing.assert_array_equal(batch.cloud.mean[row], pair_set.vertebrae[index // 3]["mean"])
             drawn.append(index)

@@ -198,7 +198,7 @@ def test_gradients_are_clipped_unit_by_unit():
 def test_training_changes_all_weights_and_lowers_the_loss(lump, batch, first):
     mesh = sharding.make_mesh()
     step = diffpose.make_update(mesh, *lump, CONFIG, tiny.MODEL)
-    state = sharding.place(state_of(jax.tree.map(jnp.copy, first), ("diffpose",)), mesh)
+    state = sharding.made(mesh, lambda params: state_of(params, ("diffpose",)), first)
     # One start and one panel, so that a few steps fit it.
     values = []
     for _ in range(40):

@@ -273,7 +273,7 @@ def test_every_phase_lowers_its_loss_on_one_batch(params, batch, ct_batch, phase
     batch = ct_batch if phase == "reg" else batch
     update = make_update(sharding.make_mesh(jax.devices()[:1]), phase, CONFIG, objectives.LossConfig(), 0.0)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    state = sharding.place(init_state(jax.tree.map(jnp.copy, params), phase), mesh)
+    state = sharding.made(mesh, lambda params: init_state(params, phase), params)
     values = []
     for _ in range(12):
         state, metrics = update(state, jax.random.key(0), np.float32(2e-3), batch)
@@ -409,7 +409,7 @@ def test_every_mesh_trains_alike(tmp_path):
         "for count, fsdp in ((1, 1), (2, 1), (4, 2), (8, 1)):\n"
         "    mesh = sharding.make_mesh(jax.devices()[:count], {'fsdp': fsdp})\n"
         "    update = updates.make_update(mesh, 'reg', tiny.MODEL, objectives.LossConfig(), 0.0)\n"
-        "    state = sharding.place(updates.init_state(params, 'reg'), mesh)\n"
+        "    state = sharding.made(mesh, lambda params: updates.init_state(params, 'reg'), params)\n"
         "    part = jax.device_put(batch, sharding.of_batch(mesh))\n"
         "    losses = []\n"
         "    for step in range(4):\n"
