@@ -20,6 +20,7 @@ from experiments.patients import starts
 from experiments.patients import untrained
 from experiments.patients import workdir
 from experiments.patients.registering import Row
+from experiments.reports import overview
 from experiments.runtime import cli
 from experiments.runtime.kept_programs import kept
 from radgs_jax.registration.gauss_newton import RefineConfig
@@ -35,7 +36,7 @@ def run_demo(out: pathlib.Path | str) -> pathlib.Path:
     """Makes the patient, registers the vertebra, and writes everything to `out`, a new folder.
 
     Returns:
-      path of the picture.
+      path of the page.
     Raises:
       InputError: a folder that is not new or cannot be written.
     """
@@ -56,7 +57,7 @@ def run_demo(out: pathlib.Path | str) -> pathlib.Path:
     start, _ = starts.start_from_body([prepared], xrays, kept)
     row = Row("L3", target, xrays, start, cases.truth(case_file, scene))
     registering.register_rows([row], lambda _: prepared, out / "registered", say=print)
-    return out / "registered" / row.name / "picture.png"
+    return out / "registered" / overview.NAME
 
 
 def define_flags() -> None:

@@ -166,6 +166,8 @@ def register_rows(
             for name, value in extra_files.items():
                 if (content := value(results) if callable(value) else value) is not None:
                     files.write_json(partial / name, content)
+            if pictures and shard.whole:
+                _write_overview(partial, rows, load, results, failures)
             journal.path.unlink()
         except BaseException:
             if done := len(journal.parts()[0]):
@@ -180,6 +182,16 @@ def register_rows(
         with contextlib.suppress(OSError):  # nothing was shared, or the folder holds something else
             parts.rmdir()
     return Registered(out, results, failures)
+
+
+def _write_overview(folder, rows, load, results, failures):
+    from experiments.reports import overview  # with matplotlib, as in `case_folder.write`
+
+    done = {one["id"] for one in results}
+    labels = {row.target.label for row in rows}
+    one_acquisition = len(labels) == len(rows) and all(row.xrays is rows[0].xrays for row in rows)
+    vertebrae = {row.name: load(row.target).vertebra for row in rows if row.name in done} if one_acquisition else {}
+    overview.write(folder, results, failures, vertebrae)
 
 
 def _take_parts(parts, mark, partial, journal):

@@ -1,6 +1,5 @@
 """The vertebrae of one acquisition, refined together: the spine's curve against the CT's, and the cameras' corrections."""
 
-import math
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +10,10 @@ from absl import logging
 from experiments.patients.registering import Row
 from experiments.patients.workdir import Target
 from experiments.reports import case_folder
+from experiments.reports import spine_curve
 from experiments.runtime.kept_programs import kept
 from radgs_jax import levels
 from radgs_jax import metrics
-from radgs_jax.geometry import rigid_host
 from radgs_jax.registration import confidence
 from radgs_jax.registration import joint
 from radgs_jax.registration import pipeline
@@ -74,7 +73,7 @@ def spine(
         relative = joint.relative_covariance(covariance[6 * k : 6 * k + 12, 6 * k : 6 * k + 12], *centres[pair])
         radius = {"uncertainty_mm": factor * confidence.spread_mm(relative, surfaces[k])}
         segments.append(
-            _segment([row.target.label for row in used[pair]], prepared[pair], together.world_from_ct[pair]) | radius
+            spine_curve.segment([ready.vertebra for ready in prepared[pair]], together.world_from_ct[pair]) | radius
         )
     return {
         "format": FORMAT,
@@ -82,20 +81,4 @@ def spine(
         "segments": segments,
         **case_folder.corrections(together, covariance),
         "units": "mm, degrees; covariances: rad and mm",
-    }
-
-
-def _segment(labels, prepared, poses):
-    """How the upper of two vertebrae has moved relative to the lower one since the CT, in the lower one's frame."""
-    box = prepared[1].vertebra.ct_from_box.astype(np.float64)
-    relative = np.linalg.inv(poses[1]) @ poses[0]
-    in_box = np.linalg.inv(box) @ relative @ box
-    centre = (np.linalg.inv(box) @ [*prepared[0].vertebra.ct_from_box[:3, 3], 1.0])[:3]
-    twist = rigid_host.twist_about(centre, in_box)
-    flexion, lateral, axial = (math.degrees(angle) for angle in twist[:3])
-    return {
-        "upper": levels.level_name(labels[0]),
-        "lower": levels.level_name(labels[1]),
-        "turn_deg": {"about_right": flexion, "about_front": lateral, "about_up": axial},
-        "shift_mm": {"right": twist[3], "front": twist[4], "up": twist[5]},
     }

@@ -1,4 +1,4 @@
-"""The page of a registered case: one HTML file that needs nothing else, for a browser."""
+"""The page of a registered case."""
 
 import base64
 import html
@@ -6,7 +6,6 @@ import io
 import json
 import math
 import pathlib
-import re
 from collections.abc import Mapping
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy.spatial import transform
 
-from data_pipelines.io import files
+from experiments.reports import document
 from experiments.reports import pictures
 from experiments.reports import verdicts
 from experiments.reports.verdicts import Verdict
@@ -26,7 +25,6 @@ from radgs_jax.registration.pipeline import Outcome
 from radgs_jax.registration.prepared import Prepared
 
 TEMPLATE = pathlib.Path(__file__).with_suffix(".html")
-STATES = {True: "accepted", False: "refused", None: "unjudged"}
 POINTS = 1500
 """Most points of a cloud in the drawing in space. Chosen by hand: half shows holes, twice is slower to turn."""
 BEHIND = 1.35
@@ -57,10 +55,10 @@ def write(
     lines = [part for part in (pictures.distances(name, prepared.vertebra, poses), verdict.why, verdict.advice) if part]
     colours = {pose: style["colors"] for pose, style in pictures.STYLES.items()} | {"reconstruction": RECONSTRUCTION}
     filled = {
-        "state": STATES[verdict.accepted],
+        "id": html.escape(name),
+        "state": document.STATES[verdict.accepted],
         "headline": html.escape(f"{level}: {verdict.headline}"),
         "lines": "\n".join(f"<p>{html.escape(line[0].upper() + line[1:])}.</p>" for line in lines),
-        "colours": "; ".join(f"--{cloud}: {colour}" for cloud, colour in colours.items()),
         "outlines": "".join(
             f'<label><input type="checkbox" data-outline="{pose}" checked> <span class="key {pose}">{pose}</span></label>'
             for pose in poses
@@ -70,9 +68,7 @@ def write(
         "pose": _pose(poses["estimate"], prepared),
         "scene": json.dumps(_scene(prepared, xrays, poses, clouds, colours)).replace("<", "\\u003c"),
     }
-    text = re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], TEMPLATE.read_text())
-    with files.replacing(pathlib.Path(path)) as temporary:
-        temporary.write_text(text)
+    document.write(path, f"{level} in {len(xrays)} X-rays", document.fill(TEMPLATE, filled))
 
 
 def _view(xray, prepared, xrays, poses, outcome):
@@ -187,7 +183,7 @@ def _pose(world_from_ct, prepared):
         ),
     )
     texts = "".join(
-        f"<h3>{text}</h3><pre>{chr(10).join('  '.join(f'{value:14.8f}' for value in row) for row in matrix)}</pre>"
+        f"<h4>{text}</h4><pre>{chr(10).join('  '.join(f'{value:14.8f}' for value in row) for row in matrix)}</pre>"
         for text, matrix in matrices
     )
     head = "<tr><td></td><th scope='col'>x</th><th scope='col'>y</th><th scope='col'>z</th></tr>"

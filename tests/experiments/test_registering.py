@@ -225,7 +225,7 @@ class _Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        self._inside = dict(attrs).get("id") if tag == "script" else tag
+        self._inside = dict(attrs).get("class") if tag == "script" else tag
 
     def handle_endtag(self, tag):
         self._inside = None

@@ -1,0 +1,35 @@
+"""HTML files that need nothing else, for a browser: one style and script, and the articles of registered cases in them."""
+
+import html
+import pathlib
+import re
+from collections.abc import Mapping
+
+from data_pipelines.io import files
+from experiments.reports import pictures
+
+TEMPLATE = pathlib.Path(__file__).with_suffix(".html")
+STATES = {True: "accepted", False: "refused", None: "unjudged"}
+"""Style of a verdict."""
+
+
+def fill(template: pathlib.Path, values: Mapping[str, str]) -> str:
+    """A template's text with the values, which are HTML, in the places of their names."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template.read_text(encoding="utf-8"))
+
+
+def write(path: pathlib.Path | str, title: str, body: str) -> None:
+    """Writes a page.
+
+    Args:
+      title: plain text; body: HTML, in which every `article` is as in page.html.
+    """
+    colours = "; ".join(f"--{pose}: {style['colors']}" for pose, style in pictures.STYLES.items())
+    text = fill(TEMPLATE, {"title": html.escape(title), "colours": colours, "body": body})
+    with files.replacing(pathlib.Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def articles(path: pathlib.Path | str) -> str:
+    """The articles of a page that `write` has made, as HTML."""
+    return "\n".join(re.findall(r"<article.*?</article>", pathlib.Path(path).read_text(encoding="utf-8"), re.DOTALL))
