@@ -6,7 +6,7 @@ FIRST ?= runs/first
 COMPILERS ?= .compilers
 BIN := $(VENV)/bin
 
-.PHONY: demo train test test-faults compile-check step-check lint setup
+.PHONY: demo train test test-faults test-package compile-check step-check lint setup
 
 demo: setup
 	$(BIN)/python -m experiments.demo --out=$(FIRST)
@@ -21,6 +21,10 @@ test: setup
 # Several processes, kills, damaged checkpoints, a full disk: about half an hour.
 test-faults: setup
 	$(BIN)/python -m pytest -q -m "multiprocess or chaos" --durations=0
+
+# Source and wheel, tried in an empty environment: two minutes.
+test-package: setup
+	$(BIN)/python -m pytest -q -m package
 
 # Where the compilers cannot be installed, the check says what it skips and why.
 compile-check: setup

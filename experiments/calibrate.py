@@ -142,7 +142,7 @@ def fit_to_cases(
         ]
         if not asked:
             break
-        with progress.bar(len(asked), f"search {count}" if count else "refine") as bar:
+        with progress.Bar(len(asked), f"search {count}" if count else "refine") as bar:
             for i in asked:
                 found[i].next_search()
                 bar.update()

@@ -70,7 +70,7 @@ class RealData:
 
 def _phantom_scans(config, workdir, first, count, text):
     seeds = [first + SEEDS_PER_RUN * config.seed + i for i in range(count)]
-    with progress.bar(count, text) as bar:
+    with progress.Bar(count, text) as bar:
         return processes.first_makes(lambda: scan_files.phantoms(workdir / "scans", seeds, config.phantom, bar.update))
 
 
@@ -92,7 +92,7 @@ def held_out_cases(
       subject: as `patient_scan` returns.
       variants: as in `case_files.simulated_cases`.
     """
-    with progress.bar(len(config.patient_labels) * config.eval_scenes, "held-out X-rays") as bar:
+    with progress.Bar(len(config.patient_labels) * config.eval_scenes, "held-out X-rays") as bar:
         return case_files.simulated_cases(
             workdir / "eval" / "cases.json",
             [subject],
@@ -145,7 +145,7 @@ def p1(config: configs.Config, workdir: pathlib.Path, phases: Sequence[str], giv
     if phases[-1] == "joint" and models.model_exists(workdir / "p1" / "model"):
         return models.load_model(workdir / "p1" / "model")
     vertebrae = _p1_vertebrae(config, workdir, given)
-    with progress.bar(len(vertebrae) * (1 + config.p1.pairs + config.p1.ct_pairs), "p1 pairs") as bar:
+    with progress.Bar(len(vertebrae) * (1 + config.p1.pairs + config.p1.ct_pairs), "p1 pairs") as bar:
         pair_set = build.simulated_pairs(
             workdir / "pairs" / "p1",
             vertebrae,
@@ -188,7 +188,7 @@ def p2(
             wanted = f"one of {', '.join(cases.VARIANTS)}, or --p2_cases that have it"
             errors.fail("flags", "--p2_variant", repr(variant), wanted)
         subjects = _phantom_scans(config, workdir, P2_SEED, config.p2_patients, "p2 phantoms")
-        with progress.bar(len(subjects) * len(config.labels) * config.p2.pairs, "p2 X-rays") as bar:
+        with progress.Bar(len(subjects) * len(config.labels) * config.p2.pairs, "p2 X-rays") as bar:
             case_path = processes.first_makes(
                 lambda: case_files.simulated_cases(
                     workdir / "p2" / "cases.json",
@@ -210,7 +210,7 @@ def p2(
     if not names:
         errors.fail(case_path, "patients", sorted(fold), "at least one outside the held-out fold")
     volumes = {case_file.scenes[name].volume for name in names}
-    with progress.bar(len(volumes) * (1 + config.p2.ct_pairs) + len(names), "p2 pairs") as bar:
+    with progress.Bar(len(volumes) * (1 + config.p2.ct_pairs) + len(names), "p2 pairs") as bar:
         pair_set = build.measured_pairs(
             workdir / "pairs" / "p2",
             case_file,

@@ -70,5 +70,10 @@ def main() -> None:
     print(f"open {run_demo(flags.FLAGS.out)}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs the command; the console script calls this."""
     cli.run(main, define_flags)
+
+
+if __name__ == "__main__":
+    command()

@@ -50,7 +50,7 @@ def rigid_cases(workdir: pathlib.Path, config: configs.Config, scenes: int = SCE
     """The case file of the table's phantom patient as a body that has moved as one, made where it is not there yet."""
     patient = data_stages.patient_scan(config, workdir)
     path = workdir / f"home_{config.seed}" / "cases.json"
-    with progress.bar(scenes, "X-rays of a rigid body") as bar:
+    with progress.Bar(scenes, "X-rays of a rigid body") as bar:
         return case_files.simulated_cases(
             path,
             [patient],
@@ -90,7 +90,7 @@ def run_home_tests(
     table, (subject,) = Table(case_file, subject_of, sizes, config.seed, out), subject_of.values()
     tests = [test for system in asked for test in at_home.tests_of(system, table, subject, views)]
     found: dict[str, dict[str, dict[str, at_home.Result]]] = {part: {} for part in at_home.PARTS}
-    with progress.bar(len(tests), "home tests") as bar:
+    with progress.Bar(len(tests), "home tests") as bar:
         for test in tests:
             of_system = found[test.part].setdefault(test.system.title, {})
             of_system[test.name] = at_home.kept(out, test, config.seed)
@@ -116,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    cli.run(main, define_flags, log_in="out")

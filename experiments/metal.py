@@ -144,7 +144,7 @@ def train_finder(
       the finder, and over all valid pixels of the held-out phantoms: the share of metal that is found, the share of what is
       found that is metal, and the share of pixels without metal that is taken for it.
     """
-    with progress.bar(len(train_config.views), "X-rays with metal") as bar:
+    with progress.Bar(len(train_config.views), "X-rays with metal") as bar:
         source = metal_views.simulated(workdir / "views", train_config.views, train_config.seed, bar.update)
     cut = len(source) - train_config.held_out * train_config.views.stances
     name = identity.config_hash(train_config, config, source.digest())

@@ -93,7 +93,7 @@ def _levels_mm(texts):
 
 def command() -> None:
     """Runs the command; the console script calls this."""
-    cli.run(main, define_flags)
+    cli.run(main, define_flags, log_in="workdir")
 
 
 if __name__ == "__main__":

@@ -373,7 +373,7 @@ def _conclude(done, strict):
 
 def command() -> None:
     """Runs the command; the console script calls this."""
-    cli.run(main, define_flags)
+    cli.run(main, define_flags, log_in="out")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def simulate_cases(
     if out.exists():
         errors.fail(out, "case file", "one that is there", "a new file")
     subject = subject or pathlib.Path(ct).name.split(".")[0]
-    with progress.bar(len(labels) * scenes, "scenes") as bar:
+    with progress.Bar(len(labels) * scenes, "scenes") as bar:
         case_files.simulated_cases(
             out,
             [(subject, ct, mask)],

@@ -22,6 +22,7 @@ from experiments.data_stages import RealData
 from experiments.runtime import cli
 from experiments.runtime import cluster
 from experiments.runtime import input_flags
+from experiments.runtime import progress
 from experiments.scoring import evaluate
 from experiments.training import loop
 from radgs_jax import errors
@@ -29,6 +30,13 @@ from radgs_jax.training import objectives
 from radgs_jax.training.update import UpdateConfig
 
 STAGES = ("full", *configs.DATA_STAGES, *(f"{d}_{p}" for d in configs.DATA_STAGES for p in objectives.PHASES))
+
+VARIANTS = ("artic", "real")
+"""Variants of the held-out X-rays that P3's patient is scored on."""
+PHANTOM_S, PAIR_S, XRAYS_S, CASE_S = 1.9, 0.026, 0.5, 1.9
+"""Times that a phantom, a training pair, two X-rays and the score of a case take, s: `make train` on two cores."""
+STEP_S = (0.45, 0.1, 0.7)
+"""Times that a step of each phase takes, s, its share of compiling included: as above."""
 
 
 def define_flags() -> None:
@@ -47,6 +55,31 @@ def define_flags() -> None:
     input_flags.define_scan("of the patient that P3 prepares; default: a phantom's")
 
 
+def plan(config: configs.Config) -> dict[str, float]:
+    """The progress bars of a full run on phantoms, in order, with the time that the demo's take on two cores, s."""
+    vertebrae = config.p1_patients * len(config.labels)
+    others = config.p2_patients * len(config.labels)
+    own, cases_of = len(config.patient_labels), len(config.patient_labels) * config.eval_scenes
+    steps = lambda name: {
+        f"{name}_{phase}": seconds * count
+        for phase, seconds, count in zip(objectives.PHASES, STEP_S, config.stage(name).steps)
+    }
+    return {
+        "p1 phantoms": PHANTOM_S * config.p1_patients,
+        "p1 pairs": PAIR_S * vertebrae * (1 + config.p1.pairs + config.p1.ct_pairs),
+        **steps("p1"),
+        "p2 phantoms": PHANTOM_S * config.p2_patients,
+        "p2 X-rays": XRAYS_S * others * config.p2.pairs,
+        "p2 pairs": PAIR_S * others * (1 + config.p2.ct_pairs + config.p2.pairs),
+        **steps("p2"),
+        "patient": PHANTOM_S,
+        "p3 pairs": PAIR_S * own * (1 + config.p3.pairs + config.p3.ct_pairs),
+        **steps("p3"),
+        "held-out X-rays": XRAYS_S * cases_of,
+        **{f"evaluate {variant}": CASE_S * cases_of * len(configs.STARTS_MM) for variant in VARIANTS},
+    }
+
+
 def score_patient(
     config: configs.Config, workdir: pathlib.Path, subject: str, ct: pathlib.Path, mask: pathlib.Path
 ) -> str:
@@ -62,7 +95,7 @@ def score_patient(
     path = data_stages.held_out_cases(config, workdir, (subject, ct, mask))
     case_file = cases.read(path)
     texts = []
-    for variant in ("artic", "real"):
+    for variant in VARIANTS:
         text, times = evaluate.report(
             case_file,
             variant,
@@ -118,7 +151,10 @@ def train(
       DivergedError: as `loop.run_steps`.
     """
     workdir = files.make_folder(workdir)
-    with processes.first_holds(workdir / locks.LOCK, workdir):
+    with (
+        processes.first_holds(workdir / locks.LOCK, workdir),
+        progress.planned(plan(config) if stage == "full" else {}),
+    ):
         return _train(config, workdir, stage, given)
 
 
@@ -175,7 +211,7 @@ def _main():
 
 def command() -> None:
     """Runs the command; the console script calls this."""
-    cli.run(main, define_flags)
+    cli.run(main, define_flags, log_in="workdir")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def answer_all(table: Table, system: System, variant: str, targets: Collection[T
     # Cases of one scene follow each other.
     xrays_of = functools.lru_cache(1)(lambda scene: cases.read_xrays(table.case_file.scenes[scene], variant))
     prepared: dict[Target, Any] = {}
-    with progress.bar(len(asked), f"{system.title}: {variant}", len(asked) - len(missing)) as bar:
+    with progress.Bar(len(asked), f"{system.title}: {variant}", len(asked) - len(missing)) as bar:
         for item in missing:
             subject = table.subject(item.scene)
             if system.prepare is not None and subject.target not in prepared:

@@ -109,11 +109,11 @@ def prepare_predictor(subject: Subject, sizes: Sizes, seed: int) -> tuple[Any, C
 
     def pairs():
         seeds = [data_stages.P1_SEED + data_stages.SEEDS_PER_RUN * own.seed + i for i in range(sizes.phantoms)]
-        with progress.bar(len(seeds), "phantoms") as bar:
+        with progress.Bar(len(seeds), "phantoms") as bar:
             scans_made = scan_files.phantoms(folder / "scans", seeds, own.phantom, bar.update)
         vertebrae = [(identity.FileScan(*one), label) for one in scans_made for label in own.labels]
         count = max(1, sizes.pairs // len(own.labels))
-        with progress.bar(len(vertebrae) * (2 + count), "pairs") as bar:
+        with progress.Bar(len(vertebrae) * (2 + count), "pairs") as bar:
             settings = count, seed, own.pairs, model_config.gaussians
             return build.simulated_pairs(folder / "pairs", vertebrae, *settings, on_done=bar.update)
 

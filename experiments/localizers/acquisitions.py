@@ -166,6 +166,6 @@ def held_out_views(
         digest = identity.scan_digest(ct, mask, label_map)
         places[digest] = identity.FileScan(str(ct), ct, mask, label_map)
     which = AcquisitionSet(digest, bodies, config.count)
-    with progress.bar(len(which), "X-rays") as bar:
+    with progress.Bar(len(which), "X-rays") as bar:
         folder = pathlib.Path(workdir) / "detector" / "held_out"
         return simulated_views(folder, which, config.seed + HELD_OUT, identity.Archive(places), bar.update)

@@ -207,7 +207,7 @@ def patient_recipe(path: pathlib.Path | str, config: LocalizerTraining = PATIENT
 def _make(workdir, which, archive, config, start, note):
     """Trains from the localizer `start`, whose parameters may be None, on the acquisitions `which`, and writes the result."""
     folder = pathlib.Path(workdir) / "detector"
-    with progress.bar(len(which), "X-rays") as bar:
+    with progress.Bar(len(which), "X-rays") as bar:
         source = acquisitions.simulated_views(folder / "views", which, config.seed, archive, bar.update)
     cut = len(which) - config.held_out * config.count
     pool, held_out = (acquisitions.gather(source[i] for i in part) for part in (range(cut), range(cut, len(which))))

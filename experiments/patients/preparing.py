@@ -168,7 +168,7 @@ def pairs_of(config: configs.Config, folder: pathlib.Path, targets: Sequence[Tar
     """
     first = targets[0]
     scan = identity.FileScan(first.patient, first.ct, first.mask, first.labels)
-    with progress.bar(len(targets) * (1 + config.p3.pairs + config.p3.ct_pairs), "p3 pairs") as bar:
+    with progress.Bar(len(targets) * (1 + config.p3.pairs + config.p3.ct_pairs), "p3 pairs") as bar:
         return build.simulated_pairs(
             folder / "pairs",
             [(scan, target.label) for target in targets],

@@ -221,7 +221,7 @@ def _register_all(rows, load, options, pictures, partial, journal, say):
         except errors.InputError as error:
             unusable[target] = error
     warm, first_error = set(), None
-    with progress.bar(len(rows), "register", len(rows) - len(missing)) as bar:
+    with progress.Bar(len(rows), "register", len(rows) - len(missing)) as bar:
         for row in missing:
             try:
                 if error := unusable.get(row.target):

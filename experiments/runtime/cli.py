@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import pathlib
 import re
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import jax
 from absl import flags
 
 from experiments.runtime import endings
+from experiments.runtime import events
 from kernels.common import private_cache
 from kernels.tools import program
 from radgs_jax import errors
@@ -118,14 +120,18 @@ def _one_line(error: flags.Error) -> str:
     return "flags: " + " ".join(str(error).split())
 
 
-def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
+def run(main: Callable[[], None], define_flags: Callable[[], None], log_in: str | None = None) -> None:
     """Defines and parses the flags and calls `main`.
 
     --help ends the program with status 0. Bad flags, input that cannot be read and output that cannot be written end it with one
     line on standard error and status 2, a run that cannot continue with status 1, and the rest as `endings` says.
+
+    Args:
+      log_in: name of the flag that names the run's folder, which gets a log file.
     """
     flags.DEFINE_flag(_Help(main.__module__))
     define_flags()
+    flags.DEFINE_enum("log", "text", ["text", "json"], "Progress, warnings and errors as lines for people or as JSON.")
     with endings.one_line_each():
         try:
             rest = flags.FLAGS(sys.argv)[1:]
@@ -133,6 +139,9 @@ def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
                 raise flags.Error(f"found the argument {rest[0]!r}, wanted flags only")
         except flags.Error as error:
             program.stop(_one_line(error))
+    given = flags.FLAGS
+    folder = None if log_in is None or given[log_in].value is None else pathlib.Path(given[log_in].value)
+    with events.told(given.log, folder), endings.one_line_each():
         if cache := private_cache.folder("xla"):
             jax.config.update("jax_compilation_cache_dir", str(cache))
         # A command compiles about a hundred small programs, which together take as long as a large one.

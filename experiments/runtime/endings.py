@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import jax
 import tqdm
 
+from experiments.runtime import events
 from kernels.tools import program
 from radgs_jax import errors
 
@@ -61,8 +62,10 @@ def warn(text: object) -> None:
     """Prints a warning on standard error, in one line of printable characters and beside a progress bar, and remembers it."""
     line = _line(text)
     _said.append(line)
-    with contextlib.suppress(OSError, ValueError):  # standard error is closed
-        tqdm.tqdm.write(f"warning: {line}", file=sys.stderr)
+    events.say("warning", line)
+    if not events.as_json():
+        with contextlib.suppress(OSError, ValueError):  # standard error is closed
+            tqdm.tqdm.write(f"warning: {line}", file=sys.stderr)
 
 
 def _line(text):
@@ -90,28 +93,35 @@ def one_line_each() -> Iterator[None]:
             yield
             sys.stdout.flush()
         except errors.InputError as error:
-            program.stop(str(error), UNUSABLE)
+            _end(str(error), UNUSABLE)
         except errors.RunError as error:
-            program.stop(str(error), CANNOT_CONTINUE)
+            _end(str(error), CANNOT_CONTINUE)
         except Stopped as error:
-            program.stop(str(error), OF_A_SIGNAL + error.number)
+            _end(str(error), OF_A_SIGNAL + error.number)
         except KeyboardInterrupt:
-            program.stop("stopped by SIGINT", OF_A_SIGNAL + signal.SIGINT)
+            _end("stopped by SIGINT", OF_A_SIGNAL + signal.SIGINT)
         except MemoryError as error:
-            program.stop(_out_of_memory(error), OUT_OF_MEMORY)
+            _end(_out_of_memory(error), OUT_OF_MEMORY)
         except BrokenPipeError:
             _silence()
-            program.stop("standard output: found nobody who reads it", OF_A_SIGNAL + signal.SIGPIPE)
+            _end("standard output: found nobody who reads it", OF_A_SIGNAL + signal.SIGPIPE)
         except OSError as error:
             _silence()
-            program.stop(_unusable(error), UNUSABLE)
+            _end(_unusable(error), UNUSABLE)
         except concurrent.futures.BrokenExecutor:
             line = "a worker process: found it ended by the system, perhaps for memory, wanted it to finish; run again to go on"
-            program.stop(line, CANNOT_CONTINUE)
+            _end(line, CANNOT_CONTINUE)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
                 raise
-            program.stop(_out_of_memory(error), OUT_OF_MEMORY)
+            _end(_out_of_memory(error), OUT_OF_MEMORY)
+
+
+def _end(line, status):
+    events.say("error", line, status=status)
+    if events.as_json():
+        sys.exit(status)
+    program.stop(line, status)
 
 
 def _out_of_memory(error):

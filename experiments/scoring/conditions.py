@@ -213,7 +213,7 @@ def scenes_of(patient: Patient, condition: Condition, count: int, seed: int, out
       count: number of acquisitions per vertebra; seed: of everything random.
     """
     folder = scenes_name(patient, condition, count, seed)
-    with progress.bar(len(patient.labels) * count, f"scenes: {condition.group} {condition.name}") as bar:
+    with progress.Bar(len(patient.labels) * count, f"scenes: {condition.group} {condition.name}") as bar:
         path = case_files.simulated_cases(
             out / "cases" / folder / "cases.json",
             [patient.subject],
@@ -311,7 +311,7 @@ def register_condition(
     rows, options = [], condition.options(passes)
     metal = {one["id"]: one.get("metal", False) for one in case_file.raw["scenes"]}
     chosen = _chosen(case_file, condition)
-    with progress.bar(len(chosen), f"{condition.group}: {condition.name}") as bar:
+    with progress.Bar(len(chosen), f"{condition.group}: {condition.name}") as bar:
         for number, case in enumerate(chosen):
             scene = case_file.scenes[case.scene]
             volume = case_file.volumes[scene.volume]

@@ -150,7 +150,7 @@ def evaluate(
     scored = {case_file.scenes[case.scene].volume for case in case_file.cases}
     points = {name: cases.points(case_file, name) for name in sorted(scored)}
 
-    with progress.bar(len(case_file.cases), f"evaluate {variant}") as bar:
+    with progress.Bar(len(case_file.cases), f"evaluate {variant}") as bar:
         for one in _registered(case_file, case_file.cases, variant, passes, prepare, refine):
             start, outcome = one.case.world_from_ct, one.outcome
             passes_mm.append([metrics.mtre(points[one.scene.volume], T, one.truth) for T in outcome.trajectory])

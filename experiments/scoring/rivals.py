@@ -92,7 +92,7 @@ def compare(
         return files.read_json(path)
     case_file = conditions.scenes_of(patient, condition, count, seed, out)
     chosen, found = list(case_file.cases), {}
-    with progress.bar(len(chosen), f"methods: {condition.variant}") as bar:
+    with progress.Bar(len(chosen), f"methods: {condition.variant}") as bar:
         for case in chosen:
             scene = case_file.scenes[case.scene]
             prepared = patient.prepared[case_file.volumes[scene.volume].full_label]

@@ -264,7 +264,7 @@ def run_steps(
         key, skips, pace = _key_on(mesh, key), _Skips(skipped), _Pace()
         saved = time.monotonic()
         log = stack.enter_context(contextlib.closing(progress.Log(log_folder, folder.name)))
-        with cluster.asked_to_end() as asked, progress.bar(steps, folder.name, first) as bar:
+        with cluster.asked_to_end() as asked, progress.Bar(steps, folder.name, first) as bar:
             traced = progress.Trace(log_folder, folder.name, first + 1, first + 1 + trace_steps)
             stack.enter_context(contextlib.closing(traced))
             for step in range(first, steps):

@@ -1,5 +1,6 @@
 """Commands as modules: importable together, without flags until they run, and usable as functions without any."""
 
+import json
 import pathlib
 
 import fresh_python
@@ -7,6 +8,7 @@ import pytest
 
 from experiments import calibrate
 from experiments import detect
+from experiments import doctor
 from experiments import register
 from experiments import simulate
 from experiments import study
@@ -31,6 +33,7 @@ COMMANDS = (
     "home_tests",
     "metal",
     "compile_check",
+    "doctor",
 )
 
 
@@ -74,8 +77,18 @@ def test_a_missing_flag_is_one_line(run_command):
 def test_the_demo_shows_a_registered_vertebra(tmp_path, run_command):
     done = run_command("demo", f"--out={tmp_path / 'demo'}")
     assert done.returncode == 0, done.stderr
-    picture = done.stdout.splitlines()[-1].removeprefix("open ")
-    assert "L3: accepted, within" in done.stdout and pathlib.Path(picture).read_bytes().startswith(b"\x89PNG")
+    page = done.stdout.splitlines()[-1].removeprefix("open ")
+    assert "L3: accepted, within" in done.stdout and pathlib.Path(page).read_text().count("<article") == 1
+
+
+def test_the_doctor_says_what_runs_and_why(run_command):
+    done = run_command("doctor", "--json")
+    found = json.loads(done.stdout)
+    assert found["versions"]["radgs_jax"] and found["model"]["there"] and set(found["extras"]) == {"dicom", "train"}
+    assert found["kernels"]["splat"]["xla"] is None and "not gpu" in found["kernels"]["splat"]["pallas_triton"]
+    assert all(backends["xla"] is None for backends in found["kernels"].values())
+    text = doctor.describe(found | {"kept": {"reason": "no home"}})
+    assert "splat: takes " in text and "nothing: no home" in text
 
 
 def test_help_is_no_failure(run_command):

@@ -135,7 +135,7 @@ def test_a_damaged_entry_of_xlas_cache_is_made_again_with_one_line(tmp_path):
 
 def test_a_bar_is_as_wide_as_its_terminal(capsys, monkeypatch):
     """A wider one would leave a line at every update."""
-    bar = progress.bar(10, "text")
+    bar = progress.Bar(10, "text")
     assert bar.dynamic_ncols
     bar.close()
 

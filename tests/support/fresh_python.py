@@ -18,6 +18,11 @@ def run(code: str, **options: Any) -> str:
     return _printed(["-c", code], options)
 
 
+def end(code: str, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """The code's exit status, standard output and standard error; options: as in `run`."""
+    return _ended(["-c", code], options)
+
+
 def run_script(script: pathlib.Path | str, *arguments: object) -> str:
     """What a test file prints that is run as a script, with the compiler's ordinary settings instead of the tests' quick ones."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -25,9 +30,13 @@ def run_script(script: pathlib.Path | str, *arguments: object) -> str:
     return _printed([str(script), *map(str, arguments)], {"env": environment})
 
 
-def _printed(arguments, options):
-    done = subprocess.run(
+def _ended(arguments, options):
+    return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, **{"cwd": REPOSITORY, **options}
     )
+
+
+def _printed(arguments, options):
+    done = _ended(arguments, options)
     assert done.returncode == 0, done.stderr
     return done.stdout
