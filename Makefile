@@ -6,7 +6,7 @@ FIRST ?= runs/first
 COMPILERS ?= .compilers
 BIN := $(VENV)/bin
 
-.PHONY: demo train test test-faults test-package compile-check step-check lint setup
+.PHONY: demo train test test-faults test-package test-docs docs docs-serve compile-check step-check lint setup
 
 demo: setup
 	$(BIN)/python -m experiments.demo --out=$(FIRST)
@@ -25,6 +25,17 @@ test-faults: setup
 # Source and wheel, tried in an empty environment: two minutes.
 test-package: setup
 	$(BIN)/python -m pytest -q -m package
+
+# Runs the commands that README.md and docs/ show, on a phantom: some minutes.
+test-docs: $(VENV)/.installed-docs
+	$(BIN)/python -m pytest -q -m docs --durations=0
+
+# The documentation as a site, in build/docs; a link that leads nowhere is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 # Where the compilers cannot be installed, the check says what it skips and why.
 compile-check: setup
@@ -47,4 +58,8 @@ $(VENV)/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed, found " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-docs: requirements-docs.txt $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	touch $@

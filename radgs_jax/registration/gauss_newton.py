@@ -19,6 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int32
 
@@ -257,7 +258,13 @@ class Window:
     camera_from_world: Leaf
 
 
-def make_window(images, valid, intrinsics, camera_from_world, config):
+def make_window(
+    images: Float[Array, "views size size"],
+    valid: Bool[Array, "views size size"],
+    intrinsics: Float[Array, "views 4"],
+    camera_from_world: Float[Array, "views 4 4"],
+    config: RefineConfig,
+) -> Window:
     """The `Window` of crops (V, S, S)."""
     target = derivatives(images[..., None], config.blur_px)[..., 0, :]
     inside = interior(valid, int(np.ceil(RIM * config.blur_px)))
@@ -269,7 +276,8 @@ def make_window(images, valid, intrinsics, camera_from_world, config):
     typical = jnp.nan_to_num(jnp.nanmedian(jnp.where(has_edge, square, jnp.nan), (1, 2), keepdims=True)) + 1e-12
     weights = inside * (T_FREEDOM + 2.0) / (T_FREEDOM + square / (FIRST_VARIANCE * typical))
     noise = noise_energy(images, valid, config.blur_px)
-    return Window(target, inside, weights, edge_count, noise, intrinsics, camera_from_world)
+    cameras = jnp.asarray(intrinsics), jnp.asarray(camera_from_world)
+    return Window(target, inside, weights, edge_count, noise, *cameras)
 
 
 def _damped(normal, damping):

@@ -98,11 +98,8 @@ def test_no_module_is_longer_than_500_lines():
     assert not long
 
 
-def test_readme_is_short_and_links_lead_somewhere():
+def test_readme_is_short():
     assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 150
-    for page in (REPOSITORY / "README.md", REPOSITORY / "WORKSPACE.md", *sorted((REPOSITORY / "docs").glob("*.md"))):
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_modules_that_documents_name_are_there():
