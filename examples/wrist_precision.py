@@ -43,7 +43,7 @@ def main(data: pathlib.Path, out: pathlib.Path, bone: str, frame: str) -> None:
     pose = np.array(files.read_json(out / f"{bone}_{frame}" / "results.json")["results"][0]["T"])
     centre = (pose @ prepared.vertebra.ct_from_box)[:3, 3]
     ends, begins = [], starts_around(pose, centre)
-    with progress.bar(STARTS, f"{bone} {frame}") as bar:
+    with progress.Bar(STARTS, f"{bone} {frame}") as bar:
         for start in begins:
             ends.append(pipeline.register(prepared, xrays, start, RegisterOptions(passes=1), kept).world_from_ct)
             bar.update()

@@ -132,6 +132,7 @@ def define_flags() -> None:
     )
     shards.define()
     flags.DEFINE_bool("pictures", True, "Also write each case's picture, volumes and transform, not only results.json.")
+    flags.DEFINE_bool("slicer", False, "Also write each case's scene for 3D Slicer, with the CT.")
 
 
 def _loader(digests):
@@ -337,7 +338,7 @@ def main() -> None:
     # The last one, so that it has all warnings.
     extra_files["run.json"] = lambda results: record.finish(inputs, cli.warnings_said())
     done = registering.register_rows(
-        rows, load, out, options, variant, given.pictures, extra_files, given.resume, inputs, print, shard
+        rows, load, out, options, variant, given.pictures, extra_files, given.resume, inputs, print, shard, given.slicer
     )
     _conclude(done, given.strict)
 

@@ -110,6 +110,21 @@ def read_series(path: pathlib.Path | str) -> tuple[np.ndarray, np.ndarray]:
     return hu, rigid_host.LPS_FROM_RAS @ lps_from_index
 
 
+def read_headers(path: pathlib.Path | str) -> list[pydicom.Dataset]:
+    """The headers of the files of a CT series, without their pixels.
+
+    Args:
+      path: as for `read_series`.
+
+    Raises:
+      InputError: there is no CT image, or several series.
+    """
+    path = pathlib.Path(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [header for _, header in _one_series(path, _headers(path))]
+
+
 @contextlib.contextmanager
 def _readable(path, wanted):
     """Turns any exception of pydicom and its decoders into an InputError that names the file."""

@@ -17,11 +17,13 @@ import numpy as np
 from absl import logging
 
 from data_pipelines import cases
+from data_pipelines.ct import scans
 from data_pipelines.io import camera_files
 from data_pipelines.io import files
 from experiments.patients.workdir import Target
 from experiments.patients.workdir import target_of
 from experiments.reports import case_folder
+from experiments.reports import dicom_registration
 from experiments.reports import verdicts
 from experiments.runtime import progress
 from experiments.runtime.kept_programs import kept
@@ -128,6 +130,7 @@ def register_rows(
     inputs: dict[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
     shard: Shard = ALL,
+    scenes: bool = False,
 ) -> Registered:
     """Registers cases into the folder `out`.
 
@@ -143,12 +146,13 @@ def register_rows(
       say: takes a line about each case when it is finished.
       shard: the part of the vertebrae that this process registers, into `out`.parts/i-of-n. The whole run takes the cases of
         finished parts from there, and removes them.
+      scenes: also write each case's scene for 3D Slicer, for which its CT is read.
     Raises:
       InputError: a folder that is not new, an unfinished folder without `resume` or of another run, or not a single case that can
         be registered. Nothing is written then.
     """
     out, extra_files = pathlib.Path(out), extra_files or {}
-    mark, parts = _fingerprint(rows, options, variant, pictures, inputs), out.with_name(f"{out.name}.parts")
+    mark, parts = _fingerprint(rows, options, variant, (pictures, scenes), inputs), out.with_name(f"{out.name}.parts")
     if not shard.whole:
         files.check_new(out)
         mine, out = shard.of(row.target for row in rows), parts / f"{shard.index}-of-{shard.count}"
@@ -159,7 +163,7 @@ def register_rows(
         if shard.whole:
             _take_parts(parts, mark, partial, journal)
         try:
-            _register_all(rows, load, options, pictures, partial, journal, say)
+            _register_all(rows, load, options, (pictures, scenes), partial, journal, say)
             order = {row.name: place for place, row in enumerate(rows)}
             results, failures = (sorted(part, key=lambda one: order[one["id"]]) for part in journal.parts())
             cases.write_results(partial / "results.json", case_folder.PROGRAM, variant, results, failures)
@@ -207,8 +211,8 @@ def _take_parts(parts, mark, partial, journal):
                 journal.add("results", result)
 
 
-def _register_all(rows, load, options, pictures, partial, journal, say):
-    """Registers the rows that the journal lacks.
+def _register_all(rows, load, options, wanted, partial, journal, say):
+    """Registers the rows that the journal lacks. wanted: whether pictures, and scenes for 3D Slicer, are written.
 
     Raises:
       InputError: the first row's, where every row has one.
@@ -220,7 +224,7 @@ def _register_all(rows, load, options, pictures, partial, journal, say):
             load(target)
         except errors.InputError as error:
             unusable[target] = error
-    warm, first_error = set(), None
+    warm, first_error, read_ct = set(), None, functools.lru_cache(1)(scans.read_ct)
     with progress.Bar(len(rows), "register", len(rows) - len(missing)) as bar:
         for row in missing:
             try:
@@ -233,10 +237,7 @@ def _register_all(rows, load, options, pictures, partial, journal, say):
                 journal.add("failures", {"id": row.name, "reason": str(error)})
                 line = f"{_shown(row)}: FAILED: {error}"
             else:
-                if pictures:
-                    case_folder.write(
-                        partial, row.name, outcome, prepared, xrays, row.start, row.truth, row.start_found
-                    )
+                _write_case(partial, row, outcome, prepared, xrays, wanted, read_ct)
                 journal.add("results", {"id": row.name, **case_folder.answer(outcome), **times})
                 line = verdicts.verdict(outcome, prepared, xrays, row.start_found).line(_shown(row))
             # The only case's reason is what the command ends with.
@@ -246,6 +247,20 @@ def _register_all(rows, load, options, pictures, partial, journal, say):
             bar.update()
     if first_error is not None and not journal.parts()[0]:
         raise first_error
+
+
+def _write_case(partial, row, outcome, prepared, xrays, wanted, read_ct):
+    """Writes what is wanted of a case: its pictures, volumes, transforms and registration, and its scene for 3D Slicer."""
+    pictures, scenes = wanted
+    folder = partial / row.name
+    if pictures:
+        case_folder.write(partial, row.name, outcome, prepared, xrays, row.start, row.truth, row.start_found)
+        said, level = verdicts.verdict(outcome, prepared, xrays, row.start_found), level_name(row.target.label)
+        dicom_registration.write(folder / "registration.dcm", row.target.ct, xrays, outcome.world_from_ct, level, said)
+    if scenes:
+        case_folder.write_scene(
+            folder / "scene.mrb", *read_ct(row.target.ct), outcome, prepared, xrays, row.start, row.truth
+        )
 
 
 def _shown(row):
@@ -274,10 +289,10 @@ def _register_one(row, prepared, options, warm):
     return outcome, xrays, watch.times()
 
 
-def _fingerprint(rows, options, variant, pictures, inputs):
+def _fingerprint(rows, options, variant, wanted, inputs):
     """What a resumed run must have in common with the one it goes on with, as a digest."""
     shown = [[row.name, str(row.target), np.asarray(row.start).tolist()] for row in rows]
-    plain = [shown, dataclasses.asdict(options), variant, pictures, inputs]
+    plain = [shown, dataclasses.asdict(options), variant, wanted, inputs]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

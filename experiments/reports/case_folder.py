@@ -1,4 +1,4 @@
-"""The files of a registered case: pose, ITK transform, volumes, Gaussians, picture."""
+"""The files of a registered case: pose, ITK transform, volumes, Gaussians, picture, scene for 3D Slicer."""
 
 import pathlib
 from collections.abc import Sequence
@@ -114,9 +114,7 @@ def write(
         vertebra.density, outcome.world_from_ct @ vertebra.ct_from_index, world_from_index, resample.GRID_SHAPE
     )
     nifti.write_nifti(folder / "ct_vertebra_in_world.nii.gz", moved, world_from_index)
-    poses = {"start": start_world_from_ct, "estimate": outcome.world_from_ct}
-    if true_world_from_ct is not None:
-        poses["truth"] = true_world_from_ct
+    poses = _poses(outcome, start_world_from_ct, true_world_from_ct)
     if outcome.together is not None:
         xrays = pipeline.corrected(xrays, outcome.together)
     pictures.registration_picture(folder / "picture.png", name, said, prepared, xrays, poses, outcome)
@@ -126,3 +124,34 @@ def write(
         nifti.write_nifti(folder / "reconstruction_in_world.nii.gz", reconstruction, world_from_index)
         files.write_npz(folder / "gaussians.npz", **gaussians.to_arrays(seen.gaussians))
         pictures.network_picture(folder / "network.png", name, seen, reconstruction, moved)
+
+
+def write_scene(
+    path: pathlib.Path | str,
+    ct: np.ndarray,
+    ct_from_index: np.ndarray,
+    outcome: Outcome,
+    prepared: Prepared,
+    xrays: Sequence[XRay],
+    start_world_from_ct: np.ndarray,
+    true_world_from_ct: np.ndarray | None = None,
+) -> None:
+    """Writes a case's scene for 3D Slicer (`slicer.write`).
+
+    Args:
+      path: the file, which ends with .mrb.
+      ct, ct_from_index: HU and affine (4, 4), as from `scans.read_ct`.
+      outcome and the rest: as for `write`.
+    """
+    from experiments.reports import slicer  # here, as in `write`
+
+    if outcome.together is not None:
+        xrays = pipeline.corrected(xrays, outcome.together)
+    poses = _poses(outcome, start_world_from_ct, true_world_from_ct)
+    slicer.write(path, ct, ct_from_index, prepared.vertebra, xrays, poses)
+
+
+def _poses(outcome, start_world_from_ct, true_world_from_ct):
+    """The poses that are drawn, by name."""
+    poses = {"start": start_world_from_ct, "estimate": outcome.world_from_ct}
+    return poses if true_world_from_ct is None else poses | {"truth": true_world_from_ct}

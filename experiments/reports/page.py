@@ -15,6 +15,7 @@ from PIL import Image
 from scipy.spatial import transform
 
 from experiments.reports import document
+from experiments.reports import image_planes
 from experiments.reports import pictures
 from experiments.reports import verdicts
 from experiments.reports.verdicts import Verdict
@@ -27,8 +28,6 @@ from radgs_jax.registration.prepared import Prepared
 TEMPLATE = pathlib.Path(__file__).with_suffix(".html")
 POINTS = 1500
 """Most points of a cloud in the drawing in space. Chosen by hand: half shows holes, twice is slower to turn."""
-BEHIND = 1.35
-"""Distance of the drawn picture planes from the source, relative to the vertebra's. Chosen by hand, to be seen."""
 COLOURS = {"start": "orange", "estimate": "blue", "truth": "green", "reconstruction": "white"}
 """Colours of points, in words: those of `pictures.STYLES`, and `RECONSTRUCTION`."""
 RECONSTRUCTION = "#f2f2f2"
@@ -137,20 +136,13 @@ def _scene(prepared, xrays, poses, clouds, colours):
     centre = (poses["estimate"] @ prepared.vertebra.ct_from_box)[:3, 3]
     views, round_off = [], lambda points: np.round(points, 2).tolist()
     for xray in xrays:
-        world_from_camera = np.linalg.inv(np.asarray(xray.camera.camera_from_world, np.float64))
-        fx, fy, cx, cy = np.asarray(xray.camera.intrinsics, np.float64)
-        depth = BEHIND * np.linalg.norm(world_from_camera[:3, 3] - centre)
-        u, v = (
-            np.array([0, xray.camera.width, xray.camera.width, 0]),
-            np.array([0, 0, xray.camera.height, xray.camera.height]),
-        )
-        corners = depth * np.stack([(u - 0.5 - cx) / fx, (v - 0.5 - cy) / fy, np.ones(4)], -1)
-        corners = corners @ world_from_camera[:3, :3].T + world_from_camera[:3, 3]
+        source = np.linalg.inv(np.asarray(xray.camera.camera_from_world, np.float64))[:3, 3]
+        plane = image_planes.world_from_pixel(xray.camera, centre)
         views.append(
             {
                 "name": verdicts.view_name(xray, poses["start"]),
-                "source": round_off(world_from_camera[:3, 3]),
-                "corners": round_off(corners),
+                "source": round_off(source),
+                "corners": round_off(image_planes.corners(xray.camera, plane)),
             }
         )
     reach = max(float(np.linalg.norm(np.array(view["source"]) - centre)) for view in views)

@@ -1,6 +1,7 @@
 """Fixtures that several files of these tests share: a trained run, its first case, commands, two views of a spine."""
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import pathlib
@@ -14,8 +15,12 @@ import tiny
 from data_pipelines import cases
 from data_pipelines.simulation import carm
 from experiments import train
+from experiments.patients import registering
+from experiments.patients.workdir import load
+from experiments.patients.workdir import ScanDigests
 from experiments.patients.workdir import target_of
 from radgs_jax.localization.chain import Found
+from radgs_jax.registration import confidence
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -93,3 +98,31 @@ def _two_views(levels_seen, sure, rng):
         n = len(seen)
         found.append(Found(np.array(names), uv, np.full(n, 0.9), np.full(n, 0.5), evidence, np.full(7, -1.0)))
     return found, intrinsics, E, points
+
+
+@pytest.fixture
+def ready(trained, first_case):
+    """The prepared vertebra of the first case, with a rule that accepts what it is told to: (rule name) -> `Prepared`."""
+    prepared = load(trained[0] / "p3", first_case[3], ScanDigests())
+    fitted_for = confidence.method_digest(prepared.refine, prepared.search)
+    thresholds = {"refusing": 2.0, "accepting": 0.0}
+
+    def with_rule(kind):
+        size = (-3.0, 0.0)
+        rule = confidence.AcceptanceRule((0.0,) * 9, (thresholds[kind],) * 2, size, 2.0, fitted_for)
+        return dataclasses.replace(prepared, rule=rule)
+
+    return with_rule
+
+
+@pytest.fixture
+def rows(first_case):
+    """Four cases of one acquisition, their starts some millimetres apart."""
+    _, case, scene, target = first_case
+    found = []
+    for index in range(4):
+        start = case.world_from_ct.copy()
+        start[2, 3] += 0.5 * index
+        xrays = lambda: cases.read_xrays(scene, "artic")  # noqa: E731
+        found.append(registering.Row(f"case_{index}", target, xrays, start))
+    return found

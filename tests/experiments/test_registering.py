@@ -20,39 +20,10 @@ from experiments.reports import pictures
 from experiments.reports import verdicts
 from radgs_jax import errors
 from radgs_jax.geometry import rigid_host
-from radgs_jax.registration import confidence
 from radgs_jax.registration import pipeline
 from radgs_jax.registration.pipeline import RegisterOptions
 
 QUICK = RegisterOptions(passes=1)
-
-
-@pytest.fixture
-def ready(trained, first_case):
-    """The prepared vertebra of the first case, with a rule that accepts what it is told to: (rule name) -> `Prepared`."""
-    prepared = load(trained[0] / "p3", first_case[3], ScanDigests())
-    fitted_for = confidence.method_digest(prepared.refine, prepared.search)
-    thresholds = {"refusing": 2.0, "accepting": 0.0}
-
-    def with_rule(kind):
-        size = (-3.0, 0.0)
-        rule = confidence.AcceptanceRule((0.0,) * 9, (thresholds[kind],) * 2, size, 2.0, fitted_for)
-        return dataclasses.replace(prepared, rule=rule)
-
-    return with_rule
-
-
-@pytest.fixture
-def rows(first_case):
-    """Four cases of one acquisition, their starts some millimetres apart."""
-    _, case, scene, target = first_case
-    found = []
-    for index in range(4):
-        start = case.world_from_ct.copy()
-        start[2, 3] += 0.5 * index
-        xrays = lambda: cases.read_xrays(scene, "artic")  # noqa: E731
-        found.append(registering.Row(f"case_{index}", target, xrays, start))
-    return found
 
 
 def _answers(folder):
