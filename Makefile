@@ -6,7 +6,7 @@ FIRST ?= runs/first
 COMPILERS ?= .compilers
 BIN := $(VENV)/bin
 
-.PHONY: demo train test test-faults test-package test-docs docs docs-serve compile-check step-check lint setup
+.PHONY: demo train test test-faults test-package test-docs test-browser docs docs-serve compile-check step-check lint setup
 
 demo: setup
 	$(BIN)/python -m experiments.demo --out=$(FIRST)
@@ -36,6 +36,11 @@ docs: $(VENV)/.installed-docs
 
 docs-serve: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# The local page in a headless browser: two minutes. It needs node and npm.
+test-browser: setup
+	npm ci --prefix tests/browser --no-audit --no-fund
+	$(BIN)/python -m pytest -q -m browser tests/browser
 
 # Where the compilers cannot be installed, the check says what it skips and why.
 compile-check: setup

@@ -14,7 +14,6 @@ from data_pipelines.phantom import scan_files
 from data_pipelines.phantom.generate import PhantomConfig
 from data_pipelines.simulation import case_files
 from data_pipelines.simulation import quick
-from experiments.patients import models
 from experiments.patients import registering
 from experiments.patients import starts
 from experiments.patients import untrained
@@ -23,7 +22,6 @@ from experiments.patients.registering import Row
 from experiments.reports import overview
 from experiments.runtime import cli
 from experiments.runtime.kept_programs import kept
-from radgs_jax.registration.gauss_newton import RefineConfig
 
 PHANTOM = PhantomConfig(spacing_mm=(1.0, 1.0, 1.5), levels=(19, 20, 21, 22, 23, 24))
 SEED = 31000
@@ -52,8 +50,7 @@ def run_demo(out: pathlib.Path | str) -> pathlib.Path:
     (scene,) = case_file.scenes.values()
     target, xrays = workdir.target_of(case_file.volumes[scene.volume]), cases.read_xrays(scene, VARIANT)
     print("3/3 L3 in the X-rays")
-    base, refine = models.base_folder(), RefineConfig()
-    prepared = untrained.untrained_loader(models.load_model(base), refine, workdir.base_rule(base, refine))(target)
+    prepared = untrained.shipped_loader(None)(target)
     start, _ = starts.start_from_body([prepared], xrays, kept)
     row = Row("L3", target, xrays, start, cases.truth(case_file, scene))
     registering.register_rows([row], lambda _: prepared, out / "registered", say=print)

@@ -21,7 +21,11 @@ from kernels.common import private_cache
 from kernels.tools import operators
 
 LIBRARIES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "optax", "numpy", "scipy", "nibabel", "pydicom")
-EXTRAS = {"dicom": ("pydicom", "gdcm"), "train": ("optax", "chex", "grain", "array_record", "tensorflow_datasets")}
+EXTRAS = {
+    "dicom": ("pydicom", "gdcm"),
+    "serve": ("starlette", "uvicorn"),
+    "train": ("optax", "chex", "grain", "array_record", "tensorflow_datasets"),
+}
 """Of each extra of the package: modules that it brings."""
 SPEC = "tiny"
 """Arguments that backends are tried with."""

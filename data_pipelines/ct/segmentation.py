@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 
 import numpy as np
+from absl import logging
 
 from data_pipelines.ct import hounsfield
 from data_pipelines.ct import mask_folders
@@ -126,6 +127,24 @@ def _named(path):
 def complete_labels(labels: np.ndarray) -> tuple[int, ...]:
     """The labels of a map (X, Y, Z) that do not touch the scan's border, so that their vertebrae are taken to be complete."""
     return tuple(label for label, box in boxes(labels).items() if border_axis(box, labels.shape) is None)
+
+
+def whole_vertebrae(path: pathlib.Path | str, label_map: str | None = None) -> list[int]:
+    """VerSe numbers, from head to feet, of the vertebrae in a mask that its border does not cut. It warns of those that are cut.
+
+    Args:
+      path, label_map: as for `read_labels`.
+    Raises:
+      InputError: as `read_labels`, or there is no such vertebra.
+    """
+    values, _ = read_labels(path, label_map)
+    whole, there = complete_labels(values), boxes(values)
+    found = [label for label in levels.VERTEBRAE if label in whole]
+    if cut := [levels.level_name(label) for label in levels.VERTEBRAE if label in there and label not in whole]:
+        logging.warning("%s: cut by the CT's border: left out", ", ".join(cut))
+    if not found:
+        errors.fail(path, "labels", sorted(whole), "a whole vertebra")
+    return found
 
 
 def _heights(numbers, affine):

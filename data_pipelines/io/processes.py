@@ -4,12 +4,12 @@ Without that runtime there is one process, and none of this asks for a device.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 from typing import TypeVar
 
-import jax
 import numpy as np
 
 from data_pipelines.io import locks
@@ -23,12 +23,21 @@ _Value = TypeVar("_Value")
 
 def several() -> bool:
     """Whether there is more than this process."""
+    # Only jax starts several, and what does without it, such as --help, need not wait for its import.
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
     """Whether this process is the first one, or the only one."""
-    return not several() or jax.process_index() == 0
+    if not several():
+        return True
+    import jax
+
+    return jax.process_index() == 0
 
 
 def agreed(value: int) -> int:

@@ -35,6 +35,7 @@ from radgs_jax.geometry.xray import XRay
 from radgs_jax.levels import level_name
 from radgs_jax.registration import pipeline
 from radgs_jax.registration import plausibility
+from radgs_jax.registration.pipeline import Outcome
 from radgs_jax.registration.pipeline import RegisterOptions
 from radgs_jax.registration.prepared import Prepared
 
@@ -131,6 +132,7 @@ def register_rows(
     say: Callable[[str], None] = lambda line: None,
     shard: Shard = ALL,
     scenes: bool = False,
+    found: Callable[[Row, Outcome, Prepared], None] = lambda row, outcome, prepared: None,
 ) -> Registered:
     """Registers cases into the folder `out`.
 
@@ -147,6 +149,7 @@ def register_rows(
       shard: the part of the vertebrae that this process registers, into `out`.parts/i-of-n. The whole run takes the cases of
         finished parts from there, and removes them.
       scenes: also write each case's scene for 3D Slicer, for which its CT is read.
+      found: takes each case's outcome as soon as it is there, before its files are written.
     Raises:
       InputError: a folder that is not new, an unfinished folder without `resume` or of another run, or not a single case that can
         be registered. Nothing is written then.
@@ -163,7 +166,7 @@ def register_rows(
         if shard.whole:
             _take_parts(parts, mark, partial, journal)
         try:
-            _register_all(rows, load, options, (pictures, scenes), partial, journal, say)
+            _register_all(rows, load, options, (pictures, scenes), partial, journal, say, found)
             order = {row.name: place for place, row in enumerate(rows)}
             results, failures = (sorted(part, key=lambda one: order[one["id"]]) for part in journal.parts())
             cases.write_results(partial / "results.json", case_folder.PROGRAM, variant, results, failures)
@@ -211,7 +214,7 @@ def _take_parts(parts, mark, partial, journal):
                 journal.add("results", result)
 
 
-def _register_all(rows, load, options, wanted, partial, journal, say):
+def _register_all(rows, load, options, wanted, partial, journal, say, found):
     """Registers the rows that the journal lacks. wanted: whether pictures, and scenes for 3D Slicer, are written.
 
     Raises:
@@ -237,6 +240,7 @@ def _register_all(rows, load, options, wanted, partial, journal, say):
                 journal.add("failures", {"id": row.name, "reason": str(error)})
                 line = f"{_shown(row)}: FAILED: {error}"
             else:
+                found(row, outcome, prepared)
                 _write_case(partial, row, outcome, prepared, xrays, wanted, read_ct)
                 journal.add("results", {"id": row.name, **case_folder.answer(outcome), **times})
                 line = verdicts.verdict(outcome, prepared, xrays, row.start_found).line(_shown(row))

@@ -14,6 +14,8 @@ from data_pipelines.ct import hounsfield
 from data_pipelines.ct import scans
 from data_pipelines.ct import whole_body
 from experiments.patients import metal_files
+from experiments.patients import models
+from experiments.patients.workdir import base_rule
 from experiments.patients.workdir import ScanDigests
 from experiments.patients.workdir import Target
 from experiments.patients.workdir import VERTEBRA_ARRAYS
@@ -37,6 +39,9 @@ KEPT_CHARACTERS = 16
 """Length of the digest of the code in their names: 64 bits, since a few are compared and nobody makes them up."""
 PACKAGES = ("data_pipelines", "radgs_jax")
 """Packages whose code vertebrae are extracted by."""
+
+BodyReader = Callable[[Target], tuple[scans.Scan, whole_body.WholeBody]]
+"""A function that reads a target's scan, and the scan at `whole_body.BODY_MM`."""
 
 
 def prepare_untrained(
@@ -72,7 +77,7 @@ def _extracted(scan, whole, label, count, mask_path):
     return vertebra, whole_body.moving_parts(whole, vertebra)
 
 
-def body_reader() -> Callable[[Target], tuple[scans.Scan, whole_body.WholeBody]]:
+def body_reader() -> BodyReader:
     """A function that reads a target's scan; it caches the latest scan and raises as `scans.read_scan`."""
 
     @functools.lru_cache(1)
@@ -88,13 +93,16 @@ def untrained_loader(
     refine: RefineConfig,
     rule: confidence.AcceptanceRule | None = None,
     digests: ScanDigests | None = None,
+    body: BodyReader | None = None,
 ) -> Callable[[Target], Prepared]:
     """A function from a target to the result of `prepare_untrained`; it raises as that and `scans.read_scan`.
 
     Args:
       digests: of scans, by which what is extracted is kept in the user's cache; None keeps nothing.
+      body: reads scans, where the caller also needs them; None makes one.
     """
-    body, count, finder = body_reader(), model.config.gaussians, functools.cache(metal_files.read_base)
+    body = body_reader() if body is None else body
+    count, finder = model.config.gaussians, functools.cache(metal_files.read_base)
 
     def arrays(target: Target) -> dict[str, np.ndarray]:
         scan, whole = body(target)
@@ -120,6 +128,16 @@ def untrained_loader(
         return Prepared(model, vertebra, fine, parts, refine, SearchConfig(), finder(), rule)
 
     return of_target
+
+
+def shipped_loader(digests: ScanDigests | None, body: BodyReader | None = None) -> Callable[[Target], Prepared]:
+    """`untrained_loader` with the shipped network and its acceptance rule.
+
+    Raises:
+      InputError: as `models.load_model` and `workdir.base_rule`.
+    """
+    base, refine = models.base_folder(), RefineConfig()
+    return untrained_loader(models.load_model(base), refine, base_rule(base, refine), digests, body)
 
 
 def _read(data):

@@ -94,7 +94,7 @@ def _view(xray, prepared, xrays, poses, outcome):
         )
     ]
     paths = [
-        f'<path class="{pose}" d="{_outline(alone[pose])}"/>' for pose in sorted(poses, key=list(pictures.STYLES).index)
+        f'<path class="{pose}" d="{outline(alone[pose])}"/>' for pose in sorted(poses, key=list(pictures.STYLES).index)
     ]
     drawn = f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" aria-hidden="true">{"".join(paths)}</svg>'
     caption = f"{title}, around the vertebra"
@@ -108,8 +108,8 @@ def _png(image, low, high):
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def _outline(image):
-    """SVG path of a vertebra's outline, in pixels from the image's corner."""
+def outline(image: np.ndarray) -> str:
+    """SVG path of a vertebra's outline in its projection (H, W), in pixels from the image's corner; empty where there is none."""
     if not image.max() > pictures.OUTLINE:
         return ""
     axes = Figure().subplots()

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from collections.abc import Sequence
 
-import jax
 from absl import flags
 
 from experiments.runtime import endings
@@ -142,6 +141,8 @@ def run(main: Callable[[], None], define_flags: Callable[[], None], log_in: str 
     given = flags.FLAGS
     folder = None if log_in is None or given[log_in].value is None else pathlib.Path(given[log_in].value)
     with events.told(given.log, folder), endings.one_line_each():
+        import jax  # here, so that --help need not wait for it
+
         if cache := private_cache.folder("xla"):
             jax.config.update("jax_compilation_cache_dir", str(cache))
         # A command compiles about a hundred small programs, which together take as long as a large one.

@@ -18,15 +18,15 @@ import warnings
 import zlib
 from collections.abc import Iterator
 
-import jax
 import tqdm
 
 from experiments.runtime import events
 from kernels.tools import program
 from radgs_jax import errors
 
-CANNOT_CONTINUE, UNUSABLE, OUT_OF_MEMORY = 1, 2, 4
-"""Exit statuses: a run that cannot continue; input or output that cannot be used; memory that is used up. 3 is a refused pose."""
+CANNOT_CONTINUE, UNUSABLE, REFUSED, OUT_OF_MEMORY = 1, 2, 3, 4
+"""Exit statuses: a run that cannot continue; input or output that cannot be used; a refused pose, with `register --strict`; memory
+that is used up."""
 OF_A_SIGNAL = 128
 """Added to a signal's number, as shells do: 130 after Ctrl-C, 143 after SIGTERM, 141 where the reader of the output has gone."""
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -111,7 +111,7 @@ def one_line_each() -> Iterator[None]:
         except concurrent.futures.BrokenExecutor:
             line = "a worker process: found it ended by the system, perhaps for memory, wanted it to finish; run again to go on"
             _end(line, CANNOT_CONTINUE)
-        except jax.errors.JaxRuntimeError as error:
+        except RuntimeError as error:  # jax's own is one
             if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
                 raise
             _end(_out_of_memory(error), OUT_OF_MEMORY)
@@ -175,6 +175,8 @@ def _thread_failed(found, before):
 
 
 def _show(message, category, filename, lineno, file=None, line=None):
+    import jax  # here, so that --help need not wait for it
+
     unreadable = _UNREADABLE.match(str(message))
     if unreadable and jax.config.jax_compilation_cache_dir:
         folder = pathlib.Path(jax.config.jax_compilation_cache_dir)

@@ -2,16 +2,16 @@
 
 import functools
 import pathlib
+from typing import TYPE_CHECKING
 
 from absl import flags
-from absl import logging
 
 from data_pipelines.ct import numbering
-from data_pipelines.ct import segmentation
-from experiments.patients.workdir import Target
 from experiments.runtime import cli
 from radgs_jax import errors
-from radgs_jax import levels
+
+if TYPE_CHECKING:
+    from experiments.patients.workdir import Target
 
 ALL = "all"
 """Value of --label that means every whole vertebra."""
@@ -30,15 +30,10 @@ def define_numbering() -> None:
 
 @functools.cache
 def _complete(mask, label_map):
-    """VerSe numbers, from head to feet, of the vertebrae in a mask that its border does not cut; InputError without any."""
-    values, _ = segmentation.read_labels(mask, label_map)
-    whole, there = segmentation.complete_labels(values), segmentation.boxes(values)
-    found = [label for label in levels.VERTEBRAE if label in whole]
-    if cut := [levels.level_name(label) for label in levels.VERTEBRAE if label in there and label not in whole]:
-        logging.warning("%s: cut by the CT's border: left out", ", ".join(cut))
-    if not found:
-        errors.fail(mask, "labels", sorted(whole), "a whole vertebra")
-    return found
+    """Read once, since several parts of a command ask for the targets."""
+    from data_pipelines.ct import segmentation  # here, so that --help need not wait for it
+
+    return segmentation.whole_vertebrae(mask, label_map)
 
 
 def define_scan(of: str = "instead of --cases") -> None:
@@ -50,12 +45,14 @@ def define_scan(of: str = "instead of --cases") -> None:
     flags.DEFINE_list("bone", None, "Instead of --label, a bone beyond the spine: its value in the mask, or several.")
 
 
-def targets() -> list[Target]:
+def targets() -> "list[Target]":
     """The vertebrae or bones that --ct, --mask and the other flags of `define_scan` name.
 
     Raises:
       InputError: a flag is missing, or they do not go together.
     """
+    from experiments.patients.workdir import Target  # here, so that --help need not wait for jax
+
     given = flags.FLAGS
     for name in ("ct", "mask"):
         if not getattr(given, name):

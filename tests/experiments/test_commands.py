@@ -22,6 +22,7 @@ COMMANDS = (
     "train",
     "prepare",
     "register",
+    "serve",
     "demo",
     "segment",
     "detect",
@@ -84,7 +85,7 @@ def test_the_demo_shows_a_registered_vertebra(tmp_path, run_command):
 def test_the_doctor_says_what_runs_and_why(run_command):
     done = run_command("doctor", "--json")
     found = json.loads(done.stdout)
-    assert found["versions"]["radgs_jax"] and found["model"]["there"] and set(found["extras"]) == {"dicom", "train"}
+    assert found["versions"]["radgs_jax"] and found["model"]["there"] and set(found["extras"]) == set(doctor.EXTRAS)
     assert found["kernels"]["splat"]["xla"] is None and "not gpu" in found["kernels"]["splat"]["pallas_triton"]
     assert all(backends["xla"] is None for backends in found["kernels"].values())
     text = doctor.describe(found | {"kept": {"reason": "no home"}})
