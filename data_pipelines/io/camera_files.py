@@ -59,7 +59,7 @@ def check_matrix(path: pathlib.Path | str, where: str, value: typing.Any, shape:
     return array
 
 
-def _shape(value):
+def nested_shape(value: typing.Any) -> tuple[int, ...]:
     """The shape of nested lists; empty where they are ragged or no lists."""
     try:
         return np.shape(value)
@@ -74,9 +74,9 @@ def check_rigid(path: pathlib.Path | str, where: str, value: typing.Any) -> np.n
       InputError: `value` is not 4x4, not finite, or further than RIGID_TOLERANCE from a rotation and a translation. The message
         names the test that failed: shape, last row, scale, columns, angles or handedness.
     """
-    if _shape(value) == (16,):
+    if nested_shape(value) == (16,):
         errors.fail(path, where, "16 numbers in one list", "4 lists of 4 numbers, one for each row")
-    if _shape(value) == (3, 4):
+    if nested_shape(value) == (3, 4):
         errors.fail(path, where, "3 rows of 4 numbers", "a 4x4 matrix: add the row 0 0 0 1")
     T = check_matrix(path, where, value, (4, 4))
     if (wrong := _not_rigid(T)) is not None:
@@ -172,7 +172,7 @@ def read_camera(
     if "K" in value and "E" in value:
         K, E = _matrices(path, where, value, mirrored)
         if P is not None:
-            _check_agreement(path, where, P, K, E)
+            check_agreement(path, where, P, K, E)
         intrinsics, P = K[[0, 1, 0, 1], [0, 1, 2, 2]], K @ E[:3]
     elif not mirrored:
         intrinsics, E = decompose(path, f"{where}.P", P)
@@ -206,7 +206,7 @@ def _matrices(path, where, value, mirrored):
         mend = MIRRORED if one_sided else "two signs turn the image by 180 degrees: turn E about its z axis instead"
         errors.fail(path, f"{where}.K", f"fx {K[0, 0]:.6g} and fy {K[1, 1]:.6g}", f"{form}; {mend}")
     flip = np.diag([-1.0, 1.0, 1.0, 1.0])
-    mirrors = _shape(E) == (4, 4) and _not_rigid(flip @ check_matrix(path, f"{where}.E", E, (4, 4))) is None
+    mirrors = nested_shape(E) == (4, 4) and _not_rigid(flip @ check_matrix(path, f"{where}.E", E, (4, 4))) is None
     if mirrors and not mirrored:
         errors.fail(path, f"{where}.E", "a matrix that mirrors (determinant -1)", f"a rigid transform; {MIRRORED}")
     E = np.asarray(E, np.float64) if mirrors else check_rigid(path, f"{where}.E", E)
@@ -229,9 +229,13 @@ def _mend_of_depth(E):
     return min(fits, key=fits.get) if fits else ""
 
 
-def _check_agreement(path, where, P, K, E):
-    """Refuses P (3, 4), up to scale, and K (3, 3), E (4, 4) that show points round the isocentre at different pixels."""
-    half = VOLUME_PER_DEPTH * E[2, 3]
+def check_agreement(path: pathlib.Path | str, where: str, P: np.ndarray, K: np.ndarray, E: np.ndarray) -> None:
+    """Refuses P (3, 4), up to scale, and K (3, 3), E (4, 4) that show points round the isocentre at different pixels.
+
+    Raises:
+      InputError: they differ by more than MAX_CONTRADICTION_PX.
+    """
+    half = VOLUME_PER_DEPTH * abs(E[2, 3])
     corners = np.array([[x, y, z, 1.0] for x in (-half, 0, half) for y in (-half, 0, half) for z in (-half, 0, half)])
     with np.errstate(all="ignore"):
         seen = [(M / M[2:]).T[:, :2] for M in (P @ corners.T, K @ E[:3] @ corners.T)]

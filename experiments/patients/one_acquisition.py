@@ -127,7 +127,7 @@ def _start_from_points(given, xrays, prepared, say):
         start, miss = starts.start_from_axis(xrays, given.points, given.axis, prepared, kept)
     else:
         start, miss = starts.start_from_points([x.camera for x in xrays], given.points, prepared.vertebra)
-    say(f"start from --points: the rays miss each other by {miss:.2f} mm")
+    say(f"start from the given points: the rays miss each other by {miss:.2f} mm")
     return start
 
 

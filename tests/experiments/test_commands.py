@@ -27,6 +27,7 @@ COMMANDS = (
     "segment",
     "detect",
     "simulate",
+    "cameras",
     "calibrate",
     "study",
     "ablation",

@@ -11,6 +11,8 @@ import fresh_python
 import numpy as np
 import pytest
 
+from data_pipelines.cameras import exchange
+
 REPOSITORY = doc_pages.REPOSITORY
 OTHER_PROGRAMS = re.compile(r"\b(pip|pytest|git|tensorboard|pre-commit)\b")
 """Lines with these have flags of other programs."""
@@ -26,6 +28,8 @@ NOT_RUN = {
     r"^python score\.py|OUT/results\.json cases\.json": "belongs to a bench that is not in the repository",
     r"tests/experiments/test_spines\.py": "ten minutes; pytest -m slow runs it",
     r"wrist_inputs\.py|OUT/radius\.nii\.gz": "data that are not in the repository",
+    r"experiments\.serve ": "a server; make test-browser works it",
+    r"^r = torch\.load": "for the Python of another program",
     r"^tensorboard ": "a server; tensorboard is no dependency",
     r"^FILE: FIELD: ": "no command, but a message",
 }
@@ -131,11 +135,9 @@ def patient(tmp_path_factory, programs):
         (folder / name).symlink_to(found)
     scan = "--ct=ct.nii.gz --mask=labels.nii.gz --label=22"
     _shell(f"python -m experiments.simulate {scan} --scenes=1 --starts_mm=0,5,10 --out=C.json", folder, programs)
-    (scene,) = json.loads((folder / "C.json").read_text())["scenes"]
-    (folder / "cameras.json").write_text(json.dumps(scene["views"]))
-    with np.load(folder / scene["xrays"]) as images:
-        for name, image in zip(("ap.npy", "lat.npy"), images["real"]):
-            np.save(folder / name, image)
+    for name in ("ap.npy", "lat.npy", "cameras.json"):
+        (folder / name).symlink_to(folder / "demo" / name)
+    (folder / "calibration.json").symlink_to(folder / "demo" / "cameras.json")
     return folder
 
 
@@ -151,3 +153,27 @@ def test_blocks_run_as_they_are_written(blocks, patient, programs, tmp_path):
     for results in tmp_path.glob("OUT/results.json"):
         found = json.loads(results.read_text())
         assert found["results"] and all(case["accepted"] for case in found["results"]) and not found.get("failures")
+
+
+@pytest.mark.docs
+def test_camera_commands_of_the_table_bring_back_what_they_wrote(patient, programs, tmp_path):
+    """Each row's flags: from our cameras to the other program's file, then by the shown command back to ours."""
+    page = (REPOSITORY / "docs" / "cameras.md").read_text()
+    (first,) = [
+        block for block in doc_pages.blocks(REPOSITORY / "docs" / "cameras.md", doc_pages.SHELL) if "carm.json" in block
+    ]
+    _shell(first, tmp_path, programs)
+    rows = re.findall(r"^\|.*\| `--from=(\w+) (.*?)--files=(\S+) \.\.\.`", page, re.MULTILINE)
+    assert {name for name, *_ in rows} == set(exchange.CONVENTIONS)
+    for name, given, paths in rows:
+        if paths.endswith(".dcm"):
+            continue  # tests/experiments/test_cameras_command.py reads such files
+        pitch = "" if "--pixel_mm" in given else "--pixel_mm=0.3"
+        there = f"--to={name} {given} {pitch} --files=cameras.json --out={paths} --nodraw"
+        back = f"--from={name} {given} --files={paths} --xrays={patient}/ap.npy,{patient}/lat.npy --size=976x976 --out=again.json"
+        for flags in (there, back):
+            _shell(f"python -m experiments.cameras {flags}", tmp_path, programs)
+        wanted, found = (json.loads((tmp_path / file).read_text()) for file in ("cameras.json", "again.json"))
+        for a, b in zip(wanted, found, strict=True):
+            np.testing.assert_allclose(b["K"], a["K"], atol=1e-3, err_msg=name)
+            np.testing.assert_allclose(b["E"], a["E"], atol=1e-3, err_msg=name)
