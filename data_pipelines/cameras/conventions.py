@@ -2,7 +2,7 @@
 
 Ours: K (3, 3) in pixels whose centres are integers from 0; E (4, 4) camera_from_world in mm, with +x along columns, +y along rows
 and +z to the detector; the world's axes are RAS+. A camera of the mirror image of what its source sees has a negative fx.
-Points project as [u w, v w, w] = K E[:3] [x, 1].
+A point x of the world projects to the pixel (u, v) by `[u w, v w, w] = K E[:3] [x, 1]`.
 
 Here are pinhole matrices and DiffDRR's detector; `gantry_conventions` has ITK, RTK, plastimatch and DICOM. The formulas are those
 of the programs' documentation and sources, as each function says. `source` and `field` name the file and the place in it in errors.

@@ -97,12 +97,14 @@ def write(
         folder / "pose.json",
         {
             "world_from_ct": outcome.world_from_ct.tolist(),
+            "world_from_ct_lps": rigid_host.between_lps(outcome.world_from_ct).tolist(),
+            "ct_from_world_lps": rigid_host.between_lps(np.linalg.inv(outcome.world_from_ct)).tolist(),
             "start_world_from_ct": np.asarray(start_world_from_ct).tolist(),
             "passes_world_from_ct": outcome.trajectory.tolist(),
             **{k: v for k, v in answer(outcome).items() if k != "T"},
             "verdict": said.line(level_name(vertebra.label)),
             "units": "mm",
-            "frames": "CT: RAS+ mm; world: the C-arm's",
+            "frames": "CT: RAS+, or LPS+ where the name says so; world: the C-arm's",
         },
     )
     with files.replacing(folder / "pose.tfm") as temporary:
@@ -141,7 +143,7 @@ def write_scene(
     Args:
       path: the file, which ends with .mrb.
       ct, ct_from_index: HU and affine (4, 4), as from `scans.read_ct`.
-      outcome and the rest: as for `write`.
+      outcome, prepared, xrays, start_world_from_ct, true_world_from_ct: as for `write`.
     """
     from experiments.reports import slicer  # here, as in `write`
 

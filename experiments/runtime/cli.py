@@ -141,7 +141,10 @@ def run(main: Callable[[], None], define_flags: Callable[[], None], log_in: str 
     given = flags.FLAGS
     folder = None if log_in is None or given[log_in].value is None else pathlib.Path(given[log_in].value)
     with events.told(given.log, folder), endings.one_line_each():
-        import jax  # here, so that --help need not wait for it
+        # Here, so that --help need not wait for jax.
+        import jax
+
+        from experiments.runtime import compiling
 
         if cache := private_cache.folder("xla"):
             jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -149,4 +152,5 @@ def run(main: Callable[[], None], define_flags: Callable[[], None], log_in: str 
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         # Otherwise the garbage collector traverses all of jax's objects once more at exit, which takes half a second.
         atexit.register(gc.freeze)
-        main()
+        with compiling.said_once():
+            main()

@@ -7,12 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
-COMPILED = "/jax/compilation_cache/cache_misses"
-"""Jax's event for a program that was compiled and not loaded, recorded when it is written to the cache."""
-COMPILE_TIME = "/jax/core/compile/backend_compile_duration"
-"""Jax's event for a program that was compiled or loaded: what shows it where there is no cache."""
+from experiments.runtime import compiling
 
 
 class Job:
@@ -79,22 +74,9 @@ class _Handler(logging.Handler):
 def telling(job: Job) -> Iterator[None]:
     """Inside, warnings of this thread, and jax's compilations, are told to a job."""
     logger, handler = logging.getLogger("absl"), _Handler(job)
-    cached = bool(jax.config.jax_compilation_cache_dir)
-
-    def event(name: str, **more: Any) -> None:
-        if name == COMPILED:
-            job.compiled()
-
-    def duration(name: str, seconds: float, **more: Any) -> None:
-        if name == COMPILE_TIME and not cached:
-            job.compiled()
-
     logger.addHandler(handler)
-    jax.monitoring.register_event_listener(event)
-    jax.monitoring.register_event_duration_secs_listener(duration)
     try:
-        yield
+        with compiling.told(job.compiled):
+            yield
     finally:
-        jax.monitoring.unregister_event_listener(event)
-        jax.monitoring.unregister_event_duration_listener(duration)
         logger.removeHandler(handler)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -137,7 +138,8 @@ def patient(tmp_path_factory, programs):
     _shell(f"python -m experiments.simulate {scan} --scenes=1 --starts_mm=0,5,10 --out=C.json", folder, programs)
     for name in ("ap.npy", "lat.npy", "cameras.json"):
         (folder / name).symlink_to(folder / "demo" / name)
-    (folder / "calibration.json").symlink_to(folder / "demo" / "cameras.json")
+    # A file of its own, since a command may not write what it reads.
+    shutil.copyfile(folder / "demo" / "cameras.json", folder / "calibration.json")
     return folder
 
 
