@@ -14,6 +14,7 @@ are not valid are red.
 """
 
 import collections.abc
+import dataclasses
 import pathlib
 import textwrap
 import typing
@@ -245,14 +246,15 @@ def of_xrays(paths: collections.abc.Iterable[pathlib.Path | str], options: radio
 
     Args:
       paths: files of X-rays.
-      options: options of all of them.
+      options: options of all of them; what the numbers are has `register`'s default.
 
     Raises:
       InputError: as `radiograph.read`.
     """
     row = []
     for path in paths:
-        read = radiograph.read(path, None, options)
+        values = radiograph.assumed_values(path, options)
+        read = radiograph.read(path, None, dataclasses.replace(options, values=values))
         # Turn the file's pixels like the image.
         v, u = np.indices(read.line_integrals.shape)
         u, v, _ = np.rint(np.einsum("ij,jvu->ivu", read.file_from_image, [u, v, np.ones_like(u)])).astype(int)
@@ -303,7 +305,7 @@ VALUES = flags.DEFINE_enum(
     "values",
     None,
     radiograph.VALUES,
-    "What the X-rays' numbers are; default: what DICOM's tags say.",
+    "What the X-rays' numbers are; default: what DICOM's tags say, line integrals elsewhere.",
     flag_values=FLAGS,
 )
 PAIRS = flags.DEFINE_string("pairs", None, "Folder of a store of pairs.", flag_values=FLAGS)

@@ -211,7 +211,7 @@ def read_views(
             getattr(options, name) if given is None else _for_view(path, name, given, index, len(paths))
             for name, given in (("flat", flats), ("dark", darks), ("frame", frames))
         )
-        values = options.values or (None if image_files.is_dicom(path) else "line_integrals")
+        values = assumed_values(path, options)
         own.append(dataclasses.replace(options, values=values, flat=flat, dark=dark, frame=frame, view=index))
         read_options.check(path, own[-1])
     stored = [image_files.load_stored(path, each.frame, each.bits) for path, each in zip(paths, own)]
@@ -224,6 +224,11 @@ def read_views(
     source = calibration if calibration is not None else "geometry tags"
     same_acquisition.compare_cameras(paths, [view.camera for view in views], source)
     return views
+
+
+def assumed_values(path: pathlib.Path | str, options: ReadOptions) -> str | None:
+    """What an X-ray's numbers are where the options do not say it: line integrals, or None in DICOM, whose tags say it."""
+    return options.values or (None if image_files.is_dicom(path) else "line_integrals")
 
 
 def _for_view(path, name, given, index, count):

@@ -454,11 +454,8 @@ def _log_pictures(config, mesh, log, step, state, batch):
     if not processes.is_first():
         return
     images = _render(params, jax.tree.map(lambda a: a[:1], batch), config.model)
-    log.image(
-        step,
-        "xray_target_effect",
-        np.concatenate([np.clip(i / max(float(i.max()), 1e-6), 0, 1) for i in map(np.asarray, images)], 1),
-    )
+    for name, image in zip(("X-ray", "vertebra alone", "reconstruction"), map(np.asarray, images), strict=True):
+        log.image(step, f"first example, first view/{name}", np.clip(image / max(float(image.max()), 1e-6), 0, 1))
 
 
 def _time_step(update, state, key, batch, mesh):
