@@ -63,11 +63,17 @@ def write(
             for pose in poses
         ),
         "views": "\n".join(_view(xray, prepared, xrays, poses, outcome) for xray in xrays),
-        "clouds": f"Points: {', '.join(f'{cloud} ({COLOURS[cloud]})' for cloud in clouds)}.",
+        "clouds": _legend(clouds),
         "pose": _pose(poses["estimate"], prepared),
         "scene": json.dumps(_scene(prepared, xrays, poses, clouds, colours)).replace("<", "\\u003c"),
     }
     document.write(path, f"{level} in {len(xrays)} X-rays", document.fill(TEMPLATE, filled))
+
+
+def _legend(clouds):
+    """What the points in space are, in words."""
+    said = f"Points: {', '.join(f'{cloud} ({COLOURS[cloud]})' for cloud in clouds)}."
+    return said if "reconstruction" in clouds else f"{said} With --reconstruct, also the network's reconstruction."
 
 
 def _view(xray, prepared, xrays, poses, outcome):

@@ -131,7 +131,7 @@ def evaluate(
       variant: array of the X-ray files.
       prepare: prepares a target, such as `workdir.loader(...)`; called once per volume.
       passes, refine: as in `RegisterOptions`.
-      picture_folder: where to write the files of each vertebra's first case; None writes none.
+      picture_folder: where to write the files of each vertebra's case that starts farthest off; None writes none.
       score_volumes: also score the reconstructions, which takes longer than registering; baselines: and what they are to be held
         against, which takes most of that time.
     Returns:
@@ -149,6 +149,7 @@ def evaluate(
     passes_mm, results, volumes, attention, mean_clouds, seen = [], [], {}, [], {}, {}
     scored = {case_file.scenes[case.scene].volume for case in case_file.cases}
     points = {name: cases.points(case_file, name) for name in sorted(scored)}
+    drawn = _farthest(case_file, points) if picture_folder is not None else ()
 
     with progress.Bar(len(case_file.cases), f"evaluate {variant}") as bar:
         for one in _registered(case_file, case_file.cases, variant, passes, prepare, refine):
@@ -164,7 +165,7 @@ def evaluate(
                 for name, scores in _volume_scores(one, mean_clouds.get(one.scene.volume), passes).items():
                     for score, value in scores.items():
                         volumes.setdefault(name, {}).setdefault(score, []).append(value)
-            if picture_folder is not None and one.scene.volume not in seen:
+            if picture_folder is not None and one.case.name in drawn:
                 case_folder.write(picture_folder, one.case.name, outcome, one.prepared, one.xrays, start, one.truth)
             seen.setdefault(one.scene.volume, outcome.reconstructed)
             bar.update()
@@ -181,6 +182,16 @@ def evaluate(
     }
 
 
+def _farthest(case_file, points):
+    """Names of the cases that start farthest off, one for each volume."""
+    found = {}
+    for case in case_file.cases:
+        scene = case_file.scenes[case.scene]
+        off = metrics.mtre(points[scene.volume], case.world_from_ct, cases.truth(case_file, scene))
+        found[scene.volume] = max(found.get(scene.volume, (-1.0, "")), (float(off), case.name))
+    return {name for _, name in found.values()}
+
+
 def report(
     case_file: cases.CaseFile,
     variant: str,
@@ -189,7 +200,9 @@ def report(
     out: pathlib.Path | str,
     score_volumes: bool = True,
 ) -> tuple[str, str]:
-    """Evaluates, and writes `out`/results_VARIANT.json, table_VARIANT.txt, errors_VARIANT.png and the first cases' files.
+    """Evaluates, and writes `out`/results_VARIANT.json, table_VARIANT.txt, errors_VARIANT.png and files of cases.
+
+    The cases are, for each vertebra, the one that starts farthest off.
 
     Args:
       workdir: folder that `preparing.prepare` made.
