@@ -3,8 +3,11 @@
 import dataclasses
 from typing import Any
 
-Backbone = tuple[str, tuple[tuple[str, Any], ...]]
-"""A family of `backbones` and its options, (name, ((option, value), ...)); hashable, so that a config can be a static argument."""
+import flax.linen as nn
+
+Backbone = tuple[str | type[nn.Module], tuple[tuple[str, Any], ...]]
+"""A family of `backbones`, or a class of one's own, and its options: (name, ((option, value), ...)). Hashable, so that a config can
+be a static argument. A model whose backbone is a class cannot be saved."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -288,7 +288,8 @@ def test_a_row_of_skipped_steps_ends_the_run(update, scalars, tmp_path, first, c
     assert int(metrics["skipped"]) == 1
 
 
-def test_the_bar_tells_of_skipped_steps(update, tmp_path, capsys):
+def test_the_bar_tells_of_skipped_steps(update, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_S", 0.0)
     _train(tmp_path / "some", update, Batches({2}), 10)
     assert "skipped=1" in capsys.readouterr().err
     _train(tmp_path / "none", update, Batches(), 10)
