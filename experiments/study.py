@@ -13,8 +13,10 @@ from absl import flags
 from data_pipelines.io import files
 from experiments import configs
 from experiments.patients import models
+from experiments.reports import index_page
 from experiments.reports import plots
 from experiments.reports import statistics
+from experiments.reports.run_record import RunRecord
 from experiments.runtime import cli
 from experiments.runtime import shards
 from experiments.runtime.shards import Shard
@@ -123,7 +125,7 @@ def run_study(
     Raises:
       InputError: as `conditions.Patient`, `case_files.simulated_cases` and `preparing.prepare`.
     """
-    out, config = pathlib.Path(out), configs.BASE
+    out, config, record = pathlib.Path(out), configs.BASE, RunRecord()
     patient, passes = conditions.Patient(ct, mask, labels, workdir), config.passes
     counts = dict(_planned(scenes, sweep_scenes, sweeps))
     name_of = lambda condition: conditions.scenes_name(patient, condition, counts[condition], seed)
@@ -150,6 +152,7 @@ def run_study(
     for group, entries in groups.items():
         report.add(group, statistics.HEADER, *statistics.with_metal_apart(entries))
     if sweeps:
+        _write_page(out, report.texts, record)
         return
     params = rivals.train_plain(patient, config, plain_minutes, out, seed) if plain_minutes else None
     for variant in VARIANTS:
@@ -166,7 +169,20 @@ def run_study(
         report.add(condition.group, statistics.HEADER, *lines)
     plots.study_page(out / "study.png", by_start, groups)
     conditions.failures(patient, results, counts, seed, out, passes)
-    print(f"\nwritten: {out / 'study.txt'}, {out / 'study.png'}")
+    _write_page(out, report.texts, record)
+    print(f"\nopen {out / index_page.NAME}")
+
+
+def _write_page(out, texts, record):
+    """The page of the study's tables, whose first lines are their names, and of its pictures."""
+    shown = {out / "study.png": "Errors over start errors, and at each point of each sweep."}
+    worst = {
+        path: f"{path.parent.name}: a case that failed." for path in sorted((out / "failures").rglob("picture.png"))
+    }
+    sections = [index_page.text(*text.split("\n", 1)) for text in texts]
+    sections += [index_page.pictures("Plots", shown), index_page.pictures("The worst failures", worst)]
+    sections.append(index_page.links("Files", out, ("study.txt", "study.png", "log.txt")))
+    index_page.write(out, "A study: errors, radii and refusals under each condition", sections, record)
 
 
 def main() -> None:

@@ -24,6 +24,8 @@ from experiments.comparison.answers import Table
 from experiments.comparison.subjects import Sizes
 from experiments.comparison.subjects import System
 from experiments.comparison.systems import SYSTEMS
+from experiments.reports import index_page
+from experiments.reports.run_record import RunRecord
 from experiments.runtime import cli
 from experiments.runtime import shards
 from experiments.runtime.shards import Shard
@@ -77,7 +79,7 @@ def make_table(
     Raises:
       InputError: unreadable cases or scans, X-rays without such a variant, or a scene without its true pose.
     """
-    workdir, out = files.make_folder(workdir), pathlib.Path(out)
+    workdir, out, record = files.make_folder(workdir), pathlib.Path(out), RunRecord()
     case_file = cases.read(case_path)
     for scene in case_file.scenes.values():
         cases.truth(case_file, scene)
@@ -105,7 +107,22 @@ def make_table(
             if system.kind == subjects.REGISTRATION:
                 answers.write_results(table, system, variant)
         pictures.write(table, ran, variant)
-    return tables.write(out, "table", parts, values)
+    found = tables.write(out, "table", parts, values)
+    _write_page(out, variants, parts, record)
+    return found
+
+
+def _write_page(out, variants, parts, record):
+    """The page of the table and its pictures."""
+    note = "The columns, and the paper's own rows, are explained in docs/table1.md. Ranks are by the honest scores."
+    shown = {}
+    for variant in variants:
+        shown[out / f"volumes_{variant}.png"] = f"Slices of each reconstruction, one row a system, variant {variant}."
+        shown[out / f"poses_{variant}.png"] = f"Outlines at each system's pose and at the true one, variant {variant}."
+    sections = [index_page.table(title, head, cells, note) for title, head, cells in parts]
+    sections.append(index_page.pictures("The first scene", shown))
+    sections.append(index_page.links("Files", out, ("table.txt", "table.md", "table.json", "log.txt")))
+    index_page.write(out, f"Table 1 on the same cases: {', '.join(variants)}", sections, record)
 
 
 def main() -> None:

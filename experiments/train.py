@@ -19,11 +19,14 @@ from data_pipelines.pairs import identity
 from experiments import configs
 from experiments import data_stages
 from experiments.data_stages import RealData
+from experiments.reports import index_page
+from experiments.reports.run_record import RunRecord
 from experiments.runtime import cli
 from experiments.runtime import cluster
 from experiments.runtime import input_flags
 from experiments.runtime import progress
 from experiments.scoring import evaluate
+from experiments.training import history
 from experiments.training import loop
 from radgs_jax import errors
 from radgs_jax.training import objectives
@@ -171,15 +174,21 @@ def _train(config, workdir, stage, given):
                 "not finished",
                 f"its last checkpoint: run --stage={name}_{before} first",
             )
+    record = RunRecord()
+    show = lambda: processes.first_does(lambda: history.write_page(workdir, config, record))
     if name in ("full", "p1"):
         data_stages.p1(config, workdir, phases, given)
+        show()
     if name in ("full", "p2"):
         data_stages.p2(config, workdir, phases, given)
+        show()
     if name in ("full", "p3"):
         patient = data_stages.p3(config, workdir, phases, given)
+        show()
     scored: list[str] = []
     if name == "full" or stage == "p3":
         processes.first_does(lambda: scored.append(score_patient(config, workdir, *patient)))
+        show()
     return scored[0] if scored else None
 
 
@@ -206,7 +215,7 @@ def _main():
     given = RealData(path(asked.p1_data), splits, path(asked.p2_cases), asked.p2_variant, patient)
     table = train(config, asked.workdir, asked.stage, given)
     if table:
-        print(f"\n{table}\n\npictures and files: {pathlib.Path(asked.workdir) / 'eval'}")
+        print(f"\n{table}\n\nopen {pathlib.Path(asked.workdir) / index_page.NAME}")
 
 
 def command() -> None:

@@ -1,9 +1,11 @@
 """HTML files that need nothing else, for a browser: one style and script, and the articles of registered cases in them."""
 
 import html
+import json
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from data_pipelines.io import files
 from experiments.reports import pictures
@@ -33,3 +35,18 @@ def write(path: pathlib.Path | str, title: str, body: str) -> None:
 def articles(path: pathlib.Path | str) -> str:
     """The articles of a page that `write` has made, as HTML."""
     return "\n".join(re.findall(r"<article.*?</article>", pathlib.Path(path).read_text(encoding="utf-8"), re.DOTALL))
+
+
+def record(run: Mapping[str, Any]) -> str:
+    """A section on how a run was made, from the content of its run.json."""
+    rows = [(key, run[key]) for key in ("command", "begun", "wall_s", "cpu_s")]
+    rows += [
+        (f"{part}: {key}", value) for part in ("versions", "machine", "inputs") for key, value in run[part].items()
+    ]
+    rows += [("warning", text) for text in run["warnings"]]
+    plain = lambda value: value if isinstance(value, str) else json.dumps(value)
+    lines = "".join(
+        f"<tr><th scope='row'>{html.escape(key)}</th><td><code>{html.escape(plain(value))}</code></td></tr>"
+        for key, value in rows
+    )
+    return f'<section aria-label="How it was made">\n<h2>How it was made</h2>\n<table class="record">{lines}</table>\n</section>'

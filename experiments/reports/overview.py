@@ -1,7 +1,6 @@
 """The page of a run: verdicts on all its cases, the spine's curve, how it was made, and the cases' own pages."""
 
 import html
-import json
 import pathlib
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -41,7 +40,7 @@ def write(
     if len(results) <= MOST_INSIDE:
         parts += [_folded(folder, one, len(results) == 1) for one in results]
     if (record := folder / "run.json").exists():
-        parts.append(_record(files.read_json(record)))
+        parts.append(document.record(files.read_json(record)))
     document.write(folder / NAME, f"{len(results)} registered: {counts}", "\n".join(parts))
 
 
@@ -91,17 +90,3 @@ def _folded(folder, one, unfolded):
     """A case's own page as a part of this one."""
     inside = document.articles(folder / one["id"] / NAME)
     return f"<details{' open' if unfolded else ''}><summary>{html.escape(one['id'])}</summary>\n{inside}\n</details>"
-
-
-def _record(run):
-    rows = [(key, run[key]) for key in ("command", "begun", "wall_s", "cpu_s")]
-    rows += [
-        (f"{part}: {key}", value) for part in ("versions", "machine", "inputs") for key, value in run[part].items()
-    ]
-    rows += [("warning", text) for text in run["warnings"]]
-    plain = lambda value: value if isinstance(value, str) else json.dumps(value)
-    lines = "".join(
-        f"<tr><th scope='row'>{html.escape(key)}</th><td><code>{html.escape(plain(value))}</code></td></tr>"
-        for key, value in rows
-    )
-    return f'<section aria-label="How it was made">\n<h2>How it was made</h2>\n<table class="record">{lines}</table>\n</section>'

@@ -12,6 +12,8 @@ from data_pipelines.io import files
 from radgs_jax import metrics
 
 ESTIMATE, OTHER = "#35c4e8", "#e8a33d"
+FEW = 30
+"""Values of a loss below which each is marked, chosen by hand: a single one draws no line."""
 LEAST_MM = 1e-3
 """Lower end of logarithmic error axes, mm: errors below it are drawn there."""
 
@@ -33,21 +35,39 @@ def error_plot(
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
-    left.scatter(start_mm, error_mm, s=18, color=ESTIMATE)
-    left.plot([0, 25], [0, 25], color="grey", lw=0.8, ls="--", label="start pose")
+    left.scatter(start_mm, np.maximum(error_mm, LEAST_MM), s=18, color=ESTIMATE)
+    shown = np.linspace(LEAST_MM, 26, 200)
+    left.plot(shown, shown, color="grey", lw=0.8, ls="--", label="start pose")
     left.axhline(metrics.SUCCESS_MM, color="#c44", lw=0.8, label=f"success: {metrics.SUCCESS_MM:g} mm")
     left.set(
         xlabel="start mTRE, mm",
         ylabel="mTRE after registration, mm",
         xlim=(0, 26),
-        ylim=(0, max(6.0, float(np.max(error_mm)) * 1.05)),
+        ylim=(0.5 * LEAST_MM, 2.0 * max(26.0, float(np.max(error_mm)))),
+        yscale="log",
     )
+    left.yaxis.set_major_formatter("{x:g}")
     left.legend(frameon=False)
     passes = np.arange(trajectories_mm.shape[1])
     for q, style in ((25, ":"), (50, "-"), (75, ":"), (90, "--")):
         right.plot(passes, np.percentile(trajectories_mm, q, axis=0), style, color="#333", label=f"{q}th percentile")
     right.set(xlabel="pass", ylabel="mTRE, mm", yscale="log")
+    right.yaxis.set_major_formatter("{x:g}")
     right.legend(frameon=False)
+    save(figure, path)
+
+
+def loss_curves(path: pathlib.Path | str, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """A PNG with a panel for each phase: its loss over its steps; curves: name -> steps and values."""
+    columns = 3
+    rows = max(1, -(-len(curves) // columns))
+    figure = Figure(figsize=(4.2 * columns, 2.8 * rows), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for panel, (name, (steps, values)) in zip(panels, curves.items()):
+        panel.plot(steps, values, color="#333333", lw=0.9, marker="." if len(steps) < FEW else None)
+        panel.set(title=name, xlabel="step", ylabel="loss")
+    for panel in panels[len(curves) :]:
+        panel.set_axis_off()
     save(figure, path)
 
 

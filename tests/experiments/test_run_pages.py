@@ -1,15 +1,24 @@
-"""The spine's curve, and the page of a run."""
+"""The spine's curve, the page of a run, and the pages of studies, tables and trainings."""
 
+import base64
+import contextlib
+import io
+import re
 import types
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.spatial import transform
 
 from data_pipelines.io import files
 from experiments.reports import document
+from experiments.reports import index_page
 from experiments.reports import overview
+from experiments.reports import run_record
 from experiments.reports import spine_curve
+from experiments.runtime import progress
+from experiments.training import history
 from radgs_jax.geometry import rigid_host
 
 LORDOSIS_DEG, RADIUS_MM = 40.0, 150.0
@@ -100,3 +109,39 @@ def test_the_page_of_a_run_has_verdicts_the_spine_and_each_case_once(spine, tmp_
     many = [{**results[0]} for _ in range(overview.MOST_INSIDE + 1)]
     overview.write(tmp_path, many, (), {})
     assert "<article>" not in (tmp_path / overview.NAME).read_text()
+
+
+def test_an_index_page_needs_nothing_else_and_shows_what_is_there(tmp_path):
+    Image.new("RGB", (2000, 30), "red").save(tmp_path / "wide.png")
+    sections = [
+        index_page.table("Scores", ["system", "mTRE"], [["a < b", "0.1"], ["c", "0.2"]], "Lower is better."),
+        index_page.text("As text", "x  y\n1 <2"),
+        index_page.pictures("Plots", {tmp_path / "wide.png": "a & b", tmp_path / "missing.png": "nothing"}),
+        index_page.pictures("None", {tmp_path / "missing.png": "nothing"}),
+        index_page.links("Files", tmp_path, ["wide.png", "missing.txt"]),
+    ]
+    index_page.write(tmp_path, "A <title>", sections, run_record.RunRecord())
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>A &lt;title&gt;</h1>" in page and '<th scope="row">a &lt; b</th>' in page and "1 &lt;2" in page
+    assert page.count("<img") == 1 and 'alt="a &amp; b"' in page and "None" not in page and "missing" not in page
+    assert not re.search(r"(src|href)=\"(https?:)?//", page)
+    (encoded,) = re.findall(r"data:image/webp;base64,([\w+/=]+)", page)
+    assert Image.open(io.BytesIO(base64.b64decode(encoded))).width == index_page.WIDTH_PX
+
+
+def test_scalars_are_read_back_as_far_as_they_are_written(tmp_path):
+    with contextlib.closing(progress.Log(tmp_path, "p1_rec")) as log:
+        for step in range(1, 6):
+            log.scalars(step, {"loss": 10.0 / step, "examples_per_s": 3.0})
+        log.image(5, "picture", np.zeros((4, 4)))
+    folder = tmp_path / "tensorboard" / "p1_rec"
+    (path,) = folder.iterdir()
+    steps, values = history.scalars(folder)["loss"]
+    np.testing.assert_allclose(values, 10.0 / steps, rtol=1e-6)
+    assert steps.tolist() == [1, 2, 3, 4, 5] and set(history.scalars(folder)) == {"loss", "examples_per_s"}
+    whole = path.read_bytes()
+    for cut in range(0, len(whole), 7):
+        path.write_bytes(whole[:cut])
+        history.scalars(folder)  # no error, wherever a writer has got to
+    path.write_bytes(whole[: len(whole) // 2])
+    assert len(history.scalars(folder)["loss"][0]) in (2, 3, 4)

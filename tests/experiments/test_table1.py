@@ -130,6 +130,8 @@ def test_what_is_run_has_its_rows_pictures_and_results(table):
     # An empty volume scores well by the paper's protocol, which is why both stand there.
     assert zero["scores"]["ssim_paper"][0] > 0.6 > zero["scores"]["ssim_honest"][0]
     assert (out / "table.md").read_text().count("| zero volume |") == 1
+    page = (out / "report.html").read_text()
+    assert page.count('<th scope="row">zero volume</th>') == 1 and page.count("data:image/webp;base64,") == 2
 
 
 def test_no_system_sees_the_truth(table, trained, tmp_path, unscored):

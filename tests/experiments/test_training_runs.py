@@ -55,6 +55,7 @@ def test_full_run_leaves_what_it_promises(trained):
     for name in (
         "p1/model/manifest.json",
         "p2/model/manifest.json",
+        "report.html",
         "eval/table.txt",
         "eval/errors_real.png",
         "eval/results_real.json",
@@ -74,6 +75,9 @@ def test_full_run_leaves_what_it_promises(trained):
         "network.png",
     }
     assert files.read_json(workdir / "eval" / "results_real.json")["format"] == cases.RESULTS_FORMAT
+    page = (workdir / "report.html").read_text()
+    assert page.count('<th scope="row">p') == 9 and page.count("3 of 3") == 9 and "9 phases are finished" in page
+    assert "CT at the start" in page and page.count("data:image/webp;base64,") >= 4
 
 
 def test_running_again_only_reads(trained):
