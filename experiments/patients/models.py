@@ -82,8 +82,11 @@ def save_model(folder: pathlib.Path | str, model: trained.Model, note: str) -> N
     Args:
       note: one line for people about the model's origin.
     Raises:
-      InputError: another process replaces this model, or it cannot be written.
+      InputError: another process replaces this model, it cannot be written, or it has `own_backbones`.
     """
+    for own in model.config.own_backbones:
+        wanted = "a backbone with a name in radgs_jax/models/backbones.py, by which a file can be read again"
+        errors.fail(folder, "model", f"the class {own.__name__}", wanted)
     folder = pathlib.Path(os.path.realpath(folder))
     first = processes.is_first()
     temporary = locks.beside(folder, f"{_token()}.partial")

@@ -37,6 +37,7 @@ from radgs_jax import gaussians
 from radgs_jax.models import matching
 from radgs_jax.models import radgs_reg
 from radgs_jax.models import recm
+from radgs_jax.models.config import ModelConfig
 from radgs_jax.registration import gauss_newton
 from radgs_jax.registration import projection
 
@@ -102,6 +103,7 @@ def kept(function: Callable, static_argnames: str | Sequence[str] = ()) -> Calla
 
     Args:
       function: a function of arrays; static_argnames: its static arguments, keyword-only and fully described by their `repr`.
+        Nothing is kept of a `ModelConfig` with `own_backbones`, whose code no digest covers.
     """
     jitted = jax.jit(function, static_argnames=static_argnames)
     programs, compiled, paths, lock = {}, collections.OrderedDict(), {}, threading.Lock()
@@ -113,7 +115,8 @@ def kept(function: Callable, static_argnames: str | Sequence[str] = ()) -> Calla
         key = tree, tuple(jax.typeof(leaf) for leaf in leaves), tuple(sorted(options.items()))
         if key not in programs:
             flat = jax.jit(lambda *leaves: jitted(*jax.tree.unflatten(tree, leaves), **options))
-            if folder := _folder():
+            folder = None if _has_own_code(options) else _folder()
+            if folder:
                 paths[key] = _path(folder, function, key, "stablehlo")
                 flat = jax.jit(_exported(paths[key], flat, leaves).call)
             programs[key] = flat
@@ -193,6 +196,10 @@ def kept_shapes(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str
         return jax.tree.map(shape, json.loads(data), is_leaf=lambda value: set(value) == {"shape", "dtype"})
 
     return sealed_files.from_file(_path(folder, function, args, "json"), read, lambda: json.dumps(make()).encode())
+
+
+def _has_own_code(options):
+    return any(isinstance(value, ModelConfig) and value.own_backbones for value in options.values())
 
 
 def _folder():

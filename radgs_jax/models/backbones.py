@@ -297,20 +297,21 @@ class SmallCNN(nn.Module):
 _BACKBONES = {"small": SmallCNN, "resnet18": ResNet18, "resnet50": ResNet50, "densenet121": DenseNet121, "vit12": ViT12}
 
 
-def make_backbone(name: str | type[nn.Module], bfloat16: bool = False, remat: bool = False, **kwargs: Any) -> Any:
-    """Backbone by name, 'small', 'resnet18', 'resnet50', 'densenet121' or 'vit12', or by its class.
+def make_backbone(name: str | type, bfloat16: bool = False, remat: bool = False, **kwargs: Any) -> Any:
+    """Backbone by name: 'small', 'resnet18', 'resnet50', 'densenet121' or 'vit12', or by its class.
 
     Args:
-      name: or a class that maps `Input` to `Features`.
+      name: of a family, or the class of another Flax module that maps as the families do.
       bfloat16: compute in bfloat16; parameters, input and features are float32 as ever.
       remat: compute once more for the gradient what would otherwise be kept; it takes a third more time and less memory.
       kwargs: the module's attributes.
     Raises:
-      ValueError: an unknown name.
+      ValueError: an unknown name, or another class.
     """
-    if isinstance(name, str) and name not in _BACKBONES:
-        raise ValueError(f"make_backbone: unknown backbone {name!r}, expected one of {', '.join(_BACKBONES)}")
-    module = _BACKBONES[name] if isinstance(name, str) else name
+    module = _BACKBONES.get(name) if isinstance(name, str) else name
+    if not (isinstance(module, type) and issubclass(module, nn.Module)):
+        known = ", ".join(_BACKBONES)
+        raise ValueError(f"make_backbone: unknown backbone {name!r}, expected one of {known}, or a Flax module's class")
     if not (bfloat16 or remat):
         return module(**kwargs)
     # The name that it has by itself, so that parameters fit with and without.

@@ -3,11 +3,9 @@
 import dataclasses
 from typing import Any
 
-import flax.linen as nn
-
-Backbone = tuple[str | type[nn.Module], tuple[tuple[str, Any], ...]]
-"""A family of `backbones`, or a class of one's own, and its options: (name, ((option, value), ...)). Hashable, so that a config can
-be a static argument. A model whose backbone is a class cannot be saved."""
+Backbone = tuple[str | type, tuple[tuple[str, Any], ...]]
+"""A family of `backbones` by name, or a Flax module's class, with its options: (name, ((option, value), ...)). Hashable, so that a
+config can be a static argument."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,3 +48,9 @@ class ModelConfig:
     grid: int = 24
     voxel_mm: float = 4.5
     grid_blur_mm: float = 2.0
+
+    @property
+    def own_backbones(self) -> tuple[type, ...]:
+        """The backbones that are classes. A file can name a family of `backbones`, but not the code of a class."""
+        chosen = (backbone[0] for backbone in (self.backbone_2d, self.backbone_3d) if backbone)
+        return tuple(one for one in chosen if not isinstance(one, str))

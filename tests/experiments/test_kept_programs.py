@@ -16,6 +16,8 @@ from experiments.runtime import kept_programs
 from experiments.runtime import sealed_files
 from kernels.drr import drr_and_motion
 from radgs_jax import gaussians
+from radgs_jax.models import backbones
+from radgs_jax.models.config import ModelConfig
 
 
 @pytest.fixture
@@ -93,6 +95,16 @@ def test_shapes_static_arguments_and_sources_name_the_program(folder, monkeypatc
     monkeypatch.setattr(sealed_files, "sources", lambda packages: "changed")
     kept_programs.kept(power, static_argnames="n")(x, n=2)
     assert len(list(folder.iterdir())) == 4
+
+
+def test_nothing_is_kept_of_a_backbone_that_only_its_code_describes(folder):
+    def scaled(x, config):
+        return config.voxel_mm * x
+
+    call = kept_programs.kept(scaled, static_argnames="config")
+    for config, files in ((ModelConfig(backbone_2d=(backbones.ResNet18, ())), 0), (ModelConfig(), 1)):
+        np.testing.assert_allclose(call(np.float32(2.0), config=config), 2.0 * config.voxel_mm)
+        assert len(list(folder.iterdir())) == files
 
 
 def test_only_the_programs_that_were_used_last_stay_in_memory(folder, monkeypatch):

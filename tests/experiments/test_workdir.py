@@ -31,6 +31,7 @@ from radgs_jax import errors
 from radgs_jax.localization import locate
 from radgs_jax.localization import network
 from radgs_jax.localization.chain import Chain
+from radgs_jax.models import backbones
 from radgs_jax.models import radgs_reg
 from radgs_jax.models.trained import MEAN_SHAPE
 from radgs_jax.models.trained import Model
@@ -217,6 +218,13 @@ def test_model_round_trip_and_refusal_of_changed_files(tmp_path):
         files.write_json(tmp_path / "m" / "manifest.json", {**manifest, **change})
         with pytest.raises(errors.InputError, match=f"manifest.json: {line}"):
             load_model(tmp_path / "m")
+
+
+def test_a_model_whose_backbone_has_no_name_is_not_written(tmp_path):
+    config = dataclasses.replace(tiny.MODEL, backbone_2d=(backbones.ResNet18, ()))
+    with pytest.raises(errors.InputError, match="m: model: found the class ResNet18, wanted a backbone with a name"):
+        save_model(tmp_path / "m", Model({}, config, {}), "test")
+    assert not any(tmp_path.iterdir())
 
 
 def test_volumes_with_nan_are_refused_before_anything_is_written(trained, tmp_path, first_case, run_command):

@@ -147,6 +147,8 @@ def test_space_to_depth_order():
 def test_errors():
     with pytest.raises(ValueError, match=r"'resnet34'.*small, resnet18, resnet50, densenet121, vit12"):
         backbones.make_backbone("resnet34")
+    with pytest.raises(ValueError, match=r"unknown backbone <class 'int'>.*or a Flax module's class"):
+        backbones.make_backbone(int)
     with pytest.raises(ValueError, match=r"\(5, 4\) is not divisible by 2"):
         backbones.space_to_depth(jnp.zeros((1, 5, 4, 1)), 2)
     with pytest.raises(ValueError, match=r"\(64, 40\) is not divisible by 16"):

@@ -34,6 +34,7 @@ from radgs_jax.training import sharding
 from radgs_jax.training.update import init_state
 from radgs_jax.training.update import make_update
 from radgs_jax.training.update import TRAINED
+from radgs_jax.training.update import UpdateConfig
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 CONFIG = dataclasses.replace(tiny.MODEL, gaussians=60)
@@ -112,6 +113,19 @@ def test_recm_shapes_for_both_heads(inputs, head):
 def test_unknown_head_is_named(inputs):
     with pytest.raises(ValueError, match="head: found 'x'"):
         jax.eval_shape(recm.RecM(dataclasses.replace(CONFIG, head="x")).init, jax.random.key(0), *inputs)
+
+
+def test_a_backbone_may_be_a_class(params):
+    """The same parameters, names included, as the family that it is, in 2D and 3D, and the same with the options of training."""
+    by_class = dataclasses.replace(
+        CONFIG,
+        backbone_2d=(backbones.SmallCNN, CONFIG.backbone_2d[1]),
+        backbone_3d=(backbones.SmallCNN, CONFIG.backbone_3d[1]),
+    )
+    assert by_class.own_backbones == (backbones.SmallCNN,) * 2 and CONFIG.own_backbones == ()
+    for config in (by_class, UpdateConfig(bfloat16=True, remat=True).in_training(by_class)):
+        shapes = jax.eval_shape(lambda config=config: radgs_reg.init(config, jax.random.key(0)))
+        assert jax.tree.map(lambda a: a.shape, shapes) == jax.tree.map(jnp.shape, params)
 
 
 def test_zero_logits_give_the_anchors_back():
