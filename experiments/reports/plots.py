@@ -53,6 +53,7 @@ def error_plot(
         right.plot(passes, np.percentile(trajectories_mm, q, axis=0), style, color="#333", label=f"{q}th percentile")
     right.set(xlabel="pass", ylabel="mTRE, mm", yscale="log")
     right.yaxis.set_major_formatter("{x:g}")
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.legend(frameon=False)
     save(figure, path)
 
