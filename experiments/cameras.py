@@ -22,6 +22,7 @@ from data_pipelines.cameras.conventions import Pinhole
 from data_pipelines.io import files
 from data_pipelines.xrays import image_files
 from data_pipelines.xrays import radiograph
+from data_pipelines.xrays import view_geometry
 from experiments.runtime import cli
 from radgs_jax import errors
 
@@ -237,6 +238,9 @@ def main() -> None:
         views = to_convention(target, given.files[0], given.out, options, **common)
     for line in checks.described(views):
         print(line)
+    if source == "dicom":
+        sd = ",".join(f"{value:g}" for value in view_geometry.NOMINAL_SD)
+        print(f"these are nominal cameras: give `register` --camera_sd={sd} with them")
     if source is not None and options.mirrored:
         print("the images are mirrored: give `register` --mirrored")
     print(f"wrote {', '.join(given.out)}" + (f"\nlook at {picture}" if picture else ""))

@@ -5,6 +5,7 @@ trained. OUT also holds the inputs as a user has them, ap.npy, lat.npy and camer
 """
 
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,14 +40,18 @@ VIEWS = ("ap", "lat")
 
 
 def run_demo(out: pathlib.Path | str) -> pathlib.Path:
-    """Makes the patient, registers the vertebra, and writes everything to `out`, a new folder.
+    """Makes the patient, registers the vertebra, and writes everything to `out`, a new folder, unless that has been done before.
 
     Returns:
       path of the page.
     Raises:
       InputError: a folder that is not new or cannot be written.
     """
-    out = pathlib.Path(out)
+    out = pathlib.Path(out).resolve()
+    page = out / "registered" / overview.NAME
+    if page.exists():
+        print("the demo is there already; another --out makes it again")
+        return page
     files.check_new(out)
     print("1/3 a phantom patient: CT and labels")
     (subject,) = scan_files.phantoms(out / "patient", [SEED], PHANTOM)
@@ -63,8 +68,8 @@ def run_demo(out: pathlib.Path | str) -> pathlib.Path:
     start, _ = starts.start_from_body([prepared], xrays, kept)
     row = Row("L3", target, xrays, start, cases.truth(case_file, scene))
     registering.register_rows([row], lambda _: prepared, out / "registered", say=print)
-    print(f"the same, from files: python -m experiments.register {' '.join(inputs)} --out=OUT")
-    return out / "registered" / overview.NAME
+    print(f"the same, from files: {sys.executable} -m experiments.register {' '.join(inputs)} --out=OUT")
+    return page
 
 
 def _write_inputs(out: pathlib.Path, target: workdir.Target, xrays: Sequence[XRay]) -> list[str]:

@@ -154,7 +154,8 @@ def _of_view(name, view, mirrored):
     from_edge = np.minimum(np.abs(k[2:]), np.abs(seen.size - 1 - k[2:]))
     corner = (from_edge <= view_checks.CORNER * seen.size).all() and wide > PANEL_DEG
     if corner or view_checks.in_corner(seen):
-        return Fault(f"{name}: K", f"a principal point at ({k[2]:.4g}, {k[3]:.4g}), a corner", "one near the middle")
+        wanted = "one near the middle; if K is in mm about the panel's middle, --K=mm --pixel_mm=PITCH --pixels=middle"
+        return Fault(f"{name}: K", f"a principal point at ({k[2]:.4g}, {k[3]:.4g}), a corner", wanted)
     return None
 
 
@@ -208,7 +209,10 @@ def refuse(
         if other == options or found.flag not in (None, flag):
             continue
         try:
-            passes = fault(convert(other), other.mirrored) is None
+            mended = convert(other)
+            # What a flag may be proposed for is not only possible, but usual.
+            wide = max(_angle_of_view(_seen(view, other.mirrored)) for view in mended)
+            passes = fault(mended, other.mirrored) is None and not view_checks.outside("angle of view", wide, "usual")
         except (errors.InputError, np.linalg.LinAlgError):
             passes = False
         if passes:

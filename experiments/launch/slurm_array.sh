@@ -3,7 +3,8 @@
 #   jobs=64
 #   part=$(sbatch --parsable --array=0-$((jobs - 1)) experiments/launch/slurm_array.sh register --cases=C.json --out=OUT)
 #   sbatch --dependency=afterany:$part experiments/launch/slurm_array.sh register --cases=C.json --out=OUT
-# The command is any that takes --shard: register, prepare, study or table1.
+# The command is any that takes --shard: register, prepare, study or table1. The array is always all of 0 to jobs - 1, also when some
+# are sent again: the job after it makes what is missing, by itself.
 #SBATCH --job-name=radgs-cases
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=4

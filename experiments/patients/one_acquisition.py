@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from data_pipelines.cameras import checks
+from data_pipelines.cameras import conventions
 from data_pipelines.io import pose_files
 from data_pipelines.xrays import view_geometry
 from data_pipelines.xrays.radiograph import Radiograph
@@ -84,7 +86,11 @@ def rows(
     if by_body:
         if targets[0].label > levels.FIRST_BONE:
             errors.fail("flags", "--init, --points", "neither", "one of them, for a bone beyond the spine")
-        found, reports["body"] = starts.start_from_body([load(t) for t in _looked_for(targets)], xrays, kept)
+        try:
+            found, reports["body"] = starts.start_from_body([load(t) for t in _looked_for(targets)], xrays, kept)
+        except errors.InputError:
+            _blame_cameras(xrays, cameras)
+            raise
         say(f"start from the whole body in the X-rays: fit {reports['body']['fit']:.2f} of {len(xrays)}")
     for target in targets:
         name = "case" if len(targets) == 1 else level_name(target.label)
@@ -120,6 +126,13 @@ def assumed_camera_sd(xrays: Sequence[Radiograph]) -> tuple[float, float]:
     mm, degrees = view_geometry.NOMINAL_SD
     logging.warning("cameras: DICOM's nominal ones, taken to be off by about %g mm and %g degrees", mm, degrees)
     return mm, degrees
+
+
+def _blame_cameras(xrays, cameras):
+    """Raises InputError where the cameras of X-rays in which no body was found can be those of no X-rays."""
+    if wrong := checks.fault([conventions.of_camera(xray.camera) for xray in xrays], mirrored=False):
+        mend = "`python -m experiments.cameras` knows other conventions: docs/cameras.md"
+        errors.fail(cameras or "cameras", wrong.field, wrong.found, f"{wrong.wanted}; {mend}")
 
 
 def _start_from_points(given, xrays, prepared, say):

@@ -11,6 +11,7 @@ import numpy as np
 from data_pipelines.io import files
 from experiments.reports import document
 from experiments.reports import spine_curve
+from experiments.reports import verdicts
 from radgs_jax import levels
 from radgs_jax.registration.prepared import Vertebra
 
@@ -45,7 +46,7 @@ def write(
 
 
 def _table(folder, results, failures):
-    head = "".join(f"<th scope='col'>{text}</th>" for text in ("case", "verdict", "radius, mm", "seconds"))
+    head = "".join(f"<th scope='col'>{text}</th>" for text in ("case", "verdict", "radius, mm", "seconds for the pose"))
     rows = []
     for one in results:
         state = document.STATES[one.get("accepted")]
@@ -54,7 +55,7 @@ def _table(folder, results, failures):
         rows.append(
             f'<tr><th scope="row"><a href="{html.escape(one["id"])}/{NAME}">{html.escape(one["id"])}</a></th>'
             f'<td class="mark {state}">{html.escape(said)}</td>'
-            f"<td class=number>{'' if radius is None else f'{radius:.2f}'}</td>"
+            f"<td class=number>{'' if radius is None else verdicts.rounded_up(radius)}</td>"
             f"<td class=number>{one['runtime_s']:.2f}</td></tr>"
         )
     rows += [

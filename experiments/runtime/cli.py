@@ -17,6 +17,9 @@ from kernels.tools import program
 from radgs_jax import errors
 from radgs_jax import levels
 
+# `--help` of a command lists these flags as its own.
+flags.disclaim_key_flags()
+
 
 def warnings_said() -> list[str]:
     """The warnings that this command has printed, one line each, in order and without repetitions."""

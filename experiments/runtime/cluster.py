@@ -19,8 +19,13 @@ AUTO = "auto"
 """Value of --distributed that asks the launcher's environment: SLURM, Open MPI, a TPU's or Kubernetes' own."""
 GRAMMAR = f"{AUTO}, or host:port,processes,process such as 10.0.0.1:9876,16,0"
 MESH_GRAMMAR = "such as data:8,fsdp:2"
+GONE = re.compile(r"gloo|nccl|coordination|heartbeat|connection (closed|reset)|unavailable", re.IGNORECASE)
+"""What the messages of jax's runtime hold when another process has gone in the middle of a step."""
 SHOWN_CHARACTERS = 160
 """Maximum length of jax's message in an error, so that it stays one line."""
+
+# `--help` of a command lists these flags as its own.
+flags.disclaim_key_flags()
 
 
 def define() -> None:
@@ -58,10 +63,12 @@ def mesh_shape(devices: int | None = None) -> tuple[tuple[str, int], ...]:
     if not all(found):
         errors.fail("flags", "--mesh", repr(",".join(flags.FLAGS.mesh)), MESH_GRAMMAR)
     shape = tuple((one[1], int(one[2])) for one in found if one)
+    count = jax.device_count() if devices is None else devices
     try:
-        sharding.axis_sizes(jax.device_count() if devices is None else devices, dict(shape))
-    except ValueError as error:
-        errors.fail("flags", "--mesh", f"{','.join(flags.FLAGS.mesh)}: {error}", "a mesh of all devices")
+        sharding.axis_sizes(count, dict(shape))
+    except ValueError:
+        wanted = f"sizes whose product is the number of devices, {count}, or divides it where data is left out"
+        errors.fail("flags", "--mesh", ",".join(flags.FLAGS.mesh), wanted)
     return shape
 
 
@@ -77,21 +84,31 @@ def joined() -> Iterator[None]:
         yield
         return
     explicit = re.fullmatch(r"(\S+:\d+),(\d{1,6}),(\d{1,6})", text)
-    if text != AUTO and not (explicit and int(explicit[3]) < int(explicit[2])):
+    if text != AUTO and not explicit:
         errors.fail("flags", "--distributed", repr(text), GRAMMAR)
+    if explicit and not int(explicit[3]) < int(explicit[2]):
+        errors.fail("flags", "--distributed", f"process {explicit[3]} of {explicit[2]}", "one counted from 0")
     given = (explicit[1], int(explicit[2]), int(explicit[3])) if explicit else ()
     try:
         jax.distributed.initialize(*given)
         jax.devices()  # now, since the processes wait for each other here for minutes only
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:SHOWN_CHARACTERS]
-        errors.fail("flags", "--distributed", f"{text!r}, and {reason}", "processes that can be joined")
+        wanted = (
+            f"processes that can be joined; {AUTO} needs SLURM, Open MPI, a TPU or Kubernetes: elsewhere, host:port,n,i"
+        )
+        errors.fail("flags", "--distributed", f"{text!r}, and {reason}", wanted)
     try:
         yield
     except endings.Stopped:
         # All of them have stopped at the same step. After another error the runtime ends the rest, which misses this one.
         jax.distributed.shutdown()
         raise
+    except jax.errors.JaxRuntimeError as error:
+        if not (processes.several() and GONE.search(str(error))):
+            raise
+        # Not by an exception: at exit, jax's runtime would look for the process that is gone, and abort.
+        endings.end_at_once("another process of the run: found it gone, wanted all; start all of them again to go on")
     jax.distributed.shutdown()
 
 

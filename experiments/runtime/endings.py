@@ -17,6 +17,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator
+from typing import NoReturn
 
 import tqdm
 
@@ -122,6 +123,16 @@ def _end(line, status):
     if events.as_json():
         sys.exit(status)
     program.stop(line, status)
+
+
+def end_at_once(line: str) -> NoReturn:
+    """Ends the program with a line and CANNOT_CONTINUE, without what is else done at exit."""
+    events.say("error", line, status=CANNOT_CONTINUE)
+    if not events.as_json():
+        print(f"error: {line}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(CANNOT_CONTINUE)
 
 
 def _out_of_memory(error):

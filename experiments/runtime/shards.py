@@ -39,6 +39,9 @@ class Shard:
         return list(dict.fromkeys(items))[self.index :: self.count]
 
 
+# `--help` of a command lists this flag as its own.
+flags.disclaim_key_flags()
+
 ALL = Shard()
 """All of the work."""
 

@@ -287,12 +287,13 @@ def run_steps(
                 bar.update()
                 skips.check(folder, key, batches)
                 # Not within a row of skipped steps: the state is unchanged, and a restart must repeat the whole row.
-                if last or saving and not skips.row:
+                if kept := last or (saving and not skips.row):
                     checkpoint.save_state(folder, step + 1, state, batches.get_state(), skips.count)
                     saved = time.monotonic()
                 if ending:
-                    before = checkpoint.latest(folder)
-                    raise endings.Stopped(ending, f"{folder}: saved up to step {before or 0}; run again to go on")
+                    # Not looked for on disk where it was just saved: the first process may still be renaming it.
+                    reached = step + 1 if kept else checkpoint.latest(folder) or 0
+                    raise endings.Stopped(ending, f"{folder}: saved up to step {reached}; run again to go on")
         if finish is not None:
             finish(log, state, batch)
     return state

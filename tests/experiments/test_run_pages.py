@@ -95,7 +95,7 @@ def test_the_page_of_a_run_has_verdicts_the_spine_and_each_case_once(spine, tmp_
     for wanted in (
         "3 registered: 2 accepted, 1 refused",
         'class="mark refused">L3: REFUSED, do not<',
-        ">0.12<",
+        ">0.13<",
         "failed: no &lt;X-ray&gt; shows it",
         'href="L1/report.html"',
         "L1 to L2, degrees",

@@ -15,7 +15,7 @@ import pytest
 from data_pipelines.cameras import exchange
 
 REPOSITORY = doc_pages.REPOSITORY
-OTHER_PROGRAMS = re.compile(r"\b(pip|pytest|git|tensorboard|pre-commit)\b")
+OTHER_PROGRAMS = re.compile(r"\b(pip|pytest|git|tensorboard|pre-commit|XLA_FLAGS)\b")
 """Lines with these have flags of other programs."""
 
 NOT_RUN = {
