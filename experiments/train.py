@@ -175,7 +175,9 @@ def _train(config, workdir, stage, given):
                 f"its last checkpoint: run --stage={name}_{before} first",
             )
     record = RunRecord()
-    show = lambda: processes.first_does(lambda: history.write_page(workdir, config, record))
+    draw = lambda: history.write_page(workdir, config, record)
+    # Drawing takes seconds, which a stage that had been trained before need not wait for.
+    show = lambda: processes.first_does(lambda: None if history.is_shown(workdir) else draw())
     if name in ("full", "p1"):
         data_stages.p1(config, workdir, phases, given)
         show()
@@ -188,7 +190,7 @@ def _train(config, workdir, stage, given):
     scored: list[str] = []
     if name == "full" or stage == "p3":
         processes.first_does(lambda: scored.append(score_patient(config, workdir, *patient)))
-        show()
+        processes.first_does(draw)
     return scored[0] if scored else None
 
 

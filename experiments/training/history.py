@@ -51,6 +51,13 @@ def _records(content: bytes) -> Iterator[bytes]:
         place += 16 + length
 
 
+def is_shown(workdir: pathlib.Path) -> bool:
+    """Whether the page is younger than all of the run's scalars, so that nothing has been trained since."""
+    page = workdir / index_page.NAME
+    events = [*workdir.glob("tensorboard/*/events.*"), *workdir.glob("p3/*/tensorboard/*/events.*")]
+    return page.exists() and all(path.stat().st_mtime < page.stat().st_mtime for path in events)
+
+
 def write_page(workdir: pathlib.Path, config: configs.Config, record: RunRecord) -> None:
     """Writes `workdir`/losses.png and report.html: the phases, their losses, and the score on X-rays that none has seen."""
     phases = _phases(workdir)
