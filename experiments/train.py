@@ -189,8 +189,15 @@ def _train(config, workdir, stage, given):
         show()
     scored: list[str] = []
     if name == "full" or stage == "p3":
-        processes.first_does(lambda: scored.append(score_patient(config, workdir, *patient)))
-        processes.first_does(draw)
+
+        def score():
+            path = workdir / "eval" / "table.txt"
+            before = path.read_text() if path.exists() else None
+            scored.append(score_patient(config, workdir, *patient))
+            if path.read_text() != before or not history.is_shown(workdir):
+                draw()
+
+        processes.first_does(score)
     return scored[0] if scored else None
 
 
