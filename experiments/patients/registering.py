@@ -241,9 +241,10 @@ def _register_all(rows, load, options, wanted, partial, journal, say, found):
                 line = f"{_shown(row)}: FAILED: {error}"
             else:
                 found(row, outcome, prepared)
-                _write_case(partial, row, outcome, prepared, xrays, wanted, read_ct)
+                said = verdicts.verdict(outcome, prepared, xrays, row.start_found)
+                _write_case(partial, row, outcome, said, prepared, xrays, wanted, read_ct)
                 journal.add("results", {"id": row.name, **case_folder.answer(outcome), **times})
-                line = verdicts.verdict(outcome, prepared, xrays, row.start_found).line(_shown(row))
+                line = said.line(_shown(row))
             # The only case's reason is what the command ends with.
             if len(rows) > 1 or journal.parts()[0]:
                 with bar.external_write_mode():
@@ -253,14 +254,14 @@ def _register_all(rows, load, options, wanted, partial, journal, say, found):
         raise first_error
 
 
-def _write_case(partial, row, outcome, prepared, xrays, wanted, read_ct):
+def _write_case(partial, row, outcome, said, prepared, xrays, wanted, read_ct):
     """Writes what is wanted of a case: its pictures, volumes, transforms and registration, and its scene for 3D Slicer."""
     pictures, scenes = wanted
     folder = partial / row.name
     if pictures:
-        case_folder.write(partial, row.name, outcome, prepared, xrays, row.start, row.truth, row.start_found)
-        said, level = verdicts.verdict(outcome, prepared, xrays, row.start_found), level_name(row.target.label)
-        dicom_registration.write(folder / "registration.dcm", row.target.ct, xrays, outcome.world_from_ct, level, said)
+        case_folder.write(partial, row.name, outcome, prepared, xrays, row.start, said, row.truth)
+        level, place = level_name(row.target.label), folder / "registration.dcm"
+        dicom_registration.write(place, row.target.ct, xrays, outcome.world_from_ct, level, said)
     if scenes:
         case_folder.write_scene(
             folder / "scene.mrb", *read_ct(row.target.ct), outcome, prepared, xrays, row.start, row.truth

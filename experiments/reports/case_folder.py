@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipelines.io import files
 from data_pipelines.io import nifti
-from experiments.reports import verdicts
+from experiments.reports.verdicts import Verdict
 from radgs_jax import gaussians
 from radgs_jax.geometry import resample
 from radgs_jax.geometry import rigid_host
@@ -76,8 +76,8 @@ def write(
     prepared: Prepared,
     xrays: Sequence[XRay],
     start_world_from_ct: np.ndarray,
+    said: Verdict,
     true_world_from_ct: np.ndarray | None = None,
-    start_found: bool = False,
 ) -> None:
     """Writes a case's files to `folder`/`name`: pose, ITK transform, volumes, Gaussians and pictures.
 
@@ -85,14 +85,14 @@ def write(
       outcome: result of `pipeline.register`.
       prepared, xrays, start_world_from_ct: the arguments of that call; pictures show the X-rays as they were corrected.
       true_world_from_ct: (4, 4), mm, drawn in the picture; None if unknown.
-      start_found: whether the start pose was found in these X-rays.
+      said: on the outcome.
     """
     # Imported here because matplotlib takes half a second, which a registration without pictures saves.
     from experiments.reports import page
     from experiments.reports import pictures
 
     folder = pathlib.Path(folder) / name
-    vertebra, said = prepared.vertebra, verdicts.verdict(outcome, prepared, xrays, start_found)
+    vertebra = prepared.vertebra
     files.write_json(
         folder / "pose.json",
         {
@@ -119,8 +119,9 @@ def write(
     poses = _poses(outcome, start_world_from_ct, true_world_from_ct)
     if outcome.together is not None:
         xrays = pipeline.corrected(xrays, outcome.together)
-    pictures.registration_picture(folder / "picture.png", name, said, prepared, xrays, poses, outcome)
-    page.write(folder / "report.html", name, said, prepared, xrays, poses, outcome)
+    near = pictures.close_ups(prepared, xrays, poses, outcome)
+    pictures.registration_picture(folder / "picture.png", name, said, prepared, xrays, poses, outcome, near)
+    page.write(folder / "report.html", name, said, prepared, xrays, poses, outcome, near)
     if (seen := outcome.reconstructed) is not None:
         reconstruction = reconstruct.in_ct(seen.gaussians, np.eye(4), world_from_index, resample.GRID_SHAPE)
         nifti.write_nifti(folder / "reconstruction_in_world.nii.gz", reconstruction, world_from_index)

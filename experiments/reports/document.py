@@ -1,11 +1,15 @@
 """HTML files that need nothing else, for a browser: one style and script, and the articles of registered cases in them."""
 
+import base64
 import html
+import io
 import json
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from PIL import Image
 
 from data_pipelines.io import files
 from experiments.reports import pictures
@@ -30,6 +34,13 @@ def write(path: pathlib.Path | str, title: str, body: str) -> None:
     text = fill(TEMPLATE, {"title": html.escape(title), "colours": colours, "body": body})
     with files.replacing(pathlib.Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def data_url(image: Image.Image, kind: str, **options: Any) -> str:
+    """A picture as the address of an `img`; kind: 'png' or 'webp'; options: of pillow's writer."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def articles(path: pathlib.Path | str) -> str:

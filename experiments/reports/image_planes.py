@@ -27,6 +27,11 @@ def world_from_pixel(camera: Camera, centre_world: Real[np.ndarray, "3"]) -> Flo
     return world_from_camera @ camera_from_pixel
 
 
+def source(camera: Camera) -> Float[np.ndarray, "3"]:
+    """The X-ray source in the world, mm."""
+    return np.linalg.inv(np.asarray(camera.camera_from_world, np.float64))[:3, 3]
+
+
 def corners(camera: Camera, world_from_pixel: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, "4 3"]:
     """The image's outer corners in the world, mm, in the order in which its border is drawn."""
     u = np.array([0, camera.width, camera.width, 0]) - 0.5

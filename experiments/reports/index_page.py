@@ -1,8 +1,6 @@
 """The page of a study, a table or a training: tables, pictures, files and how it was made, in one file for a browser."""
 
-import base64
 import html
-import io
 import pathlib
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -85,6 +83,4 @@ def _webp(path):
     with Image.open(path) as opened:
         image = opened.convert("RGB")
         image.thumbnail((WIDTH_PX, 10 * WIDTH_PX))
-        stream = io.BytesIO()
-        image.save(stream, "webp", quality=QUALITY)
-    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+        return document.data_url(image, "webp", quality=QUALITY)

@@ -1,8 +1,6 @@
 """The page of a registered case."""
 
-import base64
 import html
-import io
 import json
 import math
 import pathlib
@@ -18,6 +16,7 @@ from experiments.reports import document
 from experiments.reports import image_planes
 from experiments.reports import pictures
 from experiments.reports import verdicts
+from experiments.reports.pictures import CloseUp
 from experiments.reports.verdicts import Verdict
 from radgs_jax import levels
 from radgs_jax.geometry import rigid_host
@@ -41,18 +40,20 @@ def write(
     xrays: Sequence[XRay],
     poses: Mapping[str, np.ndarray],
     outcome: Outcome,
+    near: Sequence[CloseUp],
 ) -> None:
     """Writes the page: verdict, X-rays to compare with the model, the vertebra in space, and the pose in several frames.
 
     Args:
       name: of the case.
       poses: world_from_ct (4, 4) of 'start', 'estimate' and possibly 'truth', mm.
-      outcome: of the registration.
+      outcome: of the registration; near: `pictures.close_ups` of it.
     """
     level = levels.level_name(prepared.vertebra.label)
     clouds = _clouds(prepared, poses, outcome)
     lines = [part for part in (pictures.distances(name, prepared.vertebra, poses), verdict.why, verdict.advice) if part]
     colours = {pose: style["colors"] for pose, style in pictures.STYLES.items()} | {"reconstruction": RECONSTRUCTION}
+    scene = _scene(prepared, xrays, poses, clouds, colours)
     filled = {
         "id": html.escape(name),
         "state": document.STATES[verdict.accepted],
@@ -62,10 +63,10 @@ def write(
             f'<label><input type="checkbox" data-outline="{pose}" checked> <span class="key {pose}">{pose}</span></label>'
             for pose in poses
         ),
-        "views": "\n".join(_view(xray, prepared, xrays, poses, outcome) for xray in xrays),
+        "views": "\n".join(map(_view, near, (view["name"] for view in scene["views"]))),
         "clouds": _legend(clouds),
         "pose": _pose(poses["estimate"], prepared),
-        "scene": json.dumps(_scene(prepared, xrays, poses, clouds, colours)).replace("<", "\\u003c"),
+        "scene": json.dumps(scene).replace("<", "\\u003c"),
     }
     document.write(path, f"{level} in {len(xrays)} X-rays", document.fill(TEMPLATE, filled))
 
@@ -76,21 +77,16 @@ def _legend(clouds):
     return said if "reconstruction" in clouds else f"{said} With --reconstruct, also the network's reconstruction."
 
 
-def _view(xray, prepared, xrays, poses, outcome):
-    """A figure of the X-ray's close-up with the pictures that may cover it, and outlines."""
-    vertebra, estimate = prepared.vertebra, poses["estimate"]
-    close, _ = pictures.close_up(xray, vertebra, estimate)
-    model = pictures.predicted(close, prepared, xrays, estimate, outcome)
-    alone = {
-        pose: pictures.render(vertebra.density, vertebra.ct_from_index, T, close.camera) for pose, T in poses.items()
-    }
+def _view(near, title):
+    """A figure of an X-ray's close-up with the pictures that may cover it, and outlines; title: the view's name."""
+    close, alone = near.xray, near.alone
     low, high = pictures.contrast(close.line_integrals, close.valid)
-    title, height, width = verdicts.view_name(xray, poses["start"]), *close.line_integrals.shape
+    height, width = close.line_integrals.shape
     images = [
         f'<img src="{_png(image, *limits)}" alt="{html.escape(f"{title}: {text}")}"{attribute}>'
         for image, limits, text, attribute in (
             (np.where(close.valid, close.line_integrals, low), (low, high), "the X-ray around the vertebra", ""),
-            (model, (low, high), "the X-ray that the model predicts", ' data-picture="model"'),
+            (near.model, (low, high), "the X-ray that the model predicts", ' data-picture="model"'),
             (
                 alone["estimate"],
                 (0.0, alone["estimate"].max()),
@@ -100,7 +96,7 @@ def _view(xray, prepared, xrays, poses, outcome):
         )
     ]
     paths = [
-        f'<path class="{pose}" d="{outline(alone[pose])}"/>' for pose in sorted(poses, key=list(pictures.STYLES).index)
+        f'<path class="{pose}" d="{outline(alone[pose])}"/>' for pose in sorted(alone, key=list(pictures.STYLES).index)
     ]
     drawn = f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" aria-hidden="true">{"".join(paths)}</svg>'
     caption = f"{title}, around the vertebra"
@@ -109,9 +105,7 @@ def _view(xray, prepared, xrays, poses, outcome):
 
 def _png(image, low, high):
     scaled = np.clip((np.asarray(image, np.float64) - low) / max(high - low, 1e-9), 0.0, 1.0)
-    stream = io.BytesIO()
-    Image.fromarray(np.uint8(np.round(255 * scaled))).save(stream, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return document.data_url(Image.fromarray(np.uint8(np.round(255 * scaled))), "png", optimize=True)
 
 
 def outline(image: np.ndarray) -> str:
@@ -142,7 +136,7 @@ def _scene(prepared, xrays, poses, clouds, colours):
     centre = (poses["estimate"] @ prepared.vertebra.ct_from_box)[:3, 3]
     views, round_off = [], lambda points: np.round(points, 2).tolist()
     for xray in xrays:
-        source = np.linalg.inv(np.asarray(xray.camera.camera_from_world, np.float64))[:3, 3]
+        source = image_planes.source(xray.camera)
         plane = image_planes.world_from_pixel(xray.camera, centre)
         views.append(
             {

@@ -1,5 +1,6 @@
 """The picture of a registration: whether the pose may be used, and X-rays in which a wrong pose is seen at a glance."""
 
+import dataclasses
 import pathlib
 import textwrap
 from collections.abc import Mapping
@@ -63,6 +64,22 @@ BONE = 0.06
 """Attenuation that is drawn white, 1/mm: the upper end of the range that reconstructions are scored in (docs/accuracy.md)."""
 
 
+@dataclasses.dataclass(frozen=True)
+class CloseUp:
+    """An X-ray around the vertebra, as the picture and the page draw it.
+
+    Attributes:
+      xray: that part, binned; corner: its first column and row in the whole X-ray, and the binning (3,).
+      model: (h, w) line integrals that the model predicts there, as `predicted`.
+      alone: name of a pose -> (h, w) line integrals of the vertebra alone.
+    """
+
+    xray: XRay
+    corner: Int[np.ndarray, "3"]
+    model: Float[np.ndarray, "h w"]
+    alone: Mapping[str, np.ndarray]
+
+
 def registration_picture(
     path: pathlib.Path | str,
     name: str,
@@ -71,6 +88,7 @@ def registration_picture(
     xrays: Sequence[XRay],
     poses: Mapping[str, np.ndarray],
     outcome: Outcome,
+    near: Sequence[CloseUp],
 ) -> None:
     """A PNG with the verdict as a banner and a row for each X-ray: the whole, a close-up with outlines, and a checkerboard.
 
@@ -81,38 +99,37 @@ def registration_picture(
     Args:
       name: of the case.
       poses: world_from_ct (4, 4) of 'start', 'estimate' and possibly 'truth', mm.
-      outcome: of the registration.
+      outcome: of the registration; near: `close_ups` of it.
     """
     vertebra = prepared.vertebra
     figure = Figure(figsize=(15.5, 1.3 + 5.1 * len(xrays)), layout="constrained")
     banner, body = figure.subfigures(2, 1, height_ratios=[1.3, 5.1 * len(xrays)])
     _banner(banner, name, verdict, vertebra, poses, xrays)
     rows = np.atleast_1d(body.subfigures(len(xrays), 1))
-    for row, xray, counted in zip(rows, xrays, outcome.counted):
-        whole, near, mixed = row.subplots(1, 3)
+    for row, xray, counted, seen_near in zip(rows, xrays, outcome.counted, near):
+        whole, close, mixed = row.subplots(1, 3)
         row.suptitle(verdicts.view_name(xray, poses["start"]), fontsize=13, fontweight="bold", x=0.012, ha="left")
         left_out = XRay(np.asarray(xray.valid) & ~counted, xray.valid, xray.camera)
         small, seen, valid = _binned(xray.line_integrals, xray.valid, xray.camera)
         metal = _binned(left_out.line_integrals, xray.valid, xray.camera)[0]
         near_metal = close_up(left_out, vertebra, poses["estimate"])[0].line_integrals
         _mark(whole, metal)
-        _mark(near, near_metal)
-        close, corner = close_up(xray, vertebra, poses["estimate"])
+        _mark(close, near_metal)
+        cut = seen_near.xray
         show(whole, small, valid, metal == 0)
-        show(near, close.line_integrals, close.valid, near_metal == 0)
-        show(mixed, *_checkerboard(close, prepared, xrays, poses["estimate"], outcome), near_metal == 0)
-        for axes, view in ((whole, seen), (near, close.camera)):
+        show(close, cut.line_integrals, cut.valid, near_metal == 0)
+        show(mixed, *_checkerboard(seen_near, poses["estimate"], vertebra), near_metal == 0)
+        for axes, view, alone in ((whole, seen, _alone(vertebra, poses, seen)), (close, cut.camera, seen_near.alone)):
             # The estimate is drawn last and thinner, so that a truth below it still shows.
             for pose_name in sorted(poses, key=list(STYLES).index):
-                drawn = render(vertebra.density, vertebra.ct_from_index, poses[pose_name], view)
-                if drawn.max() > OUTLINE:
-                    axes.contour(drawn, levels=[OUTLINE], **STYLES[pose_name])
+                if alone[pose_name].max() > OUTLINE:
+                    axes.contour(alone[pose_name], levels=[OUTLINE], **STYLES[pose_name])
             _letters(axes, view, poses["start"], poses["estimate"], vertebra)
             _scale_bar(axes, view, poses["estimate"], vertebra)
-        ratio = xray.camera.height / seen.height
-        side = close.camera.width * corner[2] / ratio, close.camera.height * corner[2] / ratio
+        ratio, corner = xray.camera.height / seen.height, seen_near.corner
+        side = cut.camera.width * corner[2] / ratio, cut.camera.height * corner[2] / ratio
         whole.add_patch(Rectangle((corner[0] / ratio, corner[1] / ratio), *side, fill=False, ec="white", lw=1))
-        for axes, title in ((whole, "the X-ray"), (near, "close-up"), (mixed, "X-ray and model in turn")):
+        for axes, title in ((whole, "the X-ray"), (close, "close-up"), (mixed, "X-ray and model in turn")):
             axes.set_title(title, fontsize=10)
             axes.set_xticks([])
             axes.set_yticks([])
@@ -231,6 +248,27 @@ def render(
     )[0]
 
 
+def _alone(vertebra, poses, view):
+    """The vertebra's line integrals (H, W) at each pose, by the pose's name."""
+    return {pose: render(vertebra.density, vertebra.ct_from_index, T, view) for pose, T in poses.items()}
+
+
+def close_ups(
+    prepared: Prepared, xrays: Sequence[XRay], poses: Mapping[str, np.ndarray], outcome: Outcome
+) -> list[CloseUp]:
+    """A `CloseUp` of each X-ray, around the vertebra at the estimate.
+
+    Args:
+      poses: world_from_ct (4, 4) of 'estimate' and others, mm; outcome: of the registration.
+    """
+    found = []
+    for xray in xrays:
+        close, corner = close_up(xray, prepared.vertebra, poses["estimate"])
+        model = predicted(close, prepared, xrays, poses["estimate"], outcome)
+        found.append(CloseUp(close, corner, model, _alone(prepared.vertebra, poses, close.camera)))
+    return found
+
+
 def predicted(
     close: XRay, prepared: Prepared, xrays: Sequence[XRay], world_from_ct: Float[np.ndarray, "4 4"], outcome: Outcome
 ) -> Float[np.ndarray, "h w"]:
@@ -255,12 +293,12 @@ def predicted(
     return (image - detail) + max(gain, 0.5 * strength) * fine
 
 
-def _checkerboard(close, prepared, xrays, world_from_ct, outcome):
-    """The close-up with every other square from the model, and its valid pixels."""
-    side = max(2, round(SQUARE_MM * _pixels_per_mm(close.camera, world_from_ct, prepared.vertebra)))
-    v, u = np.indices(close.line_integrals.shape)
-    model = predicted(close, prepared, xrays, world_from_ct, outcome)
-    return np.where((v // side + u // side) % 2 == 1, model, close.line_integrals), close.valid
+def _checkerboard(near, world_from_ct, vertebra):
+    """A `CloseUp` with every other square from the model, and its valid pixels."""
+    cut = near.xray
+    side = max(2, round(SQUARE_MM * _pixels_per_mm(cut.camera, world_from_ct, vertebra)))
+    v, u = np.indices(cut.line_integrals.shape)
+    return np.where((v // side + u // side) % 2 == 1, near.model, cut.line_integrals), cut.valid
 
 
 def _detail(image, valid, sigma):

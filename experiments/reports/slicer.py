@@ -110,7 +110,7 @@ def _add_xray(scene, name, number, xray, centre):
     look = {"scalarVisibility": "true", "activeScalarName": "line_integral", "colorNodeID": GREY, "lighting": "false"}
     look |= {"scalarRangeFlag": "UseManual", "scalarRange": _numbers((low, high))}
     scene.model(f"{name}, plane", f"xray_{number}_plane", vtk_mesh(points[:, :3], quads, binned.ravel()), look)
-    source = np.linalg.inv(np.asarray(xray.camera.camera_from_world, np.float64))[:3, 3]
+    source = image_planes.source(xray.camera)
     cone = np.concatenate([source[None], image_planes.corners(xray.camera, world_from_pixel)])
     edges = [[0, 1], [0, 2], [0, 3], [0, 4], [1, 2], [2, 3], [3, 4], [4, 1]]
     look = {"color": _numbers(CONE_COLOUR), "lineWidth": LINE_WIDTH, "lighting": "false"}

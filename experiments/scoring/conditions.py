@@ -32,6 +32,7 @@ from experiments.patients.workdir import load
 from experiments.patients.workdir import ScanDigests
 from experiments.patients.workdir import Target
 from experiments.reports import case_folder
+from experiments.reports import verdicts
 from experiments.runtime import progress
 from experiments.runtime.kept_programs import kept
 from experiments.runtime.kept_programs import Stopwatch
@@ -382,4 +383,5 @@ def failures(
         volume, start = case_file.volumes[scene.volume], case.world_from_ct
         given = _given(patient, condition, volume, scene, [seed, number, CAMERA_STREAM])
         outcome = pipeline.register(*given, start, condition.options(passes), kept)
-        case_folder.write(folder, name, outcome, *given, start, cases.truth(case_file, scene))
+        said = verdicts.verdict(outcome, *given)
+        case_folder.write(folder, name, outcome, *given, start, said, cases.truth(case_file, scene))

@@ -18,6 +18,7 @@ from experiments.patients.workdir import target_of
 from experiments.reports import case_folder
 from experiments.reports import plots
 from experiments.reports import tables
+from experiments.reports import verdicts
 from experiments.runtime import progress
 from experiments.runtime.kept_programs import kept
 from experiments.runtime.kept_programs import Stopwatch
@@ -166,7 +167,10 @@ def evaluate(
                     for score, value in scores.items():
                         volumes.setdefault(name, {}).setdefault(score, []).append(value)
             if picture_folder is not None and one.case.name in drawn:
-                case_folder.write(picture_folder, one.case.name, outcome, one.prepared, one.xrays, start, one.truth)
+                said = verdicts.verdict(outcome, one.prepared, one.xrays)
+                case_folder.write(
+                    picture_folder, one.case.name, outcome, one.prepared, one.xrays, start, said, one.truth
+                )
             seen.setdefault(one.scene.volume, outcome.reconstructed)
             bar.update()
     passes_mm = np.array(passes_mm)

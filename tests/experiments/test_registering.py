@@ -179,7 +179,8 @@ def test_the_picture_says_the_verdict_in_its_banner(ready, rows, tmp_path):
         outcome = pipeline.register(prepared, views, rows[0].start, QUICK)
         poses = {"start": rows[0].start, "estimate": outcome.world_from_ct, "truth": rows[0].start}
         said = verdicts.verdict(outcome, prepared, views)
-        pictures.registration_picture(tmp_path / "p.png", "a case", said, prepared, views, poses, outcome)
+        near = pictures.close_ups(prepared, views, poses, outcome)
+        pictures.registration_picture(tmp_path / "p.png", "a case", said, prepared, views, poses, outcome, near)
         image = np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).astype(int)
         assert image.shape[0] > 480 * len(views)
         corners = image[[2, 2, 100, 100], [2, -3, 2, -3]]
@@ -213,7 +214,8 @@ def test_the_page_needs_nothing_else_and_has_the_pose_for_every_frame(ready, row
     outcome = pipeline.register(ready("refusing"), views, rows[0].start, dataclasses.replace(QUICK, reconstruct=True))
     poses = {"start": rows[0].start, "estimate": outcome.world_from_ct}
     said = dataclasses.replace(verdicts.verdict(outcome, ready("refusing"), views), why="<because> & so")
-    page.write(tmp_path / "r.html", "<a case>", said, ready("refusing"), views, poses, outcome)
+    near = pictures.close_ups(ready("refusing"), views, poses, outcome)
+    page.write(tmp_path / "r.html", "<a case>", said, ready("refusing"), views, poses, outcome, near)
     text = (tmp_path / "r.html").read_text()
     assert "{{" not in text and "&lt;because&gt; &amp; so" in text and "<a case>" not in text and len(text) < 2e6
     found = _Page(text)
