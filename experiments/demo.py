@@ -12,8 +12,7 @@ import numpy as np
 from absl import flags
 
 from data_pipelines import cases
-from data_pipelines.cameras import conventions
-from data_pipelines.cameras import exchange
+from data_pipelines.io import camera_files
 from data_pipelines.io import files
 from data_pipelines.phantom import scan_files
 from data_pipelines.phantom.generate import PhantomConfig
@@ -77,8 +76,8 @@ def _write_inputs(out: pathlib.Path, target: workdir.Target, xrays: Sequence[XRa
     paths = [out / f"{name}.npy" for name in VIEWS]
     for path, xray in zip(paths, xrays, strict=True):
         np.save(path, xray.line_integrals)
-    views = [conventions.of_camera(xray.camera) for xray in xrays]
-    files.write_json(out / "cameras.json", exchange.cameras_json(views))
+    views = [camera_files.camera_json(xray.camera, name) for xray, name in zip(xrays, VIEWS)]
+    files.write_json(out / "cameras.json", views)
     return [
         f"--ct={target.ct} --mask={target.mask} --label={level_name(LABEL)}",
         f"--xrays={','.join(map(str, paths))} --cameras={out / 'cameras.json'}",

@@ -175,9 +175,7 @@ def _train(config, workdir, stage, given):
                 f"its last checkpoint: run --stage={name}_{before} first",
             )
     record = RunRecord()
-    draw = lambda: history.write_page(workdir, config, record)
-    # Drawing takes seconds, which a stage that had been trained before need not wait for.
-    show = lambda: processes.first_does(lambda: None if history.is_shown(workdir) else draw())
+    show = lambda: processes.first_does(lambda: history.update_page(workdir, config, record))
     if name in ("full", "p1"):
         data_stages.p1(config, workdir, phases, given)
         show()
@@ -189,15 +187,8 @@ def _train(config, workdir, stage, given):
         show()
     scored: list[str] = []
     if name == "full" or stage == "p3":
-
-        def score():
-            path = workdir / "eval" / "table.txt"
-            before = path.read_text() if path.exists() else None
-            scored.append(score_patient(config, workdir, *patient))
-            if path.read_text() != before or not history.is_shown(workdir):
-                draw()
-
-        processes.first_does(score)
+        processes.first_does(lambda: scored.append(score_patient(config, workdir, *patient)))
+        show()
     return scored[0] if scored else None
 
 

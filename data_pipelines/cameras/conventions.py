@@ -97,15 +97,11 @@ class Options:
     image_origin: tuple[float, float] | str | None = None
 
 
-def matrix_of(view: Camera) -> Float[np.ndarray, "3 3"]:
-    """K (3, 3) of a camera, pixels."""
-    fx, fy, cx, cy = np.asarray(view.intrinsics, np.float64)
-    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
-
-
 def of_camera(view: Camera) -> Pinhole:
     """A `Camera`, which mirrors nothing, as a `Pinhole`; its pixel pitch is not known."""
-    return Pinhole(matrix_of(view), np.asarray(view.camera_from_world, np.float64), view.height, view.width)
+    return Pinhole(
+        camera_files.matrix_of(view), np.asarray(view.camera_from_world, np.float64), view.height, view.width
+    )
 
 
 def canonical(

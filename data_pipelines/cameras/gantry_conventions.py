@@ -14,6 +14,7 @@ from jaxtyping import Float
 from data_pipelines.cameras import conventions
 from data_pipelines.cameras.conventions import Options
 from data_pipelines.cameras.conventions import Pinhole
+from data_pipelines.io import camera_files
 from data_pipelines.simulation import carm
 from data_pipelines.xrays import view_geometry
 from radgs_jax import errors
@@ -238,7 +239,7 @@ def from_dicom(source: object, tags: Mapping[str, Any], size: tuple[int, int]) -
         tags["PositionerPrimaryAngle"],
         tags["PositionerSecondaryAngle"],
     )
-    return conventions.matrix_of(found), np.asarray(found.camera_from_world)
+    return camera_files.matrix_of(found), np.asarray(found.camera_from_world)
 
 
 def to_dicom(source: object, view: Pinhole, options: Options) -> dict[str, Any]:

@@ -31,16 +31,6 @@ PARAMETERS = (
 )
 
 
-def _text(path, wanted):
-    size = files.file_size(path, wanted)
-    if size > MAX_BYTES:
-        errors.fail(path, "size", f"{size} bytes", f"{MAX_BYTES} at most")
-    try:
-        return pathlib.Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        return errors.fail(path, "content", error, wanted)
-
-
 def read_rtk(path: pathlib.Path | str) -> list[dict[str, Circular]]:
     """The projections in an RTK geometry file, each under "geometry".
 
@@ -51,7 +41,7 @@ def read_rtk(path: pathlib.Path | str) -> list[dict[str, Circular]]:
       InputError: another kind of file, a cylindrical detector, parallel rays, or a matrix that contradicts its parameters.
     """
     wanted = "an RTKThreeDCircularGeometry XML file"
-    text = _text(path, wanted)
+    text = files.read_text(path, wanted, MAX_BYTES)
     if "<!ENTITY" in text:
         errors.fail(path, "content", "an entity declaration", wanted)
     try:
@@ -137,7 +127,7 @@ def read_plastimatch(path: pathlib.Path | str) -> dict[str, Any]:
       InputError: another kind of file, or a matrix that contradicts the distance and normal behind it.
     """
     wanted = "a plastimatch projection matrix file: 2 + 12 + 1 + 1 + 3 numbers"
-    words = _text(path, wanted).split("Extrinsic")[0].split()
+    words = files.read_text(path, wanted, MAX_BYTES).split("Extrinsic")[0].split()
     values = _numbers(path, "content", words, 19)
     matrix, sid, normal = values[2:14].reshape(3, 4), values[15], values[16:]
     length = np.linalg.norm(matrix[2, :3])

@@ -338,7 +338,7 @@ def _from_dicom(record, size, options):
         if found is None:
             errors.fail(record.path, "geometry", said, "the tags of a still C-arm")
         # The camera is of the turned image, and ours is of the file's pixels.
-        pixels = view_geometry.file_from_image(size, moves) @ conventions.matrix_of(found)
+        pixels = view_geometry.file_from_image(size, moves) @ camera_files.matrix_of(found)
         return conventions.split(record.path, "geometry", pixels @ np.asarray(found.camera_from_world)[:3])
     tags: dict[str, Any] = {
         f"DistanceSourceTo{n}": _positive(record, f"DistanceSourceTo{n}") for n in ("Detector", "Patient")

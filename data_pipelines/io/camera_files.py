@@ -249,10 +249,15 @@ def check_agreement(path: pathlib.Path | str, where: str, P: np.ndarray, K: np.n
         )
 
 
+def matrix_of(view: camera.Camera) -> np.ndarray:
+    """K (3, 3) of a camera, pixels, float64."""
+    fx, fy, cx, cy = np.asarray(view.intrinsics, np.float64)
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
+
+
 def camera_json(view: camera.Camera, name: str) -> dict:
     """A camera as the case format stores it: `name`, P (3x4), K (3x3) and E (4x4) as lists, height and width."""
-    fx, fy, cx, cy = view.intrinsics.tolist()
-    K = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
+    K = matrix_of(view)
     return {
         "name": name,
         "P": (K @ view.camera_from_world[:3]).tolist(),

@@ -230,6 +230,21 @@ def unfinished(path: pathlib.Path | str) -> list[pathlib.Path]:
     return []
 
 
+def read_text(path: pathlib.Path | str, wanted: str, most_bytes: int) -> str:
+    """A text file in UTF-8; wanted: what the file should be, for messages.
+
+    Raises:
+      InputError: the file is missing, larger than `most_bytes`, or no such text.
+    """
+    size = file_size(path, wanted)
+    if size > most_bytes:
+        errors.fail(path, "size", f"{size} bytes", f"{most_bytes} at most")
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        return errors.fail(path, "content", error, wanted)
+
+
 def write_json(path: pathlib.Path | str, value: object) -> None:
     """Writes `value` as JSON, atomically.
 

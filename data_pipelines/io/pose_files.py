@@ -54,10 +54,7 @@ def _is_itk(path):
 
 def _read_itk(path):
     """world_from_ct of an ITK transform, which holds ct_from_world in LPS."""
-    try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        errors.fail(path, "content", error, "an ITK transform as text")
+    lines = files.read_text(path, "an ITK transform as text", MAX_ITK_BYTES).splitlines()
     entries = [tuple(part.strip() for part in line.split(":", 1)) for line in lines if ":" in line and line[:1] != "#"]
     names = [name for name, *_ in entries]
     if sorted(names) != ["FixedParameters", "Parameters", "Transform"]:

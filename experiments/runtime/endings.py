@@ -127,12 +127,12 @@ def _end(line, status):
 
 def end_at_once(line: str) -> NoReturn:
     """Ends the program with a line and CANNOT_CONTINUE, without what is else done at exit."""
-    events.say("error", line, status=CANNOT_CONTINUE)
-    if not events.as_json():
-        print(f"error: {line}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(CANNOT_CONTINUE)
+    try:
+        _end(line, CANNOT_CONTINUE)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(CANNOT_CONTINUE)
 
 
 def _out_of_memory(error):

@@ -1,5 +1,6 @@
 """Scalars of a training, read from its TensorBoard files, and the page of a run that shows them."""
 
+import html
 import pathlib
 import struct
 from collections.abc import Iterator
@@ -51,11 +52,14 @@ def _records(content: bytes) -> Iterator[bytes]:
         place += 16 + length
 
 
-def is_shown(workdir: pathlib.Path) -> bool:
-    """Whether the page is younger than all of the run's scalars, so that nothing has been trained since."""
-    page = workdir / index_page.NAME
+def update_page(workdir: pathlib.Path, config: configs.Config, record: RunRecord) -> None:
+    """`write_page`, which takes seconds, unless the page shows all that has been trained and scored."""
+    page, table = workdir / index_page.NAME, workdir / "eval" / "table.txt"
     events = [*workdir.glob("tensorboard/*/events.*"), *workdir.glob("p3/*/tensorboard/*/events.*")]
-    return page.exists() and all(path.stat().st_mtime < page.stat().st_mtime for path in events)
+    shown = page.exists() and all(path.stat().st_mtime < page.stat().st_mtime for path in events)
+    # A score that is made again is written again, with the same numbers.
+    if not shown or (table.exists() and html.escape(table.read_text()) not in page.read_text(encoding="utf-8")):
+        write_page(workdir, config, record)
 
 
 def write_page(workdir: pathlib.Path, config: configs.Config, record: RunRecord) -> None:

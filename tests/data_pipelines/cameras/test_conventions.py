@@ -8,7 +8,6 @@ import pytest
 import scipy
 
 from data_pipelines.cameras import checks
-from data_pipelines.cameras import conventions
 from data_pipelines.cameras import exchange
 from data_pipelines.cameras import gantry_conventions
 from data_pipelines.cameras import record_files
@@ -340,7 +339,7 @@ def test_what_is_written_is_read_as_cameras_json(tmp_path):
             found = camera_files.read_camera("cameras.json", "views", value, mirrored=mirrored)
             columns = pixels(view)[:, 0]
             wanted = WIDTH - 1 - columns if mirrored else columns
-            K = conventions.matrix_of(found)
+            K = camera_files.matrix_of(found)
             shown = pixels(Pinhole(K, found.camera_from_world, HEIGHT, WIDTH))
             np.testing.assert_allclose(shown[:, 0], wanted, atol=1e-6)
 
