@@ -101,7 +101,7 @@ def fault(views: Sequence[Pinhole], mirrored: bool) -> Fault | None:
       mirrored: the images are the mirror images of what their sources see.
     """
     for number, view in enumerate(views, 1):
-        if (found := _of_view(f"view {number}", view, mirrored)) is not None:
+        if (found := view_fault(f"view {number}", view, mirrored)) is not None:
             return found
     centre = meeting(views)
     for number, view in enumerate(views, 1):
@@ -135,8 +135,8 @@ def fault(views: Sequence[Pinhole], mirrored: bool) -> Fault | None:
     return None
 
 
-def _of_view(name, view, mirrored):
-    """The fault of one view by itself, or None."""
+def view_fault(name: str, view: Pinhole, mirrored: bool) -> Fault | None:
+    """The first thing of one view by itself that no set-up has; name: what the fault calls the view."""
     if (view.K[0, 0] < 0) != mirrored:
         if mirrored:
             return Fault(name, "a camera that does not mirror, with --mirrored", "a mirrored one, or no --mirrored")

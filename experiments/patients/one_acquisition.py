@@ -86,12 +86,18 @@ def rows(
     if by_body:
         if targets[0].label > levels.FIRST_BONE:
             errors.fail("flags", "--init, --points", "neither", "one of them, for a bone beyond the spine")
+        seen = [conventions.of_camera(xray.camera) for xray in xrays]
+        # What a camera by itself shows costs nothing; a search with wrong ones takes minutes and may find something.
+        for number, view in enumerate(seen, 1):
+            _blame(checks.view_fault(f"view {number}", view, mirrored=False), cameras)
         try:
             found, reports["body"] = starts.start_from_body([load(t) for t in _looked_for(targets)], xrays, kept)
         except errors.InputError:
-            _blame_cameras(xrays, cameras)
+            _blame(checks.fault(seen, mirrored=False), cameras)
             raise
-        say(f"start from the whole body in the X-rays: fit {reports['body']['fit']:.2f} of {len(xrays)}")
+        say(
+            f"start from the whole body in the X-rays, whose correlations sum to {reports['body']['fit']:.2f} of {len(xrays)}"
+        )
     for target in targets:
         name = "case" if len(targets) == 1 else level_name(target.label)
         if given.pose:
@@ -128,9 +134,9 @@ def assumed_camera_sd(xrays: Sequence[Radiograph]) -> tuple[float, float]:
     return mm, degrees
 
 
-def _blame_cameras(xrays, cameras):
-    """Raises InputError where the cameras of X-rays in which no body was found can be those of no X-rays."""
-    if wrong := checks.fault([conventions.of_camera(xray.camera) for xray in xrays], mirrored=False):
+def _blame(wrong, cameras):
+    """Raises an InputError of what is wrong with cameras, where anything is."""
+    if wrong is not None:
         mend = "`python -m experiments.cameras` knows other conventions: docs/cameras.md"
         errors.fail(cameras or "cameras", wrong.field, wrong.found, f"{wrong.wanted}; {mend}")
 

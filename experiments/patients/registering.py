@@ -241,7 +241,7 @@ def _register_all(rows, load, options, wanted, partial, journal, say, found):
                 line = f"{_shown(row)}: FAILED: {error}"
             else:
                 found(row, outcome, prepared)
-                said = verdicts.verdict(outcome, prepared, xrays, row.start_found)
+                said = verdicts.verdict(outcome, prepared, xrays, row.start_found, options.camera_sd)
                 _write_case(partial, row, outcome, said, prepared, xrays, wanted, read_ct)
                 journal.add("results", {"id": row.name, **case_folder.answer(outcome), **times})
                 line = said.line(_shown(row))

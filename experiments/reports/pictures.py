@@ -102,9 +102,15 @@ def registration_picture(
       outcome: of the registration; near: `close_ups` of it.
     """
     vertebra = prepared.vertebra
-    figure = Figure(figsize=(15.5, 1.3 + 5.1 * len(xrays)), layout="constrained")
-    banner, body = figure.subfigures(2, 1, height_ratios=[1.3, 5.1 * len(xrays)])
-    _banner(banner, name, verdict, vertebra, poses, xrays)
+    said = "; ".join(part for part in (verdict.why, verdict.advice) if part)
+    lines = [distances(name, vertebra, poses), *textwrap.wrap(said, 170)]
+    high = 0.7 + 0.2 * max(3, len(lines))
+    figure = Figure(figsize=(15.5, high + 5.1 * len(xrays)), layout="constrained")
+    banner, body = figure.subfigures(2, 1, height_ratios=[high, 5.1 * len(xrays)])
+    _banner(
+        banner, high, f"{levels.level_name(vertebra.label)}  {verdict.headline[0].upper()}{verdict.headline[1:]}", lines
+    )
+    banner.set_facecolor(BANNERS[verdict.accepted])
     rows = np.atleast_1d(body.subfigures(len(xrays), 1))
     for row, xray, counted, seen_near in zip(rows, xrays, outcome.counted, near):
         whole, close, mixed = row.subplots(1, 3)
@@ -143,22 +149,10 @@ def registration_picture(
     save(figure, path)
 
 
-def _banner(figure, name, verdict, vertebra, poses, xrays):
-    figure.set_facecolor(BANNERS[verdict.accepted])
-    headline = verdict.headline[0].upper() + verdict.headline[1:]
-    figure.text(
-        0.012,
-        0.80,
-        f"{levels.level_name(vertebra.label)}  {headline}",
-        color="white",
-        fontsize=21,
-        fontweight="bold",
-        va="center",
-    )
-    lines = [distances(name, vertebra, poses)]
-    if verdict.why or verdict.advice:
-        lines += textwrap.wrap("; ".join(part for part in (verdict.why, verdict.advice) if part), 170)
-    figure.text(0.012, 0.54, "\n".join(lines), color="white", fontsize=11, va="top", linespacing=1.35)
+def _banner(figure, high, headline, lines):
+    """Writes a headline and the lines below it, white, into a strip `high` inches high."""
+    figure.text(0.012, 1 - 0.26 / high, headline, color="white", fontsize=21, fontweight="bold", va="center")
+    figure.text(0.012, 1 - 0.6 / high, "\n".join(lines), color="white", fontsize=11, va="top", linespacing=1.35)
 
 
 def _binned(image, valid, view: Camera):

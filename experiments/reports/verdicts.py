@@ -24,6 +24,8 @@ TRY = (
     "covers the vertebra"
 )
 """What to try after a refusal that has no better explanation."""
+EXACT = "the cameras are taken as exact (else --camera_sd)"
+"""What an accepted pose rests on where nothing was said of the cameras' errors: wrong cameras do not always show."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Verdict:
     Attributes:
       accepted: None where nothing was judged.
       headline: one line: 'accepted, within 0.3 mm' or 'REFUSED, do not use this pose'.
-      why: what led to a refusal; empty otherwise.
+      why: what led to a refusal, or what an accepted pose rests on; may be empty.
       advice: what to try; empty where the pose is accepted.
     """
 
@@ -68,12 +70,19 @@ def rounded_up(mm: float) -> str:
     return f"{math.ceil(mm / step - 1e-6) * step:.{2 if step < 0.1 else 1}f}"
 
 
-def verdict(outcome: Outcome, prepared: Prepared, xrays: Sequence[XRay], start_found: bool = False) -> Verdict:
+def verdict(
+    outcome: Outcome,
+    prepared: Prepared,
+    xrays: Sequence[XRay],
+    start_found: bool = False,
+    camera_sd: tuple[float, float] | None = None,
+) -> Verdict:
     """The verdict on an outcome.
 
     Args:
       outcome: result of `pipeline.register` for `prepared` and `xrays`.
       start_found: whether the start pose was found in these X-rays.
+      camera_sd: as in the registration's options; where it is zero, an acceptance says so. None says nothing of the cameras.
     """
     judged, refined = outcome.confidence, outcome.refined
     if judged is None or refined is None:
@@ -83,7 +92,8 @@ def verdict(outcome: Outcome, prepared: Prepared, xrays: Sequence[XRay], start_f
             advice="without a refinement and an acceptance rule nothing says how far off this pose is",
         )
     if judged.accepted:
-        return Verdict(True, f"accepted, within {rounded_up(judged.uncertainty_mm)} mm")
+        rests_on = EXACT if camera_sd is not None and not any(camera_sd) else ""
+        return Verdict(True, f"accepted, within {rounded_up(judged.uncertainty_mm)} mm", rests_on)
     if judged.trusted:
         return Verdict(
             False,

@@ -102,11 +102,19 @@ class Result:
         return stream.getvalue()
 
 
-def of(folder: pathlib.Path, row: Row, outcome: Outcome, prepared: Prepared, scan: Scan) -> Result:
+def of(
+    folder: pathlib.Path,
+    row: Row,
+    outcome: Outcome,
+    prepared: Prepared,
+    scan: Scan,
+    camera_sd: tuple[float, float],
+) -> Result:
     """The result of a case whose files will be in `folder`.
 
     Args:
       outcome: of registering `row`, whose X-rays are views in memory; prepared: its vertebra, of `scan`.
+      camera_sd: as in the registration's options.
     """
     assert not callable(row.xrays)
     vertebra, pose = prepared.vertebra, outcome.world_from_ct
@@ -115,7 +123,7 @@ def of(folder: pathlib.Path, row: Row, outcome: Outcome, prepared: Prepared, sca
         folder,
         row.name,
         level_name(vertebra.label),
-        verdicts.verdict(outcome, prepared, row.xrays, row.start_found),
+        verdicts.verdict(outcome, prepared, row.xrays, row.start_found, camera_sd),
         float(metrics.mtre(vertebra.points, row.start, pose)),
         [_outline(xray, prepared, pose) for xray in xrays],
         Slices(scan, pose, (pose @ vertebra.ct_from_box)[:3, 3]),

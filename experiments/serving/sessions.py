@@ -303,7 +303,7 @@ class Session:
 
         def found(row, outcome, prepared):
             scan, _ = loaded.body(target)
-            result = results.of(out, row, outcome, prepared, scan)
+            result = results.of(out, row, outcome, prepared, scan, loaded.options().camera_sd)
             result = dataclasses.replace(result, notes=job.notes(), warnings=job.warnings())
             with self._lock:
                 self._result = result

@@ -190,7 +190,7 @@ def _where(number, view, centre):
     distance = np.linalg.norm(view_checks.moved(view.E, centre))
     width, height = view.size
     return (
-        f"in view {number} the isocentre at {at[0]} and the vertebra at {at[1]}, {distance:.4g} mm from the source, of "
+        f"in view {number + 1} the isocentre at {at[0]} and the vertebra at {at[1]}, {distance:.4g} mm from the source, of "
         f"{width:.0f} x {height:.0f} px"
     )
 
@@ -238,7 +238,9 @@ def _refuse(views, points, centre, start, number, name, value, cameras_from, sta
             found = (
                 f"central rays {apart:.4g} mm apart, in images that show {half[0]:.4g} and {half[1]:.4g} mm round them"
             )
-            errors.fail(cameras_from, f"views {a} and {b}", found, "cameras of one world that see one place", error)
+            errors.fail(
+                cameras_from, f"views {a + 1} and {b + 1}", found, "cameras of one world that see one place", error
+            )
         errors.fail(start_from, "world_from_ct", found, bounds.wanted, error)
     errors.fail(cameras_from, f"views[{number}].{'K' if name in _OF_K else 'E'}", found, bounds.wanted, error)
 
@@ -260,11 +262,11 @@ def _copies(views, xrays, points, cameras_from):
         for name, (source, value, found) in alike.items():
             if view_checks.outside(name, value, "possible"):
                 found, wanted = f"{found}: {name} twice".replace("the same", "one"), view_checks.CHECKS[name].wanted
-                errors.fail(source, f"views {a} and {b}", found, wanted, errors.BadGeometry)
+                errors.fail(source, f"views {a + 1} and {b + 1}", found, wanted, errors.BadGeometry)
 
 
 def _contrast(number, xray):
-    """Refuses line integrals that no body has; returns notes about unusual ones."""
+    """Refuses line integrals that no body has; returns notes about unusual ones. number: of the view, from 1."""
     image, valid = np.asarray(xray.line_integrals), np.asarray(xray.valid)
     step = math.ceil(math.sqrt(image.size / IMAGE_SAMPLES))
     image, valid = image[::step, ::step], valid[::step, ::step]
@@ -370,10 +372,10 @@ def check(
     views, start = [view_checks.view_of(xray.camera) for xray in xrays], np.asarray(start, np.float64)
     points, centre = _surface(vertebra)
     world, middle, notes = view_checks.moved(start, points), view_checks.moved(start, centre), []
-    for number, view in enumerate(views):
+    for number, (view, xray) in enumerate(zip(views, xrays), 1):
         name, found = view_checks.impossible(view, world, middle)
         if name is not None:
-            _refuse(views, points, centre, start, number, name, found[name], cameras_from, start_from)
+            _refuse(views, points, centre, start, number - 1, name, found[name], cameras_from, start_from)
         for what, value in found.items():
             if view_checks.outside(what, value, "usual"):
                 low, high = view_checks.CHECKS[what].usual
@@ -381,12 +383,12 @@ def check(
                 source = start_from if what in _OF_START else cameras_from
                 notes.append(f"{source}: view {number}: {said}, usual {low:.3g} to {high:.3g}")
         if _half_pixel(view):
-            off_mm = half_pixel_error([xrays[number].camera], middle)
+            off_mm = half_pixel_error([xray.camera], middle)
             notes.append(
                 f"{cameras_from}: view {number}: the principal point is half the image's size; if its middle is meant, that is "
                 f"(W - 1) / 2, (H - 1) / 2, and poses are up to {off_mm:.2f} mm off; the radius covers that"
             )
-    for number, xray in enumerate(xrays):
+    for number, xray in enumerate(xrays, 1):
         notes += _contrast(number, xray)
         view_checks.refuse_noise(xray.line_integrals, np.asarray(xray.valid), "X-rays", f"view {number}")
     _copies(views, xrays, world, cameras_from)

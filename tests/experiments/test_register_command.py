@@ -264,6 +264,12 @@ def test_a_vertebra_is_found_by_its_body_without_a_start_pose_or_a_workdir(tmp_p
     np.testing.assert_allclose(np.array(report["start_world_from_ct"])[:3, 3], truth[:3, 3], atol=40.0)
     bone = run_command("register", *command, "--bone", "--label=1", f"--out={tmp_path / 'bone'}")
     assert bone.returncode == 2 and len(bone.stderr.strip().splitlines()) == 1
+    # With K in mm, no search is begun.
+    in_mm = [{"K": (np.diag([0.25, 0.25, 1.0]) @ one["K"]).tolist(), "E": one["E"]} for one in cameras]
+    files.write_json(tmp_path / "cameras.json", in_mm)
+    wrong = run_command("register", *command, f"--label={target.label}", f"--out={tmp_path / 'wrong'}")
+    (line,) = wrong.stderr.strip().splitlines()
+    assert wrong.returncode == 2 and "cameras.json: view 1: K: found " in line and "experiments.cameras" in line
 
 
 def _spot(shape, uv, sigma):

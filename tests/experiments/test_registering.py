@@ -58,7 +58,7 @@ def test_each_case_has_a_line_and_a_refused_one_no_radius(ready, rows, tmp_path)
     )
     assert done.results[0]["accepted"] and 0 < done.results[0]["uncertainty_mm"] < 2
     assert np.shape(done.results[0]["covariance"]) == (6, 6)
-    assert said[1].startswith("case_0 (L2): accepted, within 0.")
+    assert said[1].startswith("case_0 (L2): accepted, within 0.") and said[1].endswith(verdicts.EXACT)
 
 
 def test_poses_that_cameras_leave_open_are_refused_and_trusted_relative_to_each_other(

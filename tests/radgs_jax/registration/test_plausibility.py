@@ -66,6 +66,24 @@ def start(place_mm=(12.0, -18.0, 9.0), turn=(0.1, -0.15, 0.2)):
     return T
 
 
+def least_seconds(work, times=5):
+    """Least time of this thread that `work()` takes."""
+    taken = []
+    for _ in range(times):
+        began = time.thread_time()
+        work()
+        taken.append(time.thread_time() - began)
+    return min(taken)
+
+
+def note_or_refusal(bone, views):
+    """What the check says of views, raised or returned."""
+    try:
+        return plausibility.check(bone, views, start())
+    except errors.BadGeometry as error:
+        return str(error)
+
+
 def shifted(T, factor):
     T = T.copy()
     T[:3, 3] *= factor
@@ -169,12 +187,12 @@ def test_views_that_see_different_places():
     away = camera(90.0)
     away.camera_from_world[:3, 3] += [0, 900.0, 0]
     found = refusal([camera(0.0), away], start())
-    assert found.startswith("cameras: views 0 and 1: found central rays 900 mm apart")
+    assert found.startswith("cameras: views 1 and 2: found central rays 900 mm apart")
 
 
 def test_one_camera_or_one_image_twice():
     views = xrays(camera(0.0), camera(0.02), camera(90.0))
-    with pytest.raises(errors.BadGeometry, match="^cameras: views 0 and 1: found cameras .*one camera twice"):
+    with pytest.raises(errors.BadGeometry, match="^cameras: views 1 and 2: found cameras .*one camera twice"):
         plausibility.check(vertebra(), views, start())
     views = xrays(camera(0.0), camera(90.0))
     for copy in (
@@ -183,7 +201,7 @@ def test_one_camera_or_one_image_twice():
         np.round(50 * views[0].line_integrals) / 50,
     ):
         again = dataclasses.replace(views[1], line_integrals=copy)
-        with pytest.raises(errors.BadGeometry, match="^X-rays: views 0 and 1: found a correlation .*one image twice"):
+        with pytest.raises(errors.BadGeometry, match="^X-rays: views 1 and 2: found a correlation .*one image twice"):
             plausibility.check(vertebra(), [views[0], again], start())
     # What is invalid is not compared: there it may be anything.
     valid = np.broadcast_to(np.arange(488) < 244, (488, 488))
@@ -289,16 +307,11 @@ def test_every_check_has_bounds_and_a_reason_and_takes_milliseconds():
     assert inspect.signature(plausibility.check).parameters["cameras_from"].default == "cameras"
     views, bone = xrays(*(camera(d, size=(1024, 1024)) for d in (0.0, 90.0))), vertebra()
     made = xrays(*every(lambda k, E: (k, np.linalg.inv(E))))
+    # Against a median of as many pixels, about 15 ms of a laptop's core, so that a slow machine is no failure.
+    pixels = np.random.default_rng(0).random(1024 * 1024)
+    median = least_seconds(lambda: np.median(pixels))
     for given in (views, made):
-        taken = []
-        for _ in range(5):
-            began = time.thread_time()
-            try:
-                plausibility.check(bone, given, start())
-            except errors.BadGeometry:
-                pass
-            taken.append(time.thread_time() - began)
-        assert min(taken) < 0.05
+        assert least_seconds(lambda given=given: note_or_refusal(bone, given)) < 3 * median
 
 
 def test_the_angle_between_views():
@@ -318,7 +331,7 @@ def test_line_integrals_that_no_body_has_are_refused(change):
     first, second = xrays(camera(), camera(90.0))
     changed = XRay(change(second.line_integrals), second.valid, second.camera)
     with pytest.raises(
-        errors.BadGeometry, match=r"X-rays: view 1: found line integrals from .*, wanted line integrals"
+        errors.BadGeometry, match=r"X-rays: view 2: found line integrals from .*, wanted line integrals"
     ):
         plausibility.check(vertebra(), [first, changed], start())
 
@@ -328,7 +341,7 @@ def test_images_of_noise_are_told_from_noisy_ones():
     shape = second.line_integrals.shape
     noise, (v, u) = np.random.default_rng(0).normal(3.0, 0.5, shape), np.indices(shape) / max(shape)
     given = lambda image: [first, XRay(image.astype(np.float32), second.valid, second.camera)]
-    with pytest.raises(errors.InputError, match=r"X-rays: view 1: found areas that have nothing in common"):
+    with pytest.raises(errors.InputError, match=r"X-rays: view 2: found areas that have nothing in common"):
         plausibility.check(vertebra(), given(noise), start())
     assert plausibility.check(vertebra(), given(noise + 0.5 * np.sin(9.0 * u + 5.0 * v)), start()) == ()
 
