@@ -19,6 +19,7 @@ from data_pipelines.pairs import identity
 from experiments import configs
 from experiments import data_stages
 from experiments.data_stages import RealData
+from experiments.patients import workdir as workdirs
 from experiments.reports import index_page
 from experiments.reports.run_record import RunRecord
 from experiments.runtime import cli
@@ -28,6 +29,7 @@ from experiments.runtime import progress
 from experiments.scoring import evaluate
 from experiments.training import history
 from experiments.training import loop
+from radgs_jax import __version__
 from radgs_jax import errors
 from radgs_jax.training import objectives
 from radgs_jax.training.update import UpdateConfig
@@ -36,6 +38,8 @@ STAGES = ("full", *configs.DATA_STAGES, *(f"{d}_{p}" for d in configs.DATA_STAGE
 
 VARIANTS = ("artic", "real")
 """Variants of the held-out X-rays that P3's patient is scored on."""
+SCORED = "scored.json"
+"""File beside the table, with a digest of all that it depends on."""
 PHANTOM_S, PAIR_S, XRAYS_S, CASE_S = 1.9, 0.026, 0.5, 1.9
 """Times that a phantom, a training pair, two X-rays and the score of a case take, s: `make train` on two cores."""
 STEP_S = (0.45, 0.1, 0.7)
@@ -86,7 +90,7 @@ def plan(config: configs.Config) -> dict[str, float]:
 def score_patient(
     config: configs.Config, workdir: pathlib.Path, subject: str, ct: pathlib.Path, mask: pathlib.Path
 ) -> str:
-    """Scores P3's patient on X-rays and poses that no stage has seen.
+    """Scores P3's patient on X-rays and poses that no stage has seen, unless the same has been scored before.
 
     Args:
       config: of the run; workdir: of the run; subject, ct, mask: as `data_stages.p3` returns them.
@@ -96,8 +100,14 @@ def score_patient(
       InputError: as `evaluate.report`.
     """
     path = data_stages.held_out_cases(config, workdir, (subject, ct, mask))
-    case_file = cases.read(path)
-    texts = []
+    table, scored = workdir / "eval" / "table.txt", workdir / "eval" / SCORED
+    of = identity.config_hash(
+        workdirs.read_manifest(workdir / "p3"), files.read_json(path), config.passes, __version__
+    )
+    if scored.exists() and table.exists() and files.read_json(scored) == of:
+        print(f"{table}: scored before; delete {scored} to score again")
+        return table.read_text().removesuffix("\n")
+    case_file, texts = cases.read(path), []
     for variant in VARIANTS:
         text, times = evaluate.report(
             case_file,
@@ -110,8 +120,9 @@ def score_patient(
         texts.append(text)
         print(times)
     result = "\n\n".join(texts)
-    with files.replacing(workdir / "eval" / "table.txt") as temporary:
+    with files.replacing(table) as temporary:
         temporary.write_text(result + "\n")
+    files.write_json(scored, of)
     return result
 
 
