@@ -280,7 +280,7 @@ def test_a_vertebra_is_registered_as_the_command_does_it(tiny_patient, tmp_path)
         get = lambda file: client.ask(f"/api/results/{result['name']}/{file}")
         pose = json.loads(get("pose.json")[2])
         _assert_as_the_command(pose, tiny_patient, tmp_path / "alone")
-        assert pose["verdict"] == result["headline"]
+        assert pose["verdict"] == f"{result['headline']}; {result['why']}"
 
         assert client.json("/api/accept", "POST", {})[1]["result"]["reviewed"]
         with zipfile.ZipFile(io.BytesIO(get("result.zip")[2])) as archive:

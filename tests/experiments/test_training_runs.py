@@ -80,8 +80,9 @@ def test_full_run_leaves_what_it_promises(trained):
     assert "CT at the start" in page and page.count("data:image/webp;base64,") >= 4
 
 
-def test_running_again_only_reads(trained):
+def test_running_again_only_reads(trained, monkeypatch):
     workdir, table = trained
+    monkeypatch.setattr(train.evaluate, "report", lambda *_, **__: pytest.fail("scored again"))
 
     def made():
         """When each file of pairs, checkpoints and logs was written."""

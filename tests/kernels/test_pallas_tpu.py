@@ -33,7 +33,8 @@ def _eager(cotangent, *arrays):
 
 
 # Traced under `interpreted` only; the trace is kept.
-_image_and_gradients = jax.jit(_eager)
+# As XLA compiles for users: the tests' quick emitters round more.
+_image_and_gradients = jax.jit(_eager, compiler_options={"xla_cpu_use_fusion_emitters": True})
 
 
 @pytest.fixture
