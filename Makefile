@@ -6,7 +6,7 @@ FIRST ?= runs/first
 COMPILERS ?= .compilers
 BIN := $(VENV)/bin
 
-.PHONY: demo train test test-faults test-package test-docs test-browser docs docs-serve compile-check step-check lint setup
+.PHONY: demo train test test-long test-faults test-package test-docs test-browser docs docs-serve compile-check step-check lint setup
 
 demo: setup
 	$(BIN)/python -m experiments.demo --out=$(FIRST)
@@ -17,6 +17,10 @@ train: setup
 test: setup
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# Tests that take a quarter of a minute and more each: five minutes.
+test-long: setup
+	$(BIN)/python -m pytest -q -m long -n 2 --durations=0
 
 # Several processes, kills, damaged checkpoints, a full disk: about half an hour.
 test-faults: setup

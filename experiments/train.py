@@ -101,9 +101,7 @@ def score_patient(
     """
     path = data_stages.held_out_cases(config, workdir, (subject, ct, mask))
     table, scored = workdir / "eval" / "table.txt", workdir / "eval" / SCORED
-    of = identity.config_hash(
-        workdirs.read_manifest(workdir / "p3"), files.read_json(path), config.passes, __version__
-    )
+    of = identity.config_hash(workdirs.read_manifest(workdir / "p3"), files.read_json(path), config.passes, __version__)
     if scored.exists() and table.exists() and files.read_json(scored) == of:
         print(f"{table}: scored before; delete {scored} to score again")
         return table.read_text().removesuffix("\n")

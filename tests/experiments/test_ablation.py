@@ -12,6 +12,7 @@ from experiments import ablation
 ROWS = (("5  both", "small", "p2", ("rec", "reg")), ("6  all", "small", "p3", ("rec", "reg")))
 
 
+@pytest.mark.long
 def test_rows_are_scored_and_compared_by_scene_and_kept(trained, tmp_path, monkeypatch):
     shutil.copytree(trained[0], tmp_path / "small")
     ablation.run_ablation(tmp_path, 0, ROWS, {"small": tiny.config()})

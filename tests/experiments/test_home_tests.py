@@ -26,6 +26,8 @@ from radgs_jax.models.trained import MEAN_SHAPE
 from radgs_jax.models.trained import Model
 from radgs_jax.training import update
 
+pytestmark = pytest.mark.long
+
 NETWORKS = ("gcp", "diffpose", "ts_sar")
 """Trained networks, whose steps have tests of their own: here they are traced alone."""
 SIZES = dataclasses.replace(tiny_systems.SIZES, gr_car=dataclasses.replace(tiny_systems.SIZES.gr_car, gaussians=41))

@@ -11,6 +11,7 @@ import time
 import jax
 import nominal_views
 import numpy as np
+import pytest
 
 from data_pipelines import cases
 from data_pipelines.io import checksums
@@ -37,6 +38,7 @@ from radgs_jax.registration.programs import programs_of
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long
 def test_every_case_gets_the_same_answer_alone_shuffled_and_with_malformed_entries_around_it(
     trained, tmp_path, run_command
 ):

@@ -85,6 +85,7 @@ def _whole(folder, models):
     return notes[0]
 
 
+@pytest.mark.long
 def test_wherever_a_model_is_replaced_there_is_one(models, tmp_path):
     """The process ends before, and half-way through, each of the steps that take the old model away."""
     folder, found, when = tmp_path / "model", [], 0
@@ -106,6 +107,7 @@ def test_wherever_a_model_is_replaced_there_is_one(models, tmp_path):
     assert when >= 8
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("first", [3, 5])
 def test_a_replacement_that_is_stopped_twice_leaves_a_model_too(models, tmp_path, first):
     """The first time with the old model set aside, before and after the new one is there; the second stop at each step."""

@@ -42,6 +42,7 @@ from radgs_jax.registration.search import SearchConfig
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long
 def test_a_localizer_and_other_label_numbers_are_part_of_a_workdir(trained, tmp_path, first_case):
     """A mask in other numbers prepares the same vertebra; a localizer is added later, once, and is then used."""
     target = first_case[3]

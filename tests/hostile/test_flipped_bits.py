@@ -201,6 +201,7 @@ def damage_programs(count, seed, tmp_path, monkeypatch, caplog):
         assert results() == wanted and not caplog.text, what
 
 
+@pytest.mark.long
 def test_damaged_programs_are_made_again(tmp_path, monkeypatch, caplog):
     damage_programs(QUICK, 7, tmp_path, monkeypatch, caplog)
 
@@ -240,6 +241,7 @@ def _edited(path, change):
     files.write_json(path, value)
 
 
+@pytest.mark.long
 def test_an_edited_or_missing_file_of_a_workdir_is_one_line_and_is_mended(prepared, tmp_path):
     workdir, target = prepared
     digest = workdirs.ScanDigests().of(target)

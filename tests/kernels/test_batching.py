@@ -71,6 +71,7 @@ print("the same")
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("without_ffi", ["0", "1"])
 def test_a_split_batch_is_not_gathered(without_ffi):
     run = subprocess.run(

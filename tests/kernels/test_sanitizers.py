@@ -59,7 +59,11 @@ def _skip_without_runtime(flags, folder):
 
 # Each takes half a minute of one core, most of it to compile.
 @pytest.mark.parametrize(
-    "name", ["address", *(pytest.param(n, marks=pytest.mark.slow) for n in ("undefined", "thread"))]
+    "name",
+    [
+        pytest.param("address", marks=pytest.mark.long),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("undefined", "thread")),
+    ],
 )
 def test_kernels_run_clean(name, tmp_path):
     flags, program = SANITIZERS[name], tmp_path / "sanitize"

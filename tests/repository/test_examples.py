@@ -31,6 +31,7 @@ def _numbers(pattern, text):
     return [float(number) for number in re.search(pattern, text).groups()]
 
 
+@pytest.mark.docs
 def test_notebook_registers_and_refuses():
     text = _printed("first_registration.ipynb")
     before, after = _numbers(r"mTRE ([\d.]+) -> ([\d.]+) mm", text)
@@ -38,11 +39,13 @@ def test_notebook_registers_and_refuses():
     assert "\naccepted: True" in text and "with a wrong camera, accepted: False" in text
 
 
+@pytest.mark.docs
 def test_notebook_composes_a_loss_and_registers():
     before, after = _numbers(r"pose error ([\d.]+) -> ([\d.]+) mm", _printed("compose_a_loss.ipynb"))
     assert before > 5 and after < 0.5
 
 
+@pytest.mark.docs
 def test_notebook_renders_gaussians_whose_gradients_are_right():
     text = _printed("render_gaussians.ipynb")
     assert _numbers(r"largest difference (\S+)", text)[0] < 1e-2
@@ -65,6 +68,7 @@ def test_notebook_trains_on_two_devices_as_on_one():
     assert halves != whole
 
 
+@pytest.mark.docs
 def test_the_script_registers_a_vertebra_from_arrays(tmp_path):
     done = subprocess.run(
         [sys.executable, EXAMPLES / "register_arrays.py"],

@@ -198,6 +198,7 @@ def test_the_preset_holds_the_issues_ranges_and_all_of_it_is_usable(body):
         assert np.isfinite(sample.measured).all() and sample.valid.mean() > 0.1
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not CASES.exists(), reason="the bench cases are not beside the repository (RADGS_SHARED)")
 def test_our_xray_of_every_easy_scene_is_the_given_one():
     """The vertebra alone at 70 keV, at the default resolution of the crops, against another program's."""

@@ -155,6 +155,7 @@ def bench(folder, wanted):
                     yield from ((path.name, variant, image) for image in arrays[variant].astype(np.float32))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not BENCH.exists(), reason="the bench is not beside this checkout")
 @pytest.mark.parametrize("folder", ["cases", "hard"])
 def test_no_x_ray_of_the_bench_has_a_border_where_it_has_none(folder):

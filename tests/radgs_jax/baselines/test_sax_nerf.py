@@ -197,6 +197,7 @@ def test_the_rate_falls_once():
     np.testing.assert_allclose(moved, [0.01] * 5 + [0.001] * 5, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_a_lump_appears_where_it_is():
     views = lumps.oblique_views(4)
     truth = lumps.voxel_lump()

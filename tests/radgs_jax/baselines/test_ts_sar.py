@@ -217,6 +217,7 @@ def test_pixels_that_do_not_count_change_nothing(batch, shaken):
     assert float(jnp.std(found[0][1])) > 1e-3
 
 
+@pytest.mark.long
 def test_both_steps_train_all_their_weights_and_none_of_the_other(batch, shaken):
     few = jax.tree.map(lambda a: a[:2], batch)
 

@@ -406,6 +406,7 @@ def test_the_papers_families_fit_the_paper_preset(name):
     assert 5e6 < count["recm"] < 1.2e8 and 8e6 < count["regm"] < 1.5e8
 
 
+@pytest.mark.multiprocess
 def test_every_mesh_trains_alike(tmp_path):
     """One to eight devices, parameters whole and split: the same losses, random numbers included, from one compilation each."""
     code = (
